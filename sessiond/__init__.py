@@ -1,0 +1,3 @@
+"""sessiond: resettable, snapshottable, persistable root file systems for user sessions."""
+
+__version__ = "0.1.0"

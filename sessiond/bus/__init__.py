@@ -1,0 +1,1 @@
+"""The D-Bus face of sessiond: the only package that knows D-Bus, and that imports dbus_next."""

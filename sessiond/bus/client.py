@@ -1,0 +1,469 @@
+"""sessiond as seen from another process: typed proxies for its D-Bus objects.
+
+    async with client.connect() as sessiond:
+        session = await sessiond.session("live")
+        job = await session.reset()
+        await job.wait(progress=lambda info: print(info.progress))
+
+Failures are those of `sessiond.errors`, as if the daemon were in this process; `Unreachable` when
+the bus or the daemon does not answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, TypeVar
+
+import trio
+from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic.alias_generators import to_pascal
+
+from sessiond import errors
+from sessiond.bus import connection, names
+from sessiond.bus.connection import CALL_TIMEOUT, Connection
+from sessiond.bus.signals import Match, Signals
+from sessiond.bus.wire import BusError, Variant, WireError
+from sessiond.errors import SessiondError
+from sessiond.session.model import ChangeSummary, SessionId, SnapshotName
+
+OPERATION_TIMEOUT = 300.0
+"""Seconds that calls may take which mount, unmount, or walk through a session."""
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_ERRORS = {name: kind for kind, name in names.ERRORS.items()}
+_UNREACHABLE = frozenset(
+    f"{names.DBUS}.Error.{reason}"
+    for reason in ("Disconnected", "NameHasNoOwner", "NoReply", "ServiceUnknown", "TimedOut")
+)
+_ACTIVATION_FAILED = f"{names.DBUS}.Error.Spawn."
+
+
+def _moment(microseconds: object) -> object:
+    if not isinstance(microseconds, int):
+        return microseconds
+    return _EPOCH + timedelta(microseconds=microseconds) if microseconds else None
+
+
+_Moment = Annotated[datetime, BeforeValidator(_moment)]
+
+
+class _Info(BaseModel):
+    """Properties of an object; those that a later daemon adds are passed over."""
+
+    model_config = ConfigDict(alias_generator=to_pascal, frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One path that differs from the image; bytes that are not UTF-8 are surrogate escapes."""
+
+    path: str
+    kind: str
+    """``added``, ``contents``, ``metadata``, ``deleted`` or ``type``."""
+    type: str
+    """``file``, ``directory``, ``symlink`` or ``other``."""
+    size: int
+
+
+class ManagerInfo(_Info):
+    """Properties of the manager."""
+
+    version: str
+    features: tuple[str, ...]
+    profiles: tuple[str, ...]
+    images: tuple[str, ...]
+
+
+class SessionInfo(_Info):
+    """Properties of a session; `last_reset` is None when it has never been reset."""
+
+    id: str
+    user: str
+    uid: int
+    profile: str
+    image: str
+    mount_point: str
+    storage: str
+    state: str
+    bytes_used: int
+    bytes_limit: int
+    inodes_used: int
+    inodes_limit: int
+    created_at: _Moment
+    last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
+    snapshots: tuple[str, ...]
+    """Object paths, oldest first."""
+
+
+class SnapshotInfo(_Info):
+    """Properties of a snapshot; `parent` is the object path of the one below it, or ``/``."""
+
+    name: str
+    description: str
+    created_at: _Moment
+    parent: str
+
+
+class JobInfo(_Info):
+    """Properties of a job."""
+
+    operation: str
+    session: str
+    """Id of the session."""
+    progress: float
+    """0 to 1; meaningful when `progress_valid`."""
+    progress_valid: bool
+    bytes: int
+    started_by_uid: int
+    state: str
+    """``running``, ``succeeded`` or ``failed``."""
+    error_name: str
+    error_message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A signal of the daemon; `session` is the id in its path, or empty."""
+
+    path: str
+    session: str
+    interface: str
+    member: str
+    arguments: tuple[object, ...]
+
+
+class Events:
+    """Iterates over the signals of the daemon."""
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    def __aiter__(self) -> Events:
+        return self
+
+    async def __anext__(self) -> Event:
+        message = await anext(self._signals)
+        return Event(
+            message.path,
+            names.session_of(message.path),
+            message.interface,
+            message.member,
+            message.values(),
+        )
+
+
+class Differences:
+    """Iterates over a list of differences. Raises `Failed` when the daemon cannot complete it."""
+
+    def __init__(self, stream: trio.lowlevel.FdStream) -> None:
+        self._stream = stream
+        self._unread = bytearray()
+
+    def __aiter__(self) -> Differences:
+        return self
+
+    async def __anext__(self) -> Difference:
+        values = json.loads(await self._line())
+        if "error" in values:
+            raise errors.Failed(values["error"])
+        return Difference(values["path"], values["kind"], values["type"], values["size"])
+
+    async def _line(self) -> bytes:
+        while b"\n" not in self._unread:
+            part = await self._stream.receive_some()
+            if not part:
+                if self._unread:
+                    raise errors.Failed("The list of changes ends in the middle of a line.")
+                raise StopAsyncIteration
+            self._unread += part
+        line, _, self._unread = self._unread.partition(b"\n")
+        return bytes(line)
+
+
+_I = TypeVar("_I", bound=_Info)
+_Objects = TypeAdapter(dict[str, dict[str, dict[str, object]]])
+_Summary = TypeAdapter(ChangeSummary)
+
+
+class _Proxy:
+    """An object of the daemon; a call to one that has ended raises `gone`."""
+
+    _interface: str
+
+    def __init__(self, connection: Connection, path: str, gone: SessiondError) -> None:
+        self.path = path
+        self._connection = connection
+        self._gone = gone
+
+    async def _call(
+        self, member: str, signature: str = "", *values: object, timeout: float = CALL_TIMEOUT
+    ) -> tuple[object, ...]:
+        return await self._call_interface(
+            self._interface, member, signature, *values, timeout=timeout
+        )
+
+    async def _call_interface(
+        self, interface: str, member: str, signature: str, *values: object, timeout: float
+    ) -> tuple[object, ...]:
+        with _translated(self._gone):
+            return await self._connection.call(
+                names.BUS, self.path, interface, member, signature, *values, timeout=timeout
+            )
+
+    async def _property_values(self) -> dict[str, object]:
+        (values,) = await self._call_interface(
+            names.PROPERTIES, "GetAll", "s", self._interface, timeout=CALL_TIMEOUT
+        )
+        assert isinstance(values, dict)
+        return values
+
+    async def _managed_objects(self) -> dict[str, dict[str, dict[str, object]]]:
+        with _translated(self._gone):
+            (objects,) = await self._connection.call(
+                names.BUS, names.ROOT_PATH, names.OBJECT_MANAGER, "GetManagedObjects"
+            )
+            return _Objects.validate_python(objects)
+
+
+class Job(_Proxy):
+    """A long operation."""
+
+    _interface = names.JOB
+
+    def __init__(self, connection: Connection, path: str) -> None:
+        gone = errors.Failed("The daemon has forgotten the job: too many others have ended since.")
+        super().__init__(connection, path, gone)
+
+    async def info(self) -> JobInfo:
+        """Return its properties."""
+        return _validated(JobInfo, await self._property_values())
+
+    async def cancel(self) -> None:
+        """Ask it to stop; it then fails with `Cancelled`, unless it has ended before."""
+        await self._call("Cancel")
+
+    async def wait(self, progress: Callable[[JobInfo], None] | None = None) -> None:
+        """Return when the job has succeeded; raise its error when it has failed.
+
+        `progress` is called at once, and each time that a property of the job changes.
+        """
+        match = Match(names.BUS, path=self.path)
+        with _translated(self._gone):
+            # Whatever happens between these two is in the properties, and in the signals as well.
+            async with self._connection.signals(match) as signals:
+                values = await self._property_values()
+                while (info := _validated(JobInfo, values)).state == "running":
+                    if progress is not None:
+                        progress(info)
+                    values |= await _next_change(signals)
+        if progress is not None:
+            progress(info)
+        if info.state == "failed":
+            raise _error(info.error_name, info.error_message)
+
+
+class Snapshot(_Proxy):
+    """A snapshot of a session."""
+
+    _interface = names.SNAPSHOT
+
+    def __init__(self, connection: Connection, session_id: str, name: str) -> None:
+        path = names.snapshot_path(SessionId(session_id), SnapshotName(name))
+        gone = errors.NoSuchSnapshot(f"There is no snapshot {name!r} of a session {session_id!r}.")
+        super().__init__(connection, path, gone)
+
+    async def info(self) -> SnapshotInfo:
+        """Return its properties."""
+        return _validated(SnapshotInfo, await self._property_values())
+
+    async def delete(self) -> None:
+        """Delete it, and what only it kept."""
+        await self._call("Delete", timeout=OPERATION_TIMEOUT)
+
+    async def rename(self, name: str) -> None:
+        """Give it another name; this proxy is of no use afterwards."""
+        await self._call("Rename", "s", name)
+
+
+class Session(_Proxy):
+    """A session."""
+
+    _interface = names.SESSION
+
+    def __init__(self, connection: Connection, session_id: str) -> None:
+        path = names.session_path(SessionId(session_id))
+        super().__init__(
+            connection, path, errors.NoSuchSession(f"There is no session {session_id!r}.")
+        )
+        self.id = session_id
+
+    async def info(self) -> SessionInfo:
+        """Return its properties."""
+        return _validated(SessionInfo, await self._property_values())
+
+    async def reset(self) -> Job:
+        """Start to make it pristine again."""
+        return await self._start("Reset", "a{sv}", {})
+
+    async def restore(self, snapshot: str) -> Job:
+        """Start to bring it back to one of its snapshots."""
+        return await self._start("Restore", "sa{sv}", snapshot, {})
+
+    async def persist(self) -> Job:
+        """Start to move it to disk, so that it survives a reboot."""
+        return await self._start("Persist", "a{sv}", {})
+
+    async def _start(self, member: str, signature: str, *values: object) -> Job:
+        (path,) = await self._call(member, signature, *values)
+        return Job(self._connection, str(path))
+
+    async def snapshot(self, name: str, *, description: str = "") -> Snapshot:
+        """Take a snapshot of it."""
+        options = {"description": Variant("s", description)} if description else {}
+        await self._call("Snapshot", "sa{sv}", name, options, timeout=OPERATION_TIMEOUT)
+        return self.snapshot_named(name)
+
+    def snapshot_named(self, name: str) -> Snapshot:
+        """Return the proxy of a snapshot, which may not exist."""
+        return Snapshot(self._connection, self.id, name)
+
+    async def snapshots(self) -> list[SnapshotInfo]:
+        """Return its snapshots, oldest first."""
+        objects = await self._managed_objects()
+        found = [
+            _validated(SnapshotInfo, interfaces[names.SNAPSHOT])
+            for path, interfaces in objects.items()
+            if path.startswith(f"{self.path}/") and names.SNAPSHOT in interfaces
+        ]
+        if not found and self.path not in objects:
+            raise self._gone
+        return sorted(found, key=lambda info: info.created_at)
+
+    async def changes(self) -> ChangeSummary:
+        """Count how it differs from its image."""
+        (summary,) = await self._call("Changes", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
+        with _translated(self._gone):
+            return _Summary.validate_python(summary)
+
+    @asynccontextmanager
+    async def diff(self) -> AsyncIterator[Differences]:
+        """List how it differs from its image while the context is open."""
+        (descriptor,) = await self._call("OpenDiff", "a{sv}", {})
+        assert isinstance(descriptor, int)
+        async with trio.lowlevel.FdStream(descriptor) as stream:
+            yield Differences(stream)
+
+    async def close(self) -> None:
+        """End it: unmount, and forget its changes."""
+        await self._call("Close", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
+
+
+class Client(_Proxy):
+    """The daemon: its manager object, from which all others come."""
+
+    _interface = names.MANAGER
+
+    def __init__(self, connection: Connection) -> None:
+        gone = errors.Failed(f"{names.BUS} has no object {names.ROOT_PATH}.")
+        super().__init__(connection, names.ROOT_PATH, gone)
+
+    async def info(self) -> ManagerInfo:
+        """Return its properties."""
+        return _validated(ManagerInfo, await self._property_values())
+
+    async def sessions(self) -> list[SessionInfo]:
+        """Return all sessions, by their ids."""
+        found = [
+            _validated(SessionInfo, interfaces[names.SESSION])
+            for interfaces in (await self._managed_objects()).values()
+            if names.SESSION in interfaces
+        ]
+        return sorted(found, key=lambda info: info.id)
+
+    async def create(self, user: str, profile: str, *, session_id: str | None = None) -> Session:
+        """Create a session and mount it."""
+        options = {} if session_id is None else {"id": Variant("s", session_id)}
+        (path,) = await self._call(
+            "CreateSession", "ssa{sv}", user, profile, options, timeout=OPERATION_TIMEOUT
+        )
+        return Session(self._connection, names.session_of(str(path)))
+
+    async def session(self, session_id: str) -> Session:
+        """Return the session of that id."""
+        await self._call("GetSession", "s", session_id)
+        return Session(self._connection, session_id)
+
+    async def session_of(self, uid: int) -> Session:
+        """Return the session of a user."""
+        (path,) = await self._call("GetSessionByUser", "u", uid)
+        return Session(self._connection, names.session_of(str(path)))
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[Events]:
+        """Listen to all signals of the daemon while the context is open.
+
+        Iteration raises `Unreachable` when the daemon ends.
+        """
+        match = Match(names.BUS, path_namespace=names.ROOT_PATH)
+        with _translated(self._gone):
+            async with self._connection.signals(match) as signals:
+                yield Events(signals)
+
+
+@asynccontextmanager
+async def connect(address: str | None = None) -> AsyncIterator[Client]:
+    """Connect to the daemon on the bus at `address`, by default the system bus.
+
+    Raises `ConfigError` when the address is unusable, `Unreachable` when no bus is there. It is
+    also raised, and the body cancelled, when the bus goes away while the context is open.
+    """
+    async with connection.connect(address) as connected:
+        yield Client(connected)
+
+
+async def _next_change(signals: Signals) -> dict[str, object]:
+    """Return the properties that the next signal tells of."""
+    message = await anext(signals)
+    if message.interface != names.PROPERTIES:
+        return {}
+    _interface, changed, _invalidated = message.values()
+    assert isinstance(changed, dict)
+    return changed
+
+
+def _validated(model: type[_I], values: dict[str, object]) -> _I:
+    with _translated(errors.Failed("The daemon has no such object.")):
+        return model.model_validate(values)
+
+
+@contextmanager
+def _translated(gone: SessiondError) -> Iterator[None]:
+    """Raise errors of the bus as what they mean; that an object does not exist, as `gone`."""
+    try:
+        yield
+    except BusError as error:
+        if error.name == names.UNKNOWN_OBJECT:
+            raise gone from error
+        raise _error(error.name, error.text) from error
+    except WireError as error:
+        raise errors.InvalidName(str(error)) from error
+    except ValidationError as error:
+        raise errors.Failed(
+            f"The daemon's answer is not understood; is it of another version? {error}"
+        ) from error
+
+
+def _error(name: str, text: str) -> SessiondError:
+    if name in _ERRORS:
+        return _ERRORS[name](text)
+    if name == names.ACCESS_DENIED:
+        return errors.NotAuthorized(f"The bus does not let you do this: {text}")
+    if name in _UNREACHABLE or name.startswith(_ACTIVATION_FAILED):
+        return errors.Unreachable(
+            f"sessiond does not answer ({text}). Start it with 'systemctl start sessiond'."
+        )
+    return errors.Failed(f"{name}: {text}")

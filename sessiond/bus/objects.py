@@ -1,0 +1,264 @@
+"""The D-Bus objects: the manager, sessions, snapshots and jobs. What they do is in `operations`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import sessiond
+from sessiond.bus import names
+from sessiond.bus.authorisation import Action, authorise
+from sessiond.bus.interface import Caller, Change, Interface, Property, method, signal
+from sessiond.bus.operations import Operations, Options
+from sessiond.bus.wire import Variant, shown
+from sessiond.session.jobs import Job
+from sessiond.session.manager import Manager, Session
+from sessiond.session.model import SnapshotRecord, Uid
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+SESSION_NEW = signal("SessionNew", "s id, o session")
+SESSION_REMOVED = signal("SessionRemoved", "s id, o session")
+RESET_DONE = signal("ResetDone")
+SPACE_LOW = signal("SpaceLow", "s level, t used, t limit")
+COMPLETED = signal("Completed", "b success, s error")
+
+
+def _microseconds(moment: datetime | None) -> int:
+    """Return microseconds since 1970, as systemd's interfaces give times; 0 is never."""
+    return 0 if moment is None else (moment - _EPOCH) // timedelta(microseconds=1)
+
+
+class ManagerObject(Interface):
+    """All sessions."""
+
+    name = names.MANAGER
+    properties = (
+        Property("Version", "s", Change.NEVER),
+        Property("Features", "as"),
+        Property("Profiles", "as"),
+        Property("Images", "as"),
+    )
+    signals = (SESSION_NEW, SESSION_REMOVED)
+
+    def __init__(self, manager: Manager, operations: Operations) -> None:
+        self._manager = manager
+        self._operations = operations
+
+    def property_values(self) -> dict[str, object]:
+        return {
+            "Version": sessiond.__version__,
+            "Features": [shown(feature) for feature in self._manager.features],
+            "Profiles": [shown(profile) for profile in self._manager.profiles],
+            "Images": [shown(image) for image in self._manager.images],
+        }
+
+    @method("CreateSession", "s user, s profile, a{sv} options", "o session")
+    async def create_session(
+        self, caller: Caller, user: str, profile: str, options: Options
+    ) -> str:
+        return await self._operations.create(caller, user, profile, options)
+
+    @method("GetSession", "s id", "o session")
+    async def get_session(self, _caller: Caller, session_id: str) -> str:
+        return names.session_path(self._manager.get(session_id).id)
+
+    @method("GetSessionByUser", "u uid", "o session")
+    async def get_session_by_user(self, _caller: Caller, uid: int) -> str:
+        return names.session_path(self._manager.by_uid(Uid(uid)).id)
+
+    @method("ListSessions", "", "a(susso) sessions")
+    async def list_sessions(self, _caller: Caller) -> list[tuple[str, int, str, str, str]]:
+        return [
+            (s.id, s.uid, shown(s.user), shown(s.profile), names.session_path(s.id))
+            for s in self._manager.sessions.values()
+        ]
+
+    @method("ResetSession", "s id, a{sv} options", "o job")
+    async def reset_session(self, caller: Caller, session_id: str, options: Options) -> str:
+        return await self._operations.reset(caller, self._manager.get(session_id), options)
+
+    @method("SnapshotSession", "s id, s name, a{sv} options", "o snapshot")
+    async def snapshot_session(
+        self, caller: Caller, session_id: str, name: str, options: Options
+    ) -> str:
+        session = self._manager.get(session_id)
+        return await self._operations.snapshot(caller, session, name, options)
+
+    @method("PersistSession", "s id, a{sv} options", "o job")
+    async def persist_session(self, caller: Caller, session_id: str, options: Options) -> str:
+        return await self._operations.persist(caller, self._manager.get(session_id), options)
+
+    @method("CloseSession", "s id, a{sv} options")
+    async def close_session(self, caller: Caller, session_id: str, options: Options) -> None:
+        await self._operations.close(caller, self._manager.get(session_id), options)
+
+
+class SessionObject(Interface):
+    """One session."""
+
+    name = names.SESSION
+    properties = (
+        Property("Id", "s", Change.NEVER),
+        Property("User", "s", Change.NEVER),
+        Property("Uid", "u", Change.NEVER),
+        Property("Profile", "s", Change.NEVER),
+        Property("Image", "s", Change.NEVER),
+        Property("MountPoint", "s", Change.NEVER),
+        Property("Storage", "s"),
+        Property("State", "s"),
+        Property("BytesUsed", "t"),
+        Property("BytesLimit", "t"),
+        Property("InodesUsed", "t"),
+        Property("InodesLimit", "t"),
+        Property("CreatedAt", "t", Change.NEVER),
+        Property("LastReset", "t"),
+        Property("Snapshots", "ao"),
+    )
+    signals = (RESET_DONE, SPACE_LOW)
+
+    def __init__(self, session: Session, operations: Operations) -> None:
+        self._session = session
+        self._operations = operations
+
+    def property_values(self) -> dict[str, object]:
+        session = self._session
+        snapshots = sorted(session.snapshots.values(), key=lambda record: record.created_at)
+        return {
+            "Id": session.id,
+            "User": shown(session.user),
+            "Uid": session.uid,
+            "Profile": shown(session.profile),
+            "Image": shown(session.image),
+            "MountPoint": shown(str(session.mount_point)),
+            "Storage": session.storage.value,
+            "State": session.state.value,
+            "BytesUsed": session.usage.bytes_used,
+            "BytesLimit": session.usage.bytes_limit,
+            "InodesUsed": session.usage.inodes_used,
+            "InodesLimit": session.usage.inodes_limit,
+            "CreatedAt": _microseconds(session.created_at),
+            "LastReset": _microseconds(session.last_reset),
+            "Snapshots": [names.snapshot_path(session.id, record.name) for record in snapshots],
+        }
+
+    @method("Reset", "a{sv} options", "o job")
+    async def reset(self, caller: Caller, options: Options) -> str:
+        return await self._operations.reset(caller, self._session, options)
+
+    @method("Snapshot", "s name, a{sv} options", "o snapshot")
+    async def snapshot(self, caller: Caller, name: str, options: Options) -> str:
+        return await self._operations.snapshot(caller, self._session, name, options)
+
+    @method("Restore", "s snapshot, a{sv} options", "o job")
+    async def restore(self, caller: Caller, name: str, options: Options) -> str:
+        return await self._operations.restore(caller, self._session, name, options)
+
+    @method("Persist", "a{sv} options", "o job")
+    async def persist(self, caller: Caller, options: Options) -> str:
+        return await self._operations.persist(caller, self._session, options)
+
+    @method("Close", "a{sv} options")
+    async def close(self, caller: Caller, options: Options) -> None:
+        await self._operations.close(caller, self._session, options)
+
+    @method("Changes", "a{sv} options", "a{sv} summary")
+    async def changes(self, caller: Caller, options: Options) -> dict[str, Variant]:
+        return await self._operations.changes(caller, self._session, options)
+
+    @method("OpenDiff", "a{sv} options", "h stream")
+    async def open_diff(self, caller: Caller, options: Options) -> int:
+        return await self._operations.open_diff(caller, self._session, options)
+
+
+class SnapshotObject(Interface):
+    """One snapshot of a session."""
+
+    name = names.SNAPSHOT
+    properties = (
+        Property("Name", "s", Change.NEVER),
+        Property("Description", "s", Change.NEVER),
+        Property("CreatedAt", "t", Change.NEVER),
+        Property("Parent", "o"),
+    )
+
+    def __init__(self, session: Session, record: SnapshotRecord, operations: Operations) -> None:
+        self._session = session
+        self._record = record
+        self._operations = operations
+
+    def property_values(self) -> dict[str, object]:
+        return {
+            "Name": self._record.name,
+            "Description": shown(self._record.description),
+            "CreatedAt": _microseconds(self._record.created_at),
+            "Parent": self._parent(),
+        }
+
+    def _parent(self) -> str:
+        """Return the path of the snapshot this one was built on, or ``/``."""
+        layers = self._record.layers
+        below = [
+            record
+            for record in self._session.snapshots.values()
+            if len(record.layers) < len(layers)
+            and record.layers == layers[len(layers) - len(record.layers) :]
+        ]
+        if not below:
+            return "/"
+        nearest = max(below, key=lambda record: len(record.layers))
+        return names.snapshot_path(self._session.id, nearest.name)
+
+    @method("Delete")
+    async def delete(self, caller: Caller) -> None:
+        await self._operations.delete_snapshot(caller, self._session, self._record.name)
+
+    @method("Rename", "s name")
+    async def rename(self, caller: Caller, name: str) -> None:
+        await self._operations.rename_snapshot(caller, self._session, self._record.name, name)
+
+
+class JobObject(Interface):
+    """One running or finished operation on a session of `owner`."""
+
+    name = names.JOB
+    properties = (
+        Property("Operation", "s", Change.NEVER),
+        Property("Session", "s", Change.NEVER),
+        Property("StartedByUid", "u", Change.NEVER),
+        Property("Progress", "d"),
+        Property("ProgressValid", "b"),
+        Property("Bytes", "t"),
+        Property("State", "s"),
+        Property("ErrorName", "s"),
+        Property("ErrorMessage", "s"),
+    )
+    signals = (COMPLETED,)
+
+    def __init__(self, job: Job, owner: Uid) -> None:
+        self._job = job
+        self._owner = owner
+
+    def property_values(self) -> dict[str, object]:
+        job = self._job
+        return {
+            "Operation": job.operation.value,
+            "Session": job.session,
+            "StartedByUid": job.started_by,
+            # Rounded, so that a job of a million steps is not as many signals.
+            "Progress": round(job.progress, 2),
+            "ProgressValid": job.progress_valid,
+            "Bytes": job.bytes,
+            "State": self._state(),
+            "ErrorName": names.error_name(job.error) if job.error else "",
+            "ErrorMessage": shown(str(job.error)) if job.error else "",
+        }
+
+    def _state(self) -> str:
+        if not self._job.finished:
+            return "running"
+        return "failed" if self._job.error else "succeeded"
+
+    @method("Cancel")
+    async def cancel(self, caller: Caller) -> None:
+        await authorise(caller, Action.CANCEL, self._owner)
+        self._job.cancel()

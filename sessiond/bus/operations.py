@@ -1,0 +1,91 @@
+"""What callers can do to sessions: authorised, options checked, carried out, answered by a path.
+
+Sessions are called on by their own objects and, by id, by the manager's; both end here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from sessiond.bus import names
+from sessiond.bus.authorisation import Action, authorise
+from sessiond.bus.diff_stream import DiffStreams
+from sessiond.bus.interface import Caller
+from sessiond.bus.options import CreateOptions, NoOptions, SnapshotOptions, parse
+from sessiond.bus.wire import Variant
+from sessiond.session.jobs import Job
+from sessiond.session.manager import Manager, Session
+
+Options = Mapping[str, object]
+
+
+class Operations:
+    """See the module; `publish` makes a job known on the bus and returns its path.
+
+    All raise `NotAuthorized`, `InvalidOption` where they take options, and what the manager raises.
+    """
+
+    def __init__(self, manager: Manager, publish: Callable[[Job], str]) -> None:
+        self._manager = manager
+        self._publish = publish
+        self._streams = DiffStreams()
+
+    async def create(self, caller: Caller, user: str, profile: str, options: Options) -> str:
+        await authorise(caller, Action.CREATE)
+        chosen = parse(CreateOptions, options)
+        session = await self._manager.create(user, profile, session_id=chosen.id)
+        return names.session_path(session.id)
+
+    async def reset(self, caller: Caller, session: Session, options: Options) -> str:
+        uid = await authorise(caller, Action.RESET, session.uid)
+        parse(NoOptions, options)
+        return self._publish(session.reset(started_by=uid))
+
+    async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
+        await authorise(caller, Action.SNAPSHOT, session.uid)
+        chosen = parse(SnapshotOptions, options)
+        record = await session.snapshot(name, description=chosen.description)
+        return names.snapshot_path(session.id, record.name)
+
+    async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
+        uid = await authorise(caller, Action.RESTORE, session.uid)
+        parse(NoOptions, options)
+        return self._publish(session.restore(name, started_by=uid))
+
+    async def persist(self, caller: Caller, session: Session, options: Options) -> str:
+        uid = await authorise(caller, Action.PERSIST, session.uid)
+        parse(NoOptions, options)
+        return self._publish(session.persist(started_by=uid))
+
+    async def close(self, caller: Caller, session: Session, options: Options) -> None:
+        await authorise(caller, Action.CLOSE, session.uid)
+        parse(NoOptions, options)
+        await self._manager.close(session.id)
+
+    async def changes(
+        self, caller: Caller, session: Session, options: Options
+    ) -> dict[str, Variant]:
+        await authorise(caller, Action.COMPARE, session.uid)
+        parse(NoOptions, options)
+        summary = await session.changes()
+        return {
+            "added": Variant("t", summary.added),
+            "changed": Variant("t", summary.changed),
+            "deleted": Variant("t", summary.deleted),
+            "bytes": Variant("t", summary.bytes),
+        }
+
+    async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
+        await authorise(caller, Action.COMPARE, session.uid)
+        parse(NoOptions, options)
+        return self._streams.open(session, caller.start_soon)
+
+    async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await session.delete_snapshot(name)
+
+    async def rename_snapshot(
+        self, caller: Caller, session: Session, name: str, new_name: str
+    ) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await session.rename_snapshot(name, new_name)

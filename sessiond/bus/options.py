@@ -1,0 +1,47 @@
+"""The ``a{sv}`` options that methods take: which there are, and their types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sessiond.errors import InvalidOption
+
+
+class NoOptions(BaseModel):
+    """None are known yet; callers pass an empty dictionary."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class CreateOptions(NoOptions):
+    """Options of CreateSession."""
+
+    id: str | None = Field(None, description="a string: the session's id")
+
+
+class SnapshotOptions(NoOptions):
+    """Options of Snapshot and SnapshotSession."""
+
+    description: str = Field(
+        "", max_length=1000, description="a string of at most 1000 characters, for people"
+    )
+
+
+_O = TypeVar("_O", bound=NoOptions)
+
+
+def parse(model: type[_O], options: Mapping[str, object]) -> _O:
+    """Return `options` as `model`. Raises `InvalidOption`, naming the key and what is allowed."""
+    try:
+        return model.model_validate(options)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    key = problem["loc"][0]
+    known = model.model_fields
+    if key in known:
+        raise InvalidOption(f"Option {key!r} has to be {known[str(key)].description}.")
+    allowed = "; ".join(f"{name!r}, {field.description}" for name, field in known.items())
+    raise InvalidOption(f"There is no option {key!r} here. Allowed: {allowed or 'none'}.")

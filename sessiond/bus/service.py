@@ -1,0 +1,165 @@
+"""sessiond on the bus: keeps the D-Bus objects like the manager's sessions, and serves them."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+import trio
+
+from sessiond.bus import names
+from sessiond.bus.connection import Connection, connect
+from sessiond.bus.objects import (
+    COMPLETED,
+    RESET_DONE,
+    SESSION_NEW,
+    SESSION_REMOVED,
+    SPACE_LOW,
+    JobObject,
+    ManagerObject,
+    SessionObject,
+    SnapshotObject,
+)
+from sessiond.bus.operations import Operations
+from sessiond.bus.tree import ObjectTree
+from sessiond.bus.wire import BusError, shown
+from sessiond.errors import ConfigError, Failed, SessiondError
+from sessiond.session.jobs import Job
+from sessiond.session.manager import Manager, Session
+from sessiond.session.model import SnapshotRecord
+
+log = logging.getLogger(__name__)
+
+FINISHED_JOBS_KEPT = 32
+RECONNECT_INTERVAL = 2.0
+"""Seconds between attempts to find a lost bus again."""
+
+
+class Service:
+    """The objects on the bus, and the `Observer` by which they follow the manager."""
+
+    def __init__(self, manager: Manager) -> None:
+        self.tree = ObjectTree(names.ROOT_PATH)
+        self._manager = manager
+        self._operations = Operations(manager, self._publish)
+        self._finished: deque[str] = deque()
+        self.tree.add(names.ROOT_PATH, ManagerObject(manager, self._operations))
+        manager.observe(self)
+        for session in manager.sessions.values():
+            self.session_added(session)
+
+    def session_added(self, session: Session) -> None:
+        path = names.session_path(session.id)
+        self.tree.add(path, SessionObject(session, self._operations))
+        self._follow_snapshots(session)
+        self.tree.emit(names.ROOT_PATH, SESSION_NEW, session.id, path)
+        self.tree.changed(names.ROOT_PATH)
+
+    def session_removed(self, session: Session) -> None:
+        path = names.session_path(session.id)
+        for below in self.tree.below(path):
+            self.tree.remove(below)
+        self.tree.remove(path)
+        self.tree.emit(names.ROOT_PATH, SESSION_REMOVED, session.id, path)
+        self.tree.changed(names.ROOT_PATH)
+
+    def session_changed(self, session: Session) -> None:
+        path = names.session_path(session.id)
+        if path in self.tree:
+            self._follow_snapshots(session)
+            self.tree.changed(path)
+
+    def reset_done(self, session: Session) -> None:
+        self.tree.emit(names.session_path(session.id), RESET_DONE)
+
+    def space_low(self, session: Session, level: str, used: int, limit: int) -> None:
+        self.tree.emit(names.session_path(session.id), SPACE_LOW, level, used, limit)
+
+    def snapshot_added(self, session: Session, snapshot: SnapshotRecord) -> None:
+        self.session_changed(session)
+
+    def snapshot_removed(self, session: Session, snapshot: SnapshotRecord) -> None:
+        self.session_changed(session)
+
+    def job_added(self, job: Job) -> None:
+        self._publish(job)
+
+    def job_changed(self, job: Job) -> None:
+        path = names.job_path(job.id)
+        if path in self.tree:
+            self.tree.changed(path)
+
+    def job_completed(self, job: Job) -> None:
+        path = self._publish(job)
+        self.tree.changed(path)
+        error = shown(str(job.error)) if job.error else ""
+        self.tree.emit(path, COMPLETED, job.error is None, error)
+        self._finished.append(path)
+        if len(self._finished) > FINISHED_JOBS_KEPT:
+            self.tree.remove(self._finished.popleft())
+
+    def _publish(self, job: Job) -> str:
+        path = names.job_path(job.id)
+        if path not in self.tree:
+            owner = self._manager.sessions[job.session].uid
+            self.tree.add(path, JobObject(job, owner))
+        return path
+
+    def _follow_snapshots(self, session: Session) -> None:
+        """Have an object for each snapshot of the session, under its present name, and no other."""
+        wanted = {names.snapshot_path(session.id, s.name): s for s in session.snapshots.values()}
+        for path in self.tree.below(names.session_path(session.id)):
+            if path not in wanted:
+                self.tree.remove(path)
+        for path, record in wanted.items():
+            if path not in self.tree:
+                self.tree.add(path, SnapshotObject(session, record, self._operations))
+        for path in wanted:
+            self.tree.changed(path)
+
+
+async def serve(
+    manager: Manager,
+    *,
+    address: str | None = None,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve `manager` on the bus at `address`, by default the system bus, until cancelled.
+
+    Reports started once the bus name is taken. Before that it raises `Unreachable` when no bus is
+    there, `ConfigError` when the address is unusable or the bus denies us the name, and `Failed`
+    when another process has it. A bus that is lost later is looked for until it is back: sessions
+    do not depend on it.
+    """
+    service = Service(manager)
+    started = False
+    while True:
+        try:
+            async with connect(address, handler=service.tree.handle) as connection:
+                service.tree.connection = connection
+                await _take_name(connection)
+                if not started:
+                    started = True
+                    task_status.started()
+                else:
+                    log.info("The message bus is back.")
+                await trio.sleep_forever()
+        except SessiondError as error:
+            if not started:
+                raise
+            log.warning("%s Sessions go on; trying to reach the bus again.", error)
+        finally:
+            service.tree.connection = None
+        await trio.sleep(RECONNECT_INTERVAL)
+
+
+async def _take_name(connection: Connection) -> None:
+    try:
+        ours = await connection.request_name(names.BUS)
+    except BusError as error:
+        raise ConfigError(
+            f"The bus does not let this process be {names.BUS} ({error.text}). Run it as root, "
+            f"with {names.BUS}.conf in /usr/share/dbus-1/system.d known to the bus."
+        ) from error
+    if not ours:
+        raise Failed(f"Another process is {names.BUS} on this bus. Stop that sessiond first.")

@@ -1,0 +1,1 @@
+"""sessionctl: sessiond for people and for scripts, through D-Bus."""

@@ -1,0 +1,231 @@
+"""The commands of sessionctl that speak to the daemon; each prints what it has to tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+
+from sessiond.bus.client import Client, Event, SessionInfo, SnapshotInfo
+from sessiond.cli.arguments import Arguments
+from sessiond.cli.output import (
+    Json,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    size,
+    used_of,
+    when,
+)
+from sessiond.cli.progress import finish
+from sessiond.errors import NotAuthorized
+
+Command = Callable[[Client, Arguments], Awaitable[None]]
+
+
+async def list_sessions(client: Client, asked: Arguments) -> None:
+    """Print all sessions."""
+    sessions = await client.sessions()
+    if asked.json:
+        print_json([_session_json(session) for session in sessions])
+        return
+    titles = ("ID", "USER", "PROFILE", "STORAGE", "STATE", "MOUNT POINT", "USED")
+    print_table(
+        titles,
+        [(s.id, s.user, s.profile, s.storage, s.state, s.mount_point, _used(s)) for s in sessions],
+        numbers=1,
+    )
+
+
+async def status(client: Client, asked: Arguments) -> None:
+    """Print all about one session; how it differs from its image only to those who may ask."""
+    session = await client.session(asked.session)
+    info = await session.info()
+    snapshots = await session.snapshots()
+    try:
+        changes = await session.changes()
+    except NotAuthorized:
+        changes = None
+    if asked.json:
+        told = _session_json(info)
+        told["snapshots"] = [_snapshot_json(snapshot) for snapshot in snapshots]
+        told["changes"] = None if changes is None else dataclasses.asdict(changes)
+        print_json(told)
+        return
+    facts = [
+        ("Session", info.id),
+        ("User", f"{info.user} ({info.uid})"),
+        ("Profile", info.profile),
+        ("Image", info.image),
+        ("Mount point", info.mount_point),
+        ("Storage", info.storage),
+        ("State", info.state),
+        ("Used", used_of(info.bytes_used, info.bytes_limit)),
+        ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
+        ("Created", when(info.created_at)),
+        ("Last reset", when(info.last_reset)),
+        ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
+    ]
+    if changes is not None:
+        facts.append(
+            ("Changes", _counts(changes.added, changes.changed, changes.deleted, changes.bytes))
+        )
+    print_facts(facts)
+
+
+async def create(client: Client, asked: Arguments) -> None:
+    """Make a session."""
+    session = await client.create(asked.user, asked.profile, session_id=asked.id)
+    info = await session.info()
+    if asked.json:
+        print_json(_session_json(info))
+    else:
+        print_line(f"Session {info.id} of {info.user} is mounted at {info.mount_point}.")
+
+
+async def reset(client: Client, asked: Arguments) -> None:
+    """Drop all changes of a session."""
+    session = await client.session(asked.session)
+    await finish(await session.reset(), f"Resetting {asked.session}")
+
+
+async def snapshot(client: Client, asked: Arguments) -> None:
+    """Keep the present state of a session."""
+    session = await client.session(asked.session)
+    taken = await session.snapshot(asked.snapshot, description=asked.description)
+    if asked.json:
+        print_json(_snapshot_json(await taken.info()))
+
+
+async def snapshots(client: Client, asked: Arguments) -> None:
+    """Print the snapshots of a session."""
+    session = await client.session(asked.session)
+    found = await session.snapshots()
+    if asked.json:
+        print_json([_snapshot_json(one) for one in found])
+        return
+    rows = [(one.name, when(one.created_at), one.description) for one in found]
+    print_table(("NAME", "CREATED", "DESCRIPTION"), rows)
+
+
+async def restore(client: Client, asked: Arguments) -> None:
+    """Bring a session back to a snapshot."""
+    session = await client.session(asked.session)
+    job = await session.restore(asked.snapshot)
+    await finish(job, f"Restoring {asked.session} to {asked.snapshot}")
+
+
+async def delete_snapshot(client: Client, asked: Arguments) -> None:
+    """Delete a snapshot."""
+    session = await client.session(asked.session)
+    await session.snapshot_named(asked.snapshot).delete()
+
+
+async def persist(client: Client, asked: Arguments) -> None:
+    """Move a session to disk."""
+    session = await client.session(asked.session)
+    await finish(await session.persist(), f"Moving {asked.session} to disk")
+
+
+async def close(client: Client, asked: Arguments) -> None:
+    """End a session."""
+    session = await client.session(asked.session)
+    await session.close()
+
+
+async def diff(client: Client, asked: Arguments) -> None:
+    """Print how a session differs from its image, while the daemon finds it out."""
+    session = await client.session(asked.session)
+    added = changed = deleted = total = 0
+    async with session.diff() as differences:
+        async for one in differences:
+            if asked.json:
+                print(json.dumps(dataclasses.asdict(one)))
+                continue
+            added += one.kind == "added"
+            deleted += one.kind == "deleted"
+            changed += one.kind not in ("added", "deleted")
+            shown = size(one.size) if one.type == "file" and one.kind != "deleted" else ""
+            total += one.size if shown else 0
+            print_line(f"{one.kind:<8}  {one.type:<9}  {shown:>10}  {one.path}")
+    if not asked.json:
+        print_line(_counts(added, changed, deleted, total))
+
+
+async def monitor(client: Client, asked: Arguments) -> None:
+    """Print what happens, until interrupted or the daemon ends."""
+    async with client.events() as events:
+        async for event in events:
+            now = datetime.now().astimezone()
+            if asked.json:
+                print_json(_event_json(event, now))
+            else:
+                print_line(f"{now:%H:%M:%S}  {event.session or '-'}  {_event_line(event)}")
+
+
+COMMANDS: dict[str, Command] = {
+    "list": list_sessions,
+    "status": status,
+    "create": create,
+    "reset": reset,
+    "snapshot": snapshot,
+    "snapshots": snapshots,
+    "restore": restore,
+    "delete-snapshot": delete_snapshot,
+    "persist": persist,
+    "diff": diff,
+    "close": close,
+    "monitor": monitor,
+}
+
+
+def _used(session: SessionInfo) -> str:
+    return used_of(session.bytes_used, session.bytes_limit)
+
+
+def _counts(added: int, changed: int, deleted: int, total: int) -> str:
+    if added == changed == deleted == 0:
+        return "None: the session shows its image."
+    return f"{added} added, {changed} changed, {deleted} deleted; {size(total)} in files"
+
+
+def _session_json(session: SessionInfo) -> dict[str, Json]:
+    return session.model_dump(mode="json", exclude={"snapshots"})
+
+
+def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Json]:
+    return snapshot.model_dump(mode="json", exclude={"parent"})
+
+
+def _event_json(event: Event, now: datetime) -> dict[str, Json]:
+    return {
+        "time": now.isoformat(),
+        "session": event.session,
+        "path": event.path,
+        "interface": event.interface,
+        "member": event.member,
+        "arguments": [_plain(argument) for argument in event.arguments],
+    }
+
+
+def _event_line(event: Event) -> str:
+    if event.member == "PropertiesChanged":
+        changed = event.arguments[1]
+        assert isinstance(changed, dict)
+        return "  ".join(f"{name}={json.dumps(_plain(value))}" for name, value in changed.items())
+    return f"{event.member}  " + "  ".join(json.dumps(_plain(one)) for one in event.arguments)
+
+
+def _plain(value: object) -> Json:
+    """Return a value from a message as JSON can tell it."""
+    match value:
+        case str() | int() | float():
+            return value
+        case list() | tuple():
+            return [_plain(one) for one in value]
+        case dict():
+            return {str(key): _plain(one) for key, one in value.items()}
+        case _:
+            return repr(value)

@@ -1,0 +1,260 @@
+"""The configuration: one TOML file, and a directory of more that add to it or override it.
+
+Everything a person may write is checked here, before anything is started. A mistake is a
+`ConfigError` that names the file it is in, the key, and what is allowed there.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails
+
+from sessiond.errors import ConfigError
+
+DEFAULT_FILE = Path("/etc/sessiond/sessiond.toml")
+
+NAME_LIMIT = 64
+"""Longest name of a session, snapshot or profile, in characters."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What such a name looks like: it becomes a file name, a D-Bus object path and a unit name."""
+
+MOUNT_POINT_FIELDS = ("id", "user", "uid")
+"""What may stand in braces in a mount point pattern."""
+
+_Key = tuple[str, ...]
+
+
+def _absolute(path: Path) -> Path:
+    if not path.is_absolute() or ".." in path.parts:
+        raise ValueError("an absolute path without '..' is needed")
+    if "\0" in str(path):
+        raise ValueError("a path without NUL is needed")
+    return path
+
+
+def _name(text: str) -> str:
+    if len(text) > NAME_LIMIT or not NAME.fullmatch(text):
+        raise ValueError(
+            f"a name is 1 to {NAME_LIMIT} letters, digits, '_', '.' and '-', "
+            "beginning with a letter or digit"
+        )
+    return text
+
+
+AbsolutePath = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
+Name = Annotated[str, AfterValidator(_name)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class DaemonTable(_Table):
+    """`[daemon]`: where the daemon keeps what it must remember."""
+
+    state_directory: AbsolutePath = Path("/var/lib/sessiond")
+    """Persistent sessions."""
+    runtime_directory: AbsolutePath = Path("/run/sessiond")
+    """Mounts, volatile sessions; emptied by a reboot."""
+
+
+class Profile(_Table):
+    """`[profile.NAME]`: a kind of session."""
+
+    image: AbsolutePath
+    """A directory, or a squashfs, erofs or ext4 file."""
+    verity_root_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){16,64}$")] | None = None
+    verity_hash_device: AbsolutePath | None = None
+    """Where the hash tree is; the image file itself if not given."""
+    storage: Literal["tmpfs", "persistent"] = "tmpfs"
+    size: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGkmg]?|([1-9][0-9]?|100)%)$")] = "50%"
+    """Limit of a tmpfs: bytes with a suffix, or a part of RAM."""
+    inodes: Annotated[int, Field(ge=64)] | None = None
+    """Most files, directories and whiteouts of a tmpfs; the kernel's default if not given."""
+    mount_point: str | None = None
+    """Pattern; `RUNTIME_DIRECTORY/sessions/{id}/root` if not given."""
+    nosuid: bool | None = None
+    """Ignore setuid bits; if not given, for every user but root."""
+    nodev: bool | None = None
+    """Ignore device nodes; if not given, for every user but root."""
+
+    @field_validator("mount_point")
+    @classmethod
+    def _pattern(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            _check_pattern(pattern)
+        return pattern
+
+    @field_validator("size", "inodes")
+    @classmethod
+    def _limit(cls, limit: str | int | None, known: ValidationInfo) -> str | int | None:
+        if known.data.get("storage") == "persistent":
+            raise ValueError('only storage = "tmpfs" can be limited; remove the limit')
+        return limit
+
+    @field_validator("verity_hash_device")
+    @classmethod
+    def _hash_device(cls, device: Path | None, known: ValidationInfo) -> Path | None:
+        if known.data.get("verity_root_hash", "malformed") is None:
+            raise ValueError("verity_root_hash is needed with it")
+        return device
+
+
+class SessionTable(_Table):
+    """`[session.ID]`: a session to be created at start."""
+
+    user: Annotated[str, Field(min_length=1)]
+    profile: str
+
+
+class Config(_Table):
+    """The whole configuration."""
+
+    daemon: DaemonTable = DaemonTable()
+    profile: dict[Name, Profile] = {}
+    session: dict[Name, SessionTable] = {}
+
+
+def _check_pattern(pattern: str) -> None:
+    allowed = ", ".join(f"{{{field}}}" for field in MOUNT_POINT_FIELDS)
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise ValueError(f"{error}; in braces may stand {allowed}") from None
+    for _, field, specification, conversion in parts:
+        if field is not None and (
+            field not in MOUNT_POINT_FIELDS or specification or conversion is not None
+        ):
+            raise ValueError(f"{{{field}}} is unknown here; in braces may stand {allowed}")
+    _absolute(Path(pattern))
+    if Path(pattern) == Path("/"):
+        raise ValueError("a directory below / is needed")
+
+
+def load(file: Path = DEFAULT_FILE, directory: Path | None = None) -> Config:
+    """Read `file`, then each ``*.toml`` of `directory` in the order of their names.
+
+    `directory` is ``NAME.conf.d`` beside ``NAME.toml`` if not given, and may be missing. Later
+    files add tables, and override single keys. Raises `ConfigError`.
+    """
+    directory = file.with_suffix(".conf.d") if directory is None else directory
+    merged = _Merged({}, {})
+    for source in (file, *_drop_ins(directory)):
+        merged.add(_read(source), source)
+    try:
+        config = Config.model_validate(merged.values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentences(error, merged, file))) from None
+    for session, table in config.session.items():
+        if table.profile not in config.profile:
+            known = ", ".join(sorted(config.profile)) or "none"
+            where = merged.file_of(("session", session, "profile"), file)
+            raise ConfigError(
+                f"{where}: session.{session}.profile: there is no profile {table.profile!r}; "
+                f"the profiles are: {known}."
+            )
+    return config
+
+
+def _drop_ins(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.iterdir() if path.suffix == ".toml")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be read: {error.strerror}.") from None
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{file}: cannot be read: {error.strerror}. Write it, or name another with --config."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: is not UTF-8 at byte {error.start}.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: is not valid TOML: {error}.") from None
+
+
+@dataclass
+class _Merged:
+    """Values of all files, and which file each key, and each table first, came from."""
+
+    values: dict[str, object]
+    files: dict[_Key, Path]
+
+    def add(self, values: Mapping[str, object], file: Path) -> None:
+        self._merge(self.values, values, file, ())
+
+    def _merge(
+        self, target: dict[str, object], values: Mapping[str, object], file: Path, at: _Key
+    ) -> None:
+        for name, value in values.items():
+            key = (*at, name)
+            if isinstance(value, dict):
+                self.files.setdefault(key, file)
+                table = target.get(name)
+                if not isinstance(table, dict):
+                    table = target[name] = {}
+                self._merge(table, value, file, key)
+            else:
+                self.files[key] = file
+                target[name] = value
+
+    def file_of(self, key: _Key, otherwise: Path) -> Path:
+        while key:
+            if key in self.files:
+                return self.files[key]
+            key = key[:-1]
+        return otherwise
+
+
+_TABLES: Mapping[str, type[_Table]] = {
+    "daemon": DaemonTable,
+    "profile": Profile,
+    "session": SessionTable,
+}
+
+
+def _sentences(error: ValidationError, merged: _Merged, file: Path) -> Iterable[str]:
+    for details in error.errors(include_url=False):
+        key = tuple(str(part) for part in details["loc"] if part != "[key]")
+        yield f"{merged.file_of(key, file)}: {'.'.join(key)}: {_what_is_allowed(details, key)}."
+
+
+def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
+    match details["type"]:
+        case "extra_forbidden":
+            table = _TABLES[key[0]] if len(key) > 1 else Config
+            return f"is unknown; allowed are: {', '.join(table.model_fields)}"
+        case "missing":
+            return "is missing"
+        case "value_error":
+            return str(details["ctx"]["error"])
+        case "path_type":
+            return "an absolute path without '..' is needed"
+        case "string_pattern_mismatch" if key[-1] == "size":
+            return "a size is like '512M', '2G', or a part of RAM like '50%'"
+        case "string_pattern_mismatch":
+            return "a root hash is 32 to 128 lower-case hexadecimal digits"
+        case _:
+            return details["msg"][0].lower() + details["msg"][1:]

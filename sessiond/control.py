@@ -1,0 +1,141 @@
+"""Messages between the manager and a worker, over one SOCK_SEQPACKET socket for each session.
+
+One request, one reply, in turn; a message is one packet of JSON. Descriptors travel beside the packet. When
+the manager's end closes, the worker ends.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import trio
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+MESSAGE_LIMIT = 1 << 18
+"""Bytes; a stack of some hundred layers with long paths fits."""
+_DESCRIPTORS_LIMIT = 4
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerStack(_Message):
+    """Directories of the layers, topmost first."""
+
+    upper: Path
+    work: Path
+    lowers: tuple[Path, ...]
+
+
+class Swap(_Message):
+    """Serve another stack from now on."""
+
+    kind: Literal["swap"] = "swap"
+    stack: LayerStack
+
+
+class Freeze(_Message):
+    """Hold changes back."""
+
+    kind: Literal["freeze"] = "freeze"
+
+
+class Thaw(_Message):
+    """Let changes pass again."""
+
+    kind: Literal["thaw"] = "thaw"
+
+
+class Changes(_Message):
+    """Count the differences from the bottom-most lower; answered with `Reply.changes`."""
+
+    kind: Literal["changes"] = "changes"
+
+
+class Diff(_Message):
+    """Write the differences from the bottom-most lower to the descriptor that comes along."""
+
+    kind: Literal["diff"] = "diff"
+
+
+class Sync(_Message):
+    """Write the upper back to disk."""
+
+    kind: Literal["sync"] = "sync"
+
+
+class Stop(_Message):
+    """End. There is no reply: the socket closes."""
+
+    kind: Literal["stop"] = "stop"
+
+
+Request = Annotated[
+    Swap | Freeze | Thaw | Changes | Diff | Sync | Stop, Field(discriminator="kind")
+]
+
+
+class ChangeCounts(_Message):
+    """How many objects differ, and the bytes in the regular files among them."""
+
+    added: int = 0
+    changed: int = 0
+    deleted: int = 0
+    bytes: int = 0
+
+
+class Reply(_Message):
+    """The answer to a request; also sent once unasked, when the worker is ready or cannot be."""
+
+    error: str | None = None
+    errno: int = 0
+    """Of the system call that failed; 0 without error, or if it was none."""
+    changes: ChangeCounts | None = None
+
+
+_requests: TypeAdapter[Request] = TypeAdapter(Request)
+
+
+def parse_request(packet: bytes) -> Request:
+    """Raises pydantic's ValidationError."""
+    return _requests.validate_json(packet)
+
+
+async def send(
+    channel: trio.socket.SocketType, message: BaseModel, descriptors: Sequence[int] = ()
+) -> None:
+    """Send one message. Raises OSError when the other end is gone."""
+    packet = message.model_dump_json().encode()
+    if len(packet) > MESSAGE_LIMIT:
+        raise OSError(f"control message of {len(packet)} bytes exceeds {MESSAGE_LIMIT}")
+    ancillary = []
+    if descriptors:
+        rights = array.array("i", descriptors).tobytes()
+        ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights))
+    await channel.sendmsg([packet], ancillary)
+
+
+async def receive(channel: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    """Receive one packet and its descriptors; an empty packet when the other end is gone."""
+    size = socket.CMSG_SPACE(_DESCRIPTORS_LIMIT * array.array("i").itemsize)
+    try:
+        packet, ancillary, flags, _ = await channel.recvmsg(
+            MESSAGE_LIMIT, size, socket.MSG_CMSG_CLOEXEC
+        )
+    except ConnectionResetError:
+        return b"", []
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        for fd in descriptors:
+            os.close(fd)
+        raise OSError("truncated control message")
+    return packet, list(descriptors)

@@ -1,0 +1,87 @@
+"""The FUSE device: mounting a connection, and telling the kernel what changed behind its back."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyfuse3
+from pyfuse3 import InodeT
+
+from sessiond.overlay.overlay import Overlay
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+_NOTIFY_INC_EPOCH = 8
+_EPOCH_KERNEL = (6, 16)
+
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+
+
+def mount_device(
+    mount_point: Path, source: str, flags: int, *, fs_type: str, allow_other: bool
+) -> int:
+    """Mount a new FUSE connection; return its descriptor, which libfuse takes as ``/dev/fd/N``.
+
+    `flags`: MS_ constants of mount(2). Raises OSError, with the missing file or the mount point.
+    """
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        root_mode = os.stat(mount_point).st_mode
+        options = (
+            f"fd={fd},rootmode={root_mode & 0o170000:o},user_id={os.geteuid()},group_id={os.getegid()},"
+            "default_permissions"
+        )
+        if allow_other:
+            options += ",allow_other"
+        arguments = (source.encode(), os.fsencode(mount_point), fs_type.encode())
+        if _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()) < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(mount_point))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def detach(mount_point: Path) -> None:
+    """Take the mount out of the name space, now, whoever uses it. Nothing mounted there is no error."""
+    result = _libc.umount2(os.fsencode(mount_point), _MNT_DETACH | _UMOUNT_NOFOLLOW)
+    if result < 0 and ctypes.get_errno() not in {errno.EINVAL, errno.ENOENT}:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(mount_point))
+
+
+def has_epochs() -> bool:
+    """Say whether this kernel can invalidate all names of a mount at once (FUSE_NOTIFY_INC_EPOCH)."""
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int("".join(filter(str.isdigit, minor)))) >= _EPOCH_KERNEL
+
+
+def invalidate(device: int, overlay: Overlay, directories: Iterable[int]) -> None:
+    """Make the kernel ask again for every name, and for the attributes of `directories`.
+
+    Call from a thread: where there are no epochs, this waits for requests that are under way. Names that the
+    kernel remembers as missing are then not announced, so their timeout has to be short.
+    """
+    if has_epochs():
+        header = struct.pack("=IiQ", 16, _NOTIFY_INC_EPOCH, 0)  # struct fuse_out_header
+        os.write(device, header)
+    else:
+        for node in overlay.nodes.all():
+            for parent, name in list(node.links):
+                pyfuse3.invalidate_entry_async(InodeT(parent.number), name, ignore_enoent=True)
+    for number in directories:
+        try:
+            pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # the kernel has forgotten it meanwhile
+                raise

@@ -1,0 +1,179 @@
+"""The real `Mounter`: FUSE mounts, each served by a worker process.
+
+The manager's side never looks into a merged view, not even with stat(2): waiting there for a dead worker it
+could not be killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import trio
+from pydantic import ValidationError
+
+from sessiond import control
+from sessiond.control import LayerStack, Reply
+from sessiond.errors import Failed, NoSpace, SessiondError
+from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
+from sessiond.fuse.spawner import Spawner
+from sessiond.session.model import ChangeSummary, Stack
+from sessiond.session.mounter import MountRequest
+
+FS_TYPE = "fuse.sessiond"
+
+
+class FuseMounter:
+    """Implements `Mounter`."""
+
+    def __init__(self, spawner: Spawner) -> None:
+        self._spawner = spawner
+
+    async def mount(self, request: MountRequest) -> FuseMount:
+        """See `Mounter.mount`."""
+        flags = MS_NOSUID * request.nosuid | MS_NODEV * request.nodev
+        try:
+            device = mount_device(
+                request.mount_point, request.session, flags, fs_type=FS_TYPE, allow_other=True
+            )
+        except OSError as error:
+            raise Failed(
+                f"Session {request.session} cannot be mounted at {request.mount_point}: {error.strerror}."
+            ) from error
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lifeline, held = os.pipe2(os.O_CLOEXEC)
+        mount = FuseMount(request, trio.socket.from_stdlib_socket(ours), lifeline)
+        try:
+            try:
+                self._spawner.spawn(_layers(request.stack), device, theirs, held)
+            except OSError as error:
+                raise Failed("The fork server is gone: restart sessiond.") from error
+            finally:
+                os.close(device)
+                os.close(held)
+                theirs.close()
+            await mount.wait_ready()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await mount.unmount()
+            raise
+        return mount
+
+
+def _layers(stack: Stack) -> LayerStack:
+    return LayerStack(upper=stack.upper.fs, work=stack.upper.work, lowers=stack.lowers)
+
+
+class FuseMount:
+    """Implements `Mount`. One request at a time is under way on the control socket."""
+
+    def __init__(
+        self, request: MountRequest, channel: trio.socket.SocketType, lifeline: int
+    ) -> None:
+        """`lifeline`: the read end of a pipe whose other end only the worker holds."""
+        self._request = request
+        self._channel = channel
+        self._lifeline = lifeline
+        self._turn = trio.Lock()
+        self._died = trio.Event()
+
+    async def wait_ready(self) -> None:
+        """Return when the worker serves. Raises `Failed`, `NoSpace`."""
+        async with self._turn:
+            _checked(await self._reply())
+
+    async def _ask(self, request: control.Request, descriptors: tuple[int, ...] = ()) -> Reply:
+        async with self._turn:
+            # Whole, or the next request would get this one's reply.
+            with trio.CancelScope(shield=True):
+                try:
+                    await control.send(self._channel, request, descriptors)
+                except OSError as error:
+                    raise self._gone() from error
+                reply = await self._reply()
+        return _checked(reply)
+
+    async def _reply(self) -> Reply:
+        try:
+            packet, descriptors = await control.receive(self._channel)
+        except trio.ClosedResourceError:
+            raise self._gone() from None
+        for fd in descriptors:
+            os.close(fd)
+        if not packet:
+            raise self._gone()
+        try:
+            return Reply.model_validate_json(packet)
+        except ValidationError as error:
+            raise Failed(
+                f"The worker of session {self._request.session} talks nonsense."
+            ) from error
+
+    def _gone(self) -> SessiondError:
+        self._died.set()
+        return Failed(f"The worker of session {self._request.session} is gone.")
+
+    async def swap(self, stack: Stack) -> None:
+        """See `Mount.swap`."""
+        await self._ask(control.Swap(stack=_layers(stack)))
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """See `Mount.frozen`."""
+        await self._ask(control.Freeze())
+        try:
+            yield
+        finally:
+            if not self._died.is_set():
+                await self._ask(control.Thaw())
+
+    async def changes(self) -> ChangeSummary:
+        """See `Mount.changes`."""
+        counts = (await self._ask(control.Changes())).changes
+        if counts is None:
+            raise Failed(f"The worker of session {self._request.session} did not count changes.")
+        return ChangeSummary(counts.added, counts.changed, counts.deleted, counts.bytes)
+
+    async def diff(self, target: int) -> None:
+        """See `Mount.diff`."""
+        await self._ask(control.Diff(), (target,))
+
+    async def sync(self) -> None:
+        """See `Mount.sync`."""
+        await self._ask(control.Sync())
+
+    async def unmount(self) -> None:
+        """See `Mount.unmount`."""
+        detach(self._request.mount_point)
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                try:
+                    await control.send(self._channel, control.Stop())
+                    while (await control.receive(self._channel))[0]:
+                        pass
+                except (OSError, trio.ClosedResourceError):
+                    pass  # it was gone already
+                self._channel.close()
+                self._died.set()
+                if self._lifeline >= 0:
+                    trio.lowlevel.notify_closing(self._lifeline)
+                    os.close(self._lifeline)
+                    self._lifeline = -1
+
+    async def wait_died(self) -> None:
+        """See `Mount.wait_died`."""
+        if not self._died.is_set():
+            with suppress(trio.ClosedResourceError):
+                await trio.lowlevel.wait_readable(self._lifeline)
+            self._died.set()
+
+
+def _checked(reply: Reply) -> Reply:
+    if reply.error is None:
+        return reply
+    if reply.errno in {errno.ENOSPC, errno.EDQUOT}:
+        raise NoSpace(f"The storage is full ({reply.error}); delete files, or reset the session.")
+    raise Failed(reply.error)

@@ -1,0 +1,445 @@
+"""FUSE requests, translated: bytes, errno and attributes in, one call of the core, and back.
+
+Handlers run whole between their checkpoints, so the core is never entered twice at once. The checkpoints are
+two: a large copy-up, whose data is copied in a thread, and the gate that holds changes back while the
+session is frozen.
+
+Names, attributes and missing names are valid for ever in the kernel's caches: only this process changes the
+layers, and what it changes behind the kernel's back, `Invalidation` announces.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import stat as modes
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from sessiond.overlay.copy_up import CopyUp
+from sessiond.overlay.directory import NewObject
+from sessiond.overlay.nodes import Node
+from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.stack import Stack
+
+log = logging.getLogger(__name__)
+
+_FOREVER = 1e9  # seconds
+_COPY_IN_THREAD = 1 << 20
+"""Files from this size, in bytes, are copied up in a thread: below, waking one costs more."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _translated(
+    handler: Callable[Concatenate[OverlayOperations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[OverlayOperations, P], Coroutine[Any, Any, R]]:
+    """Turn what the core raises into errno. Anything unforeseen is logged and answered with EIO.
+
+    pyfuse3 ends its main loop, and with it the mount, on any exception but FUSEError.
+    """
+
+    @functools.wraps(handler)
+    async def call(self: OverlayOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except OSError as error:
+            raise FUSEError(error.errno or errno.EIO) from None
+        except Exception:
+            log.exception("%s of %s failed", handler.__name__, self.describe(args))
+            raise FUSEError(errno.EIO) from None
+
+    return call
+
+
+class OverlayOperations(pyfuse3.Operations):
+    """The overlay as pyfuse3 wants it.
+
+    File handles are node numbers: contents belong to the node, so that all who have a file open see one file,
+    also after a copy-up. Directory handles are numbers of listings.
+    """
+
+    enable_acl = True
+
+    def __init__(self, overlay: Overlay, *, negative_timeout: float = _FOREVER) -> None:
+        """`negative_timeout`: seconds for which the kernel may remember that a name is missing."""
+        super().__init__()
+        self.overlay = overlay
+        self._negative_timeout = negative_timeout
+        self._listings: dict[int, tuple[Node, list[bytes]]] = {}
+        self._last_listing = 0
+        self._copies: dict[int, trio.Lock] = {}
+        self._running: set[CopyUp] = set()
+        self._idle = trio.Event()
+        self._idle.set()
+        self._open = trio.Event()
+        self._open.set()
+
+    # For the worker
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """Hold back every change while the context is open."""
+        self._open = trio.Event()
+        try:
+            for copy in self._running:
+                copy.cancelled = True
+            await self._idle.wait()
+            yield
+        finally:
+            self._open.set()
+
+    def swap(self, stack: Stack) -> list[int]:
+        """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
+        self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
+        return self.overlay.swap(stack)
+
+    def describe(self, args: Sequence[object]) -> str:
+        """Return the path, or as much as is known, of what a handler was called for."""
+        number = args[0] if args else None
+        node = self.overlay.nodes.get(number) if isinstance(number, int) else None
+        path = (
+            os.fsdecode(b"/" + node.path) if node is not None and node.linked else f"node {number}"
+        )
+        if len(args) > 1 and isinstance(args[1], bytes):
+            path += "/" + os.fsdecode(args[1])
+        return repr(path)
+
+    # Translation
+
+    def _attributes(self, node: Node, stat: os.stat_result) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = node.number
+        entry.st_mode = stat.st_mode
+        entry.st_nlink = self.overlay.link_count(node, stat)
+        entry.st_uid = stat.st_uid
+        entry.st_gid = stat.st_gid
+        entry.st_rdev = stat.st_rdev
+        entry.st_size = stat.st_size
+        entry.st_blksize = stat.st_blksize
+        entry.st_blocks = stat.st_blocks
+        entry.st_atime_ns = stat.st_atime_ns
+        entry.st_mtime_ns = stat.st_mtime_ns
+        entry.st_ctime_ns = stat.st_ctime_ns
+        entry.entry_timeout = entry.attr_timeout = _FOREVER
+        return entry
+
+    def _given(self, node: Node, stat: os.stat_result) -> EntryAttributes:
+        """Return attributes in a reply that gives the kernel one more reference to the node."""
+        entry = self._attributes(node, stat)
+        self.overlay.refer(node)
+        return entry
+
+    async def _changeable(self, number: int) -> Node:
+        """Return a node that is about to change, with nothing large left to copy up."""
+        await self._open.wait()
+        node = self.overlay.node(number)
+        while self.overlay.needs_copy_up(node) >= _COPY_IN_THREAD:
+            await self._copy_up(number)
+            await self._open.wait()
+            node = self.overlay.node(number)
+        return node
+
+    async def _copy_up(self, number: int) -> None:
+        """Copy a large file up without holding up other requests; one task for each file."""
+        lock = self._copies.setdefault(number, trio.Lock())
+        try:
+            async with lock:
+                await self._open.wait()
+                node = self.overlay.node(number)
+                if self.overlay.needs_copy_up(node) < _COPY_IN_THREAD:
+                    return  # another request has done it
+                with self.overlay.begin_copy_up(node) as copy:
+                    if await self._run(copy) and not node.upper:
+                        copy.publish()
+        finally:
+            if not lock.statistics().tasks_waiting:
+                self._copies.pop(number, None)
+
+    async def _run(self, copy: CopyUp) -> bool:
+        """Copy the data in a thread; False if a swap of the stack called it off."""
+        self._running.add(copy)
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        try:
+            await trio.to_thread.run_sync(copy.copy_data)
+        except OSError as error:
+            if error.errno != errno.ECANCELED:
+                raise
+            return False
+        finally:
+            self._running.discard(copy)
+            if not self._running:
+                self._idle.set()
+        return True
+
+    # Names
+
+    @_translated
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        try:
+            node, stat = self.overlay.lookup(self.overlay.node(parent_inode), name)
+        except FileNotFoundError:
+            missing = EntryAttributes()
+            missing.st_ino = 0  # remember that there is none
+            missing.entry_timeout = self._negative_timeout
+            return missing
+        return self._given(node, stat)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        for number, count in inode_list:
+            node = self.overlay.nodes.get(number)
+            if node is not None:
+                self.overlay.forget(node, count)
+
+    def _new(
+        self, ctx: RequestContext, mode: int, device: int = 0, target: bytes = b""
+    ) -> NewObject:
+        return NewObject(mode, ctx.uid, ctx.gid, device, target)
+
+    async def _create(self, parent: int, name: bytes, new: NewObject) -> EntryAttributes:
+        await self._open.wait()
+        return self._given(*self.overlay.create(self.overlay.node(parent), name, new))
+
+    @_translated
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await self._create(parent_inode, name, self._new(ctx, mode, rdev))
+
+    @_translated
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        new = self._new(ctx, modes.S_IFDIR | modes.S_IMODE(mode))
+        return await self._create(parent_inode, name, new)
+
+    @_translated
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return await self._create(
+            parent_inode, name, self._new(ctx, modes.S_IFLNK | 0o777, target=target)
+        )
+
+    @_translated
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        await self._open.wait()
+        new = self._new(ctx, modes.S_IFREG | modes.S_IMODE(mode))
+        node, stat = self.overlay.create_file(self.overlay.node(parent_inode), name, new)
+        return FileInfo(fh=node.number), self._given(node, stat)
+
+    @_translated
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        node = await self._changeable(inode)
+        stat = self.overlay.link(node, self.overlay.node(new_parent_inode), new_name)
+        return self._given(node, stat)
+
+    @_translated
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._open.wait()
+        self.overlay.unlink(self.overlay.node(parent_inode), name)
+
+    @_translated
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._open.wait()
+        self.overlay.rmdir(self.overlay.node(parent_inode), name)
+
+    @_translated
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        for parent, name in ((parent_inode_old, name_old), (parent_inode_new, name_new)):
+            child = self.overlay.node(parent).children.get(name)
+            if child is not None:
+                await self._changeable(child.number)
+        await self._open.wait()
+        old = self.overlay.node(parent_inode_old), name_old
+        new = self.overlay.node(parent_inode_new), name_new
+        self.overlay.rename(old, new, flags)
+
+    # Attributes
+
+    @_translated
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        node = self.overlay.node(inode)
+        return self._attributes(node, self.overlay.stat(node))
+
+    @_translated
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        if fields.update_size and attr.st_size < _COPY_IN_THREAD:
+            await self._open.wait()  # what is cut off need not be copied up first
+            node = self.overlay.node(inode)
+        else:
+            node = await self._changeable(inode)
+        if fields.update_size:
+            self.overlay.resize(node, attr.st_size)
+        if fields.update_uid or fields.update_gid:
+            uid = attr.st_uid if fields.update_uid else -1
+            gid = attr.st_gid if fields.update_gid else -1
+            self.overlay.chown(node, uid, gid)
+        if fields.update_mode:
+            self.overlay.chmod(node, attr.st_mode)
+        if fields.update_atime or fields.update_mtime:
+            atime = attr.st_atime_ns if fields.update_atime else None
+            mtime = attr.st_mtime_ns if fields.update_mtime else None
+            self.overlay.utime(node, atime, mtime)
+        return self._attributes(node, self.overlay.stat(node))
+
+    @_translated
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return self.overlay.readlink(self.overlay.node(inode))
+
+    @_translated
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        return self.overlay.getxattr(self.overlay.node(inode), name)
+
+    @_translated
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return self.overlay.listxattr(self.overlay.node(inode))
+
+    @_translated
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        self.overlay.setxattr(await self._changeable(inode), name, value)
+
+    @_translated
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        self.overlay.removexattr(await self._changeable(inode), name)
+
+    @_translated
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        real = self.overlay.statvfs()
+        answer = StatvfsData()
+        for field in (
+            "f_bsize",
+            "f_frsize",
+            "f_blocks",
+            "f_bfree",
+            "f_bavail",
+            "f_files",
+            "f_ffree",
+            "f_favail",
+            "f_namemax",
+        ):
+            setattr(answer, field, getattr(real, field))
+        return answer
+
+    # Contents
+
+    @_translated
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        write = flags & os.O_ACCMODE != os.O_RDONLY
+        truncate = bool(flags & os.O_TRUNC)
+        if write and not truncate:
+            node = await self._changeable(inode)
+        else:
+            if truncate:
+                await self._open.wait()
+            node = self.overlay.node(inode)
+        self.overlay.open_file(node, write=write, truncate=truncate)
+        # The cache stays valid from one open to the next: all writes pass through the kernel.
+        return FileInfo(fh=node.number, keep_cache=not truncate)
+
+    @_translated
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self.overlay.read(self.overlay.node(fh), size, off)
+
+    @_translated
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return self.overlay.write(await self._changeable(fh), buf, off)
+
+    @_translated
+    async def flush(self, fh: FileHandleT) -> None:
+        raise FUSEError(errno.ENOSYS)  # nothing is buffered here: the kernel need not ask again
+
+    @_translated
+    async def release(self, fh: FileHandleT) -> None:
+        self.overlay.release_file(self.overlay.node(fh))
+
+    @_translated
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        self.overlay.fsync(self.overlay.node(fh), data_only=datasync)
+
+    # Directories
+
+    @_translated
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        node = self.overlay.node(inode)
+        self._last_listing += 1
+        self._listings[self._last_listing] = (node, [])
+        return self._last_listing
+
+    @_translated
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        node, names = self._listings[fh]
+        node = self.overlay.node(node.number)
+        if start_id == 0 or not names:  # also after rewinddir(3), which wants a new listing
+            names = self.overlay.names(node)
+            self._listings[fh] = (node, names)
+        for position in range(start_id, len(names)):
+            name = names[position]
+            try:
+                child, stat = self.overlay.lookup(node, name)
+            except FileNotFoundError:
+                continue  # removed since it was listed
+            entry = self._attributes(child, stat)
+            added = pyfuse3.readdir_reply(token, name, entry, position + 1)
+            if added:
+                self.overlay.refer(child)
+            else:
+                self.overlay.forget(child, 0)
+                return
+
+    @_translated
+    async def releasedir(self, fh: FileHandleT) -> None:
+        del self._listings[fh]
+
+    @_translated
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        node, _ = self._listings[fh]
+        self.overlay.fsync(self.overlay.node(node.number), data_only=datasync)

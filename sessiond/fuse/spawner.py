@@ -1,0 +1,109 @@
+"""The fork server: workers are forked from a small process that has everything imported.
+
+A worker so started costs a few megabytes of its own and no time for imports; and nothing ever forks inside a
+running trio loop. The server is a child of the manager, and goes, quietly, when the manager goes.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+
+from sessiond.control import MESSAGE_LIMIT, LayerStack
+
+log = logging.getLogger(__name__)
+
+
+class Spawner:
+    """A running fork server. `start` it before trio runs, and before there are threads."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+
+    @classmethod
+    def start(cls) -> Spawner:
+        """Fork the server."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            _serve(theirs)
+        theirs.close()
+        return cls(ours)
+
+    def close(self) -> None:
+        """End the server; workers live on."""
+        self._channel.close()
+
+    def spawn(self, layers: LayerStack, device: int, control: socket.socket, lifeline: int) -> None:
+        """Start a worker on the FUSE connection `device`. Raises OSError when the server is gone.
+
+        It reports on the other end of `control` when it is ready, and holds `lifeline` open while it
+        lives. The caller closes its copies of all three.
+        """
+        rights = array.array("i", [device, control.fileno(), lifeline]).tobytes()
+        self._channel.sendmsg(
+            [layers.model_dump_json().encode()],
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
+        )
+
+
+def _serve(channel: socket.socket) -> None:
+    """Fork a worker for each message. Never returns."""
+    status = 0
+    try:
+        os.setsid()  # an interrupt at the terminal is for the manager
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: nobody waits for workers
+        from sessiond.fuse import worker  # noqa: F401  (for its imports)
+
+        gc.collect()
+        gc.freeze()  # or the first collection would copy all pages that are shared
+        while packet := _receive(channel):
+            layers, device, control, lifeline = packet
+            if os.fork() == 0:
+                channel.close()
+                _become_worker(layers, device, control)
+            os.close(device)
+            os.close(lifeline)
+            control.close()
+    except BaseException:
+        log.exception("the fork server failed")
+        status = 1
+    finally:
+        logging.shutdown()
+        os._exit(status)
+
+
+def _receive(channel: socket.socket) -> tuple[LayerStack, int, socket.socket, int] | None:
+    descriptors = array.array("i")
+    packet, ancillary, _, _ = channel.recvmsg(
+        MESSAGE_LIMIT, socket.CMSG_SPACE(3 * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    if not packet:
+        return None
+    for _, _, data in ancillary:
+        descriptors.frombytes(data)
+    device, control, lifeline = descriptors
+    layers = LayerStack.model_validate_json(packet)
+    return layers, device, socket.socket(fileno=control), lifeline
+
+
+def _become_worker(layers: LayerStack, device: int, control: socket.socket) -> None:
+    """Run a worker in this fresh child. Never returns."""
+    from sessiond.fuse import worker
+
+    status = 0
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        worker.run(layers, device, control)
+    except BaseException:
+        log.exception("worker failed")
+        status = 1
+    finally:
+        logging.shutdown()
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,244 @@
+"""The worker: one process that serves one mount, and takes requests from the manager about it.
+
+One trio task reads the control socket, pyfuse3's tasks serve the mount; all in one thread, so requests of
+either side never overlap but at checkpoints.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import resource
+import socket
+import stat as modes
+from contextlib import AsyncExitStack
+
+import pyfuse3
+import trio
+
+from sessiond import control
+from sessiond.control import ChangeCounts, LayerStack, Reply
+from sessiond.fuse.device import has_epochs, invalidate
+from sessiond.fuse.operations import OverlayOperations
+from sessiond.overlay.diff import Change, ChangeKind, changes
+from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.stack import Stack, StackOptions
+
+log = logging.getLogger(__name__)
+
+_TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "symlink"}
+_DIFF_BUFFER = 1 << 16
+_READERS_LIMIT = 8
+_SHORT = 1.0  # seconds
+
+
+def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
+    """Open the layers. Raises OSError with a message for people."""
+    return Stack.open(
+        [os.fsencode(path) for path in layers.lowers],
+        os.fsencode(layers.upper),
+        os.fsencode(layers.work),
+        options,
+    )
+
+
+def prepare_process() -> None:
+    """Set what a worker process needs: many descriptors, and modes of new files taken as given."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    os.umask(0)
+
+
+def start_fuse(overlay: Overlay, mount_point: str) -> OverlayOperations:
+    """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already."""
+    negative = {} if has_epochs() else {"negative_timeout": _SHORT}
+    operations = OverlayOperations(overlay, **negative)
+    pyfuse3.init(operations, mount_point, {"default_permissions"})
+    return operations
+
+
+async def serve_fuse() -> None:
+    """Serve requests until the mount is gone."""
+    try:
+        await pyfuse3.main()
+    finally:
+        pyfuse3.close(unmount=False)
+
+
+def run(layers: LayerStack, device: int, manager: socket.socket) -> None:
+    """Serve `layers` on the FUSE connection `device` until the manager or the mount is gone."""
+    prepare_process()
+    trio.run(_run, layers, device, manager)
+
+
+async def _run(layers: LayerStack, device: int, manager: socket.socket) -> None:
+    channel = trio.socket.from_stdlib_socket(manager)
+    try:
+        overlay = Overlay(open_stack(layers, StackOptions()))
+    except OSError as error:
+        await control.send(channel, _failure(error))
+        return
+    operations = start_fuse(overlay, f"/dev/fd/{device}")
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
+            await control.send(channel, Reply())
+            await _Controlled(operations, device, channel, nursery).run()
+            nursery.cancel_scope.cancel()
+    finally:
+        overlay.close()
+
+
+async def _serve_and_cancel(scope: trio.CancelScope) -> None:
+    await serve_fuse()
+    scope.cancel()
+
+
+def _failure(error: OSError) -> Reply:
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    return Reply(error=f"{where}{error.strerror or error}", errno=error.errno or 0)
+
+
+class _Controlled:
+    """The manager's side of a worker: one request after another."""
+
+    def __init__(
+        self,
+        operations: OverlayOperations,
+        device: int,
+        channel: trio.socket.SocketType,
+        nursery: trio.Nursery,
+    ) -> None:
+        self._operations = operations
+        self._device = device
+        self._channel = channel
+        self._nursery = nursery
+        self._readers = 0
+        self._frozen = AsyncExitStack()
+        self._is_frozen = False
+
+    async def run(self) -> None:
+        """Answer requests until the manager says `Stop`, or is gone."""
+        async with self._frozen:
+            while True:
+                packet, descriptors = await control.receive(self._channel)
+                try:
+                    if not packet:
+                        return
+                    request = control.parse_request(packet)
+                    if isinstance(request, control.Stop):
+                        return
+                    reply = await self._answer(request, descriptors)
+                finally:
+                    for fd in descriptors:
+                        os.close(fd)
+                await control.send(self._channel, reply)
+
+    async def _answer(self, request: control.Request, descriptors: list[int]) -> Reply:
+        try:
+            match request:
+                case control.Swap():
+                    await self._swap(request.stack)
+                case control.Freeze():
+                    await self._freeze()
+                case control.Thaw():
+                    await self._frozen.aclose()
+                    self._is_frozen = False
+                case control.Changes():
+                    return Reply(changes=await trio.to_thread.run_sync(_count, self._copy()))
+                case control.Diff():
+                    (target,) = descriptors
+                    return self._start_diff(os.dup(target))
+                case control.Sync():
+                    await trio.to_thread.run_sync(_sync, self._copy())
+        except OSError as error:
+            return _failure(error)
+        except Exception:
+            log.exception("request %s failed", request)
+            return Reply(error="the worker failed; its log has the reason")
+        return Reply()
+
+    def _copy(self) -> Stack:
+        return self._operations.overlay.stack.copy()
+
+    def _start_diff(self, target: int) -> Reply:
+        """Write in the background: the reader may be slow, or never read at all."""
+        if self._readers >= _READERS_LIMIT:
+            os.close(target)
+            return Reply(error="too many listings of changes are being read; close some")
+        self._readers += 1
+        self._nursery.start_soon(self._diff, self._copy(), target)
+        return Reply()
+
+    async def _diff(self, stack: Stack, target: int) -> None:
+        try:
+            await trio.to_thread.run_sync(_write_diff, stack, target, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("cannot list changes: %s", error)
+        finally:
+            self._readers -= 1
+
+    async def _freeze(self) -> None:
+        if not self._is_frozen:
+            await self._frozen.enter_async_context(self._operations.frozen())
+            self._is_frozen = True
+
+    async def _swap(self, layers: LayerStack) -> None:
+        stack = open_stack(layers, self._operations.overlay.stack.options)
+        if self._is_frozen:
+            directories = self._operations.swap(stack)
+        else:
+            async with self._operations.frozen():
+                directories = self._operations.swap(stack)
+        overlay = self._operations.overlay
+        await trio.to_thread.run_sync(invalidate, self._device, overlay, directories)
+
+
+def _sync(stack: Stack) -> None:
+    try:
+        stack.sync()
+    finally:
+        stack.close()
+
+
+def _count(stack: Stack) -> ChangeCounts:
+    added = changed = deleted = size = 0
+    try:
+        for change in changes(stack):
+            match change.kind:
+                case ChangeKind.ADDED:
+                    added += 1
+                case ChangeKind.DELETED:
+                    deleted += 1
+                case _:
+                    changed += 1
+            if change.kind is not ChangeKind.DELETED:
+                size += change.size
+    finally:
+        stack.close()
+    return ChangeCounts(added=added, changed=changed, deleted=deleted, bytes=size)
+
+
+def _write_diff(stack: Stack, target: int) -> None:
+    """Write changes as JSON lines, and close `target`; a reader that hangs up ends it."""
+    try:
+        with os.fdopen(target, "wb", buffering=_DIFF_BUFFER) as lines:
+            for change in changes(stack):
+                lines.write(_line(change))
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+    finally:
+        stack.close()
+
+
+def _line(change: Change) -> bytes:
+    fields = {
+        "path": os.fsdecode(b"/" + change.path),
+        "kind": change.kind.value,
+        "type": _TYPES.get(modes.S_IFMT(change.mode), "other"),
+        "size": change.size,
+    }
+    return json.dumps(fields).encode() + b"\n"

@@ -1,0 +1,272 @@
+"""Copy-up: a file or directory of a lower gets into the upper, before it is changed for the first time.
+
+As in the kernel (fs/overlayfs/copy_up.c): the copy is made in the workdir with everything that the original
+has, and one rename publishes it, so the merged view never shows a part. The parents go first. A lower
+file with several names goes into the index, and its names become hard links to that one copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+
+from sessiond.overlay import origin, syscalls
+from sessiond.overlay.lookup import index_of
+from sessiond.overlay.nodes import Node
+from sessiond.overlay.stack import Stack
+from sessiond.overlay.syscalls import At
+from sessiond.overlay.workdir import Workdir, remove_tree
+from sessiond.overlay.xattrs import copy_attributes
+
+
+def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
+    """Get `node` into the upper if it is not there. Precondition: of the current generation.
+
+    `size`: copy only that many bytes of contents, since the rest is about to be cut off.
+    Raises OSError: EROFS without an upper, ESTALE for a node that is gone, and what copying raises (ENOSPC).
+    """
+    if node.upper:
+        if node.metacopy:
+            _fill(stack, node, size)
+        return
+    with CopyUp(stack, node, size) as copy:
+        copy.copy_data()
+        copy.publish()
+
+
+def copy_up_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+    """Get `node`, and that name of it, into the upper: for a name that is about to be removed or moved."""
+    copy_up(stack, node)
+    if not node.links[parent, name]:
+        _link_alias(stack, node, parent, name)
+
+
+class CopyUp:
+    """One copy-up in three steps, of which the long one, `copy_data`, may run in another thread."""
+
+    def __init__(self, stack: Stack, node: Node, size: int | None = None) -> None:
+        """Open the source and make the empty copy."""
+        self._work = _workdir(stack)
+        self.stack = stack
+        self.node = node
+        self.cancelled = False
+        """Set from another thread to make `copy_data` raise ECANCELED."""
+        self._source_fd = self._target_fd = -1
+        if node.linked:
+            copy_up(stack, node.parent)
+        elif node.anchor < 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        self._source = At(node.anchor, b"") if node.anchor >= 0 else node.lowers[0].at()
+        self._stat = syscalls.stat(self._source)
+        self._size = self._stat.st_size if size is None else min(size, self._stat.st_size)
+        self._target = self._work.temporary()
+        if modes.S_ISREG(node.kind):
+            data = self._source if node.anchor >= 0 else node.data_lower().at()
+            self._source_fd = syscalls.open_file(data, os.O_RDONLY)
+            self._target_fd = syscalls.create_file(self._target, 0o600)
+
+    def __enter__(self) -> CopyUp:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in (self._source_fd, self._target_fd):
+            if fd >= 0:
+                syscalls.close(fd)
+        remove_tree(self._target)
+
+    def copy_data(self) -> None:
+        """Copy the contents. May run in any thread."""
+        if self._source_fd < 0:
+            return
+        syscalls.copy_data(self._source_fd, self._target_fd, self._size, lambda: self.cancelled)
+        if self.stack.options.sync:
+            syscalls.fsync(self._target_fd)
+
+    def publish(self) -> None:
+        """Make the copy the node's."""
+        node, stack = self.node, self.stack
+        if self._source_fd < 0:
+            self._make_special()
+        copy_attributes(self._source, self._target, self._stat, stack.xattrs)
+        if not node.linked:
+            self._replace_anchor()
+            return
+        handle = origin.encode(node.lowers[0].layer, node.lowers[0].at())
+        syscalls.setxattr(self._target, stack.xattrs.origin, handle or b"")
+        real = syscalls.stat(self._target)
+        indexed = not node.is_directory and self._stat.st_nlink > 1 and handle is not None
+        if indexed:
+            assert handle is not None
+            self._publish_index(origin.index_name(handle))
+        else:
+            _publish(stack, node, self._target)
+        node.upper = True
+        node.real = (real.st_dev, real.st_ino)
+        if not node.is_directory:
+            node.lowers, node.metacopy = (), False
+        if indexed:
+            parent, name = next(iter(node.links))
+            _link_alias(stack, node, parent, name)
+        else:
+            node.links[next(iter(node.links))] = True
+
+    def _make_special(self) -> None:
+        mode = self._stat.st_mode
+        if modes.S_ISDIR(mode):
+            syscalls.mkdir(self._target, 0o700)
+        elif modes.S_ISLNK(mode):
+            syscalls.symlink(self._target, syscalls.readlink(self._source))
+        else:
+            syscalls.mknod(self._target, modes.S_IFMT(mode) | 0o600, self._stat.st_rdev)
+
+    def _replace_anchor(self) -> None:
+        """The node has no name: its copy gets none either."""
+        anchor = syscalls.open_path(self._target)
+        syscalls.close(self.node.anchor)
+        self.node.anchor = anchor
+        self.node.upper = True
+
+    def _publish_index(self, name: bytes) -> None:
+        syscalls.setxattr(
+            self._target, self.stack.xattrs.nlink, b"U%+d" % (self._stat.st_nlink - 1)
+        )
+        syscalls.rename(self._target, At(self._work.index, name))
+        self.node.index = name
+
+
+def _workdir(stack: Stack) -> Workdir:
+    if stack.work is None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    return stack.work
+
+
+def _publish(stack: Stack, node: Node, prepared: At) -> None:
+    """Move the prepared copy to where the node's name is, unnoticed by the parent's times."""
+    assert stack.upper is not None
+    ((parent, name),) = node.links
+    copy_up(stack, parent)
+    directory = At(stack.upper.directory(parent.path), b".")
+    times = syscalls.stat(directory)
+    mark_impure(stack, parent)
+    syscalls.rename(prepared, At(directory.directory, name))
+    syscalls.utime(directory, times.st_atime_ns, times.st_mtime_ns)
+
+
+def _link_alias(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+    """Give a file that is in the index one of its names in the upper (ovl_link_up)."""
+    assert stack.upper is not None
+    assert node.index is not None
+    copy_up(stack, parent)
+    indexed = At(_workdir(stack).index, node.index)
+    count = link_count(stack, node, syscalls.stat(indexed))
+    source = origin.decode(syscalls.getxattr(indexed, stack.xattrs.origin) or b"", stack.lowers)
+    if source is not None:  # relative to the lower: stays right while the upper's count changes
+        syscalls.setxattr(indexed, stack.xattrs.nlink, b"L%+d" % (count - source.st_nlink))
+    directory = At(stack.upper.directory(parent.path), b".")
+    times = syscalls.stat(directory)
+    mark_impure(stack, parent)
+    syscalls.link(indexed, At(directory.directory, name))
+    syscalls.utime(directory, times.st_atime_ns, times.st_mtime_ns)
+    node.links[parent, name] = True
+
+
+def _fill(stack: Stack, node: Node, size: int | None) -> None:
+    """Give a metadata-only copy its contents (ovl_copy_up_meta_inode_data)."""
+    at = locate(stack, node)
+    times = syscalls.stat(at)
+    source = syscalls.open_file(node.data_lower().at(), os.O_RDONLY)
+    target = syscalls.open_file(at, os.O_WRONLY)
+    try:
+        length = times.st_size if size is None else min(size, times.st_size)
+        syscalls.copy_data(source, target, length, lambda: False)
+        syscalls.truncate(target, times.st_size)
+        syscalls.utime(At(target, b""), times.st_atime_ns, times.st_mtime_ns)
+        if stack.options.sync:
+            syscalls.fsync(target)
+    finally:
+        syscalls.close(source)
+        syscalls.close(target)
+    syscalls.removexattr(at, stack.xattrs.metacopy)
+    node.lowers, node.metacopy = (), False
+
+
+def locate(stack: Stack, node: Node) -> At:
+    """Return where the node's topmost object is. Raises OSError: ESTALE."""
+    if node.anchor >= 0:
+        return At(node.anchor, b"")
+    if node.index is not None:
+        return At(_workdir(stack).index, node.index)
+    if node.upper and node.linked:
+        assert stack.upper is not None
+        return stack.upper.at(node.path)
+    if node.lowers and node.linked:
+        return node.lowers[0].at()
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def mark_impure(stack: Stack, directory: Node) -> None:
+    """Say on an upper directory that it has entries with an origin (ovl_set_impure)."""
+    if directory.impure:
+        return
+    syscalls.setxattr(locate(stack, directory), stack.xattrs.impure, b"y")
+    directory.impure = True
+
+
+def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
+    """Return ``st_nlink``: of a merged directory 1, of an indexed file the count over all layers."""
+    if node.is_directory:
+        if not node.linked:
+            return 0
+        return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
+    if node.index is None:
+        gone = not node.linked and not node.upper  # a whiteout hides one name; the lower keeps it
+        return stat.st_nlink - 1 if gone else stat.st_nlink
+    return _union_links(stack, At(_workdir(stack).index, node.index), stat)
+
+
+def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
+    """Evaluate ``overlay.nlink`` (ovl_get_nlink): a difference to the link count of upper or lower."""
+    value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
+    try:
+        base, difference = value[:1], int(value[1:])
+    except ValueError:
+        return stat.st_nlink
+    if base == b"U":
+        return max(stat.st_nlink + difference, 1)
+    source = origin.decode(syscalls.getxattr(indexed, stack.xattrs.origin) or b"", stack.lowers)
+    return max(source.st_nlink + difference, 1) if source is not None else stat.st_nlink
+
+
+def must_index(node: Node, stat: os.stat_result) -> bool:
+    """Say whether a node of a lower has several names and so gets into the index when it is copied up."""
+    return (
+        not node.upper
+        and not node.is_directory
+        and stat.st_nlink > 1
+        and index_of(node.lowers[0]) is not None
+    )
+
+
+def count_from_upper(stack: Stack, node: Node) -> None:
+    """Store an indexed file's link count relative to the upper's, which is about to change (ovl_nlink_start)."""
+    if node.index is None:
+        return
+    indexed = At(_workdir(stack).index, node.index)
+    stat = syscalls.stat(indexed)
+    count = link_count(stack, node, stat)
+    syscalls.setxattr(indexed, stack.xattrs.nlink, b"U%+d" % (count - stat.st_nlink))
+
+
+def drop_index(stack: Stack, node: Node) -> None:
+    """Remove an indexed file's entry in the index if its last name, known or not, is gone (ovl_nlink_end)."""
+    if node.index is None:
+        return
+    indexed = At(_workdir(stack).index, node.index)
+    stat = syscalls.stat(indexed)
+    value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
+    if value[:1] != b"U" or stat.st_nlink + int(value[1:]) > 0:
+        return
+    node.anchor_to(indexed)
+    syscalls.unlink(indexed)
+    node.index = None

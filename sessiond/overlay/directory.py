@@ -1,0 +1,368 @@
+"""Changes to directories: create, link, unlink, rmdir and rename.
+
+Each is prepared in the workdir and published by one system call on the upper, so that a crash leaves the
+merged view as it was before or as it is after (fs/overlayfs/dir.c, which this follows). What a change
+replaces lands in the workdir and is removed there.
+
+Preconditions of all: the directories given are linked and of the current generation, names have been
+looked up, and the kernel or the caller has checked permissions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.copy_up import (
+    copy_up,
+    copy_up_name,
+    count_from_upper,
+    drop_index,
+    locate,
+    mark_impure,
+    must_index,
+)
+from sessiond.overlay.lookup import Presence, covered, names
+from sessiond.overlay.nodes import Node
+from sessiond.overlay.stack import Stack
+from sessiond.overlay.syscalls import At
+from sessiond.overlay.workdir import Workdir
+from sessiond.overlay.xattrs import copy_attributes, default_acl, set_default_acl
+
+_REDIRECT_LIMIT = 256  # OVL_REDIRECT_MAX
+
+
+class NewObject(NamedTuple):
+    """What is to be created: a complete ``st_mode``, its owner, and what its type needs besides."""
+
+    mode: int
+    uid: int
+    gid: int
+    device: int = 0
+    target: bytes = b""
+
+
+def _writable(stack: Stack) -> Workdir:
+    if stack.work is None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    return stack.work
+
+
+def _upper_name(stack: Stack, parent: Node, name: bytes) -> At:
+    assert stack.upper is not None
+    return At(stack.upper.directory(parent.path), name)
+
+
+def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: NewObject) -> int:
+    """Create an object at a free name. Return a descriptor of a regular file, -1 of anything else.
+
+    The group, default ACL and setgid bit of the parent are inherited as the upper's file system does it.
+    """
+    work = _writable(stack)
+    copy_up(stack, parent)
+    fd = -1
+    try:
+        with _nursery(stack, work, parent) as (prepared, inherits_group):
+            fd = _make(prepared, new)
+            _own(prepared, new, inherits_group=inherits_group)
+            target = _upper_name(stack, parent, name)
+            if presence is not Presence.WHITEOUT:
+                syscalls.rename(prepared, target, syscalls.RENAME_NOREPLACE)
+            elif modes.S_ISDIR(new.mode):
+                syscalls.setxattr(prepared, stack.xattrs.opaque, b"y")
+                syscalls.rename(prepared, target, syscalls.RENAME_EXCHANGE)
+            else:
+                syscalls.rename(prepared, target)
+    except BaseException:
+        if fd >= 0:
+            syscalls.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def _nursery(stack: Stack, work: Workdir, parent: Node) -> Iterator[tuple[At, bool]]:
+    """Hand out a name in a directory that gives new entries what `parent` would give them.
+
+    That is the workdir itself for most; for a setgid directory, or one with a default ACL, a directory
+    made like it. So inheritance is the file system's, never computed here.
+    """
+    at = locate(stack, parent)
+    stat = syscalls.stat(at)
+    acl = default_acl(at)
+    if not stat.st_mode & modes.S_ISGID and acl is None:
+        with work.preparing() as prepared:
+            yield prepared, False
+        return
+    with work.preparing() as nursery:
+        syscalls.mkdir(nursery, 0o700)
+        if acl is not None:
+            set_default_acl(nursery, acl)
+        if stat.st_mode & modes.S_ISGID:
+            syscalls.chown(nursery, 0, stat.st_gid)
+            syscalls.chmod(nursery, 0o2700)
+        fd = syscalls.open_path(nursery)
+        try:
+            yield At(fd, b"new"), bool(stat.st_mode & modes.S_ISGID)
+        finally:
+            syscalls.close(fd)
+
+
+def _make(at: At, new: NewObject) -> int:
+    permissions = new.mode & 0o7777
+    if modes.S_ISREG(new.mode):
+        return syscalls.create_file(at, permissions)
+    if modes.S_ISDIR(new.mode):
+        syscalls.mkdir(at, permissions)
+    elif modes.S_ISLNK(new.mode):
+        syscalls.symlink(at, new.target)
+    else:
+        syscalls.mknod(at, new.mode, new.device)
+    return -1
+
+
+def _own(at: At, new: NewObject, *, inherits_group: bool) -> None:
+    gid = -1 if inherits_group else new.gid
+    if new.uid == 0 and gid in {-1, 0}:
+        return
+    syscalls.chown(at, new.uid, gid)
+    special = new.mode & (modes.S_ISUID | modes.S_ISGID)
+    if special and not modes.S_ISDIR(new.mode):  # chown(2) has cleared them
+        syscalls.chmod(at, modes.S_IMODE(syscalls.stat(at).st_mode) | special)
+
+
+def link(stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence) -> None:
+    """Give `node` another name. Raises ENOENT if it has none any more, as linkat(2) does."""
+    work = _writable(stack)
+    if not node.linked:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    copy_up(stack, node)
+    copy_up(stack, parent)
+    mark_impure(stack, parent)
+    count_from_upper(stack, node)
+    if presence is Presence.WHITEOUT:
+        with work.preparing() as prepared:
+            syscalls.link(_link_source(stack, node), prepared)
+            syscalls.rename(prepared, _upper_name(stack, parent, name))
+    else:
+        syscalls.link(_link_source(stack, node), _upper_name(stack, parent, name))
+    node.add_link(parent, name, in_upper=True)
+
+
+def _link_source(stack: Stack, node: Node) -> At:
+    """Return a name of the upper file; an anchor is none."""
+    if node.index is not None:
+        return locate(stack, node)
+    assert stack.upper is not None
+    return stack.upper.at(node.path)
+
+
+def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+    """Remove a name of a file. Who holds the file goes on using it, through its anchor."""
+    work = _writable(stack)
+    _settle_name(stack, node, parent, name)
+    copy_up(stack, parent)
+    target = _upper_name(stack, parent, name)
+    hide = covered(stack, parent.directory, name)
+    count_from_upper(stack, node)
+    if len(node.links) == 1 and node.index is None:
+        node.anchor_to(locate(stack, node))
+    if not node.links[parent, name]:
+        work.make_whiteout(target)
+    elif hide:
+        with work.preparing() as whiteout:
+            work.make_whiteout(whiteout)
+            syscalls.rename(whiteout, target)
+    else:
+        syscalls.unlink(target)
+    node.drop_link(parent, name)
+    drop_index(stack, node)
+
+
+def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+    """Remove a directory. Raises ENOTEMPTY if the merged view of it has an entry."""
+    work = _writable(stack)
+    if names(stack, node.directory):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+    copy_up(stack, parent)
+    node.anchor_to(locate(stack, node))
+    target = _upper_name(stack, parent, name)
+    path = parent.child_path(name)
+    if not node.upper:
+        work.make_whiteout(target)
+    elif covered(stack, parent.directory, name):
+        with work.preparing() as whiteout:
+            work.make_whiteout(whiteout)
+            syscalls.rename(whiteout, target, syscalls.RENAME_EXCHANGE)
+    else:
+        _remove_empty(work, target)
+    assert stack.upper is not None
+    stack.upper.forget(path)
+    node.drop_link(parent, name)
+
+
+def _remove_empty(work: Workdir, target: At) -> None:
+    """Remove an upper directory that has nothing but, perhaps, whiteouts."""
+    try:
+        syscalls.rmdir(target)
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise
+        with work.preparing() as aside:
+            syscalls.rename(target, aside)
+
+
+class Place(NamedTuple):
+    """One end of a rename: a name, and the node that has it, if any."""
+
+    parent: Node
+    name: bytes
+    node: Node | None
+    presence: Presence
+
+
+def rename(stack: Stack, old: Place, new: Place) -> None:
+    """Move `old.node` to `new`, replacing a file or an empty directory there.
+
+    Raises OSError: ENOTEMPTY, EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects cannot be
+    written, upon which mv(1) copies.
+    """
+    work = _writable(stack)
+    node = old.node
+    assert node is not None
+    if new.node is node:  # two names of one file: nothing to do (rename(2))
+        return
+    if new.node is not None:
+        _check_replaceable(stack, node, new.node)
+    _bring_up(stack, old)
+    copy_up(stack, new.parent)
+    if new.node is not None:
+        _prepare_replacement(stack, work, new)
+    hides_lower = covered(stack, new.parent.directory, new.name)
+    _prepare_move(stack, node, new.parent, hides_lower=hides_lower)
+    hide = covered(stack, old.parent.directory, old.name)
+    source = _upper_name(stack, old.parent, old.name)
+    target = _upper_name(stack, new.parent, new.name)
+    if hide and new.presence is Presence.WHITEOUT:
+        syscalls.rename(source, target, syscalls.RENAME_EXCHANGE)  # the two whiteouts change places
+    elif hide:
+        syscalls.rename(source, target, syscalls.RENAME_WHITEOUT)
+    elif node.is_directory and new.presence is Presence.WHITEOUT:
+        syscalls.rename(source, target, syscalls.RENAME_EXCHANGE)
+        syscalls.unlink(source)
+    else:
+        syscalls.rename(source, target)
+    if new.node is not None:
+        new.node.drop_link(new.parent, new.name)
+        drop_index(stack, new.node)
+    _moved(stack, node, old, new)
+
+
+def exchange(stack: Stack, old: Place, new: Place) -> None:
+    """Let two names change places (RENAME_EXCHANGE)."""
+    _writable(stack)
+    first, second = old.node, new.node
+    assert first is not None
+    assert second is not None
+    if first is second:
+        return
+    _bring_up(stack, old)
+    _bring_up(stack, new)
+    for node, parent, name in ((first, new.parent, new.name), (second, old.parent, old.name)):
+        _prepare_move(stack, node, parent, hides_lower=covered(stack, parent.directory, name))
+    syscalls.rename(
+        _upper_name(stack, old.parent, old.name),
+        _upper_name(stack, new.parent, new.name),
+        syscalls.RENAME_EXCHANGE,
+    )
+    second.drop_link(new.parent, new.name)
+    _moved(stack, first, old, new)
+    second.add_link(old.parent, old.name, in_upper=True)
+
+
+def _bring_up(stack: Stack, place: Place) -> None:
+    assert place.node is not None
+    _settle_name(stack, place.node, place.parent, place.name)
+    copy_up(stack, place.node)
+
+
+def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+    """Get the name of a lower hard link into the upper, so that its going changes the count with it."""
+    if node.index is not None or must_index(node, syscalls.stat(locate(stack, node))):
+        copy_up_name(stack, node, parent, name)
+
+
+def _check_replaceable(stack: Stack, node: Node, replaced: Node) -> None:
+    if replaced.is_directory and not node.is_directory:
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if node.is_directory and not replaced.is_directory:
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if replaced.is_directory and names(stack, replaced.directory):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+
+def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
+    """Get what is about to be replaced ready to go in one step."""
+    node = place.node
+    assert node is not None
+    if not node.is_directory:
+        _settle_name(stack, node, place.parent, place.name)
+        count_from_upper(stack, node)
+        if len(node.links) == 1 and node.index is None:
+            node.anchor_to(locate(stack, node))
+        return
+    assert stack.upper is not None
+    if node.upper and syscalls.scan(stack.upper.directory(node.path)):
+        _clear(stack, work, node, _upper_name(stack, place.parent, place.name))
+    node.anchor_to(locate(stack, node))
+    stack.upper.forget(node.path)
+
+
+def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
+    """Replace an upper directory that has only whiteouts by an opaque, really empty one (ovl_clear_empty)."""
+    with work.preparing() as empty:
+        syscalls.mkdir(empty, 0o700)
+        copy_attributes(target, empty, syscalls.stat(target), stack.xattrs)
+        syscalls.setxattr(empty, stack.xattrs.opaque, b"y")
+        syscalls.rename(empty, target, syscalls.RENAME_EXCHANGE)
+    assert stack.upper is not None
+    stack.upper.forget(node.path)
+    node.lowers = ()
+
+
+def _prepare_move(stack: Stack, node: Node, parent: Node, *, hides_lower: bool) -> None:
+    """Mark what moves so that it will merge with the same lowers, and no others, at its new name."""
+    mark_impure(stack, parent)
+    if not node.is_directory:
+        return
+    at = locate(stack, node)
+    if node.lowers:
+        syscalls.setxattr(at, stack.xattrs.redirect, _redirect(stack, node, parent))
+    elif hides_lower:
+        syscalls.setxattr(at, stack.xattrs.opaque, b"y")
+
+
+def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
+    """Return the redirect that leads from a name in `parent` to the node's topmost lower (ovl_get_redirect)."""
+    if stack.options.user_xattrs:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    top = node.lowers[0]
+    directory, _, name = top.path.rpartition(b"/")
+    sibling = any(lower.layer is top.layer and lower.path == directory for lower in parent.lowers)
+    value = name if sibling else b"/" + top.path
+    if len(value) > _REDIRECT_LIMIT:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    return value
+
+
+def _moved(stack: Stack, node: Node, old: Place, new: Place) -> None:
+    node.drop_link(old.parent, old.name)
+    node.add_link(new.parent, new.name, in_upper=True)
+    if node.is_directory:
+        assert stack.upper is not None
+        stack.upper.forget_all()

@@ -1,0 +1,314 @@
+"""What a name of the merged view stands for, and what a merged directory lists.
+
+The rules are those of ovl_lookup (fs/overlayfs/namei.c): the topmost object wins; directories go on
+merging downwards until one is opaque, a whiteout ends the search, and a redirect changes the path that is
+looked for in the layers below.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+from collections.abc import Iterator
+from enum import Enum, auto
+from typing import NamedTuple
+
+from sessiond.overlay import origin, syscalls
+from sessiond.overlay.layer import Layer
+from sessiond.overlay.stack import Stack
+from sessiond.overlay.syscalls import At
+from sessiond.overlay.whiteout import is_whiteout
+
+NAME_LIMIT = 255
+Identity = tuple[int, int]
+"""st_dev and st_ino of the object that gives a file its inode number: its origin, or itself."""
+
+
+class Presence(Enum):
+    """Where a name is, and so what a change to it has to do."""
+
+    ABSENT = auto()
+    """Nowhere. Creating puts it into the upper."""
+    WHITEOUT = auto()
+    """Gone, and the upper has a whiteout, which creating replaces."""
+    LOWER = auto()
+    """In lowers only. Changing copies it up; removing leaves a whiteout."""
+    UPPER = auto()
+    """In the upper, perhaps merged with lowers. Removing may have to leave a whiteout."""
+
+
+class Lower(NamedTuple):
+    """An object of a lower layer."""
+
+    layer: Layer
+    path: bytes
+    marked: bool = False
+    """A directory in which whiteouts may be files."""
+
+    def at(self) -> At:
+        return self.layer.at(self.path)
+
+
+class Directory(NamedTuple):
+    """The real directories that one directory of the merged view consists of."""
+
+    upper: bytes | None
+    """Path in the upper, where it has got there."""
+    lowers: tuple[Lower, ...]
+    marked: bool = False
+    """The upper one may hold whiteouts that are files."""
+
+
+class Entry(NamedTuple):
+    """The answer to a lookup. `stat` and what follows are only meaningful for LOWER and UPPER."""
+
+    presence: Presence
+    stat: os.stat_result
+    identity: Identity = (0, 0)
+    lowers: tuple[Lower, ...] = ()
+    """What the name stands for in the lowers, as far as it counts; for a directory: what merges."""
+    indexed: bytes | None = None
+    """Name in the index, of a lower hard link that was copied up under this or another name."""
+    metacopy: bool = False
+    """The topmost file has only metadata; its contents are those of the last of `lowers`."""
+    marked: bool = False
+
+    @property
+    def positive(self) -> bool:
+        return self.presence in {Presence.LOWER, Presence.UPPER}
+
+    @property
+    def is_directory(self) -> bool:
+        return self.positive and modes.S_ISDIR(self.stat.st_mode)
+
+
+_NO_STAT = os.stat_result([0] * 10)
+ABSENT = Entry(Presence.ABSENT, _NO_STAT)
+WHITEOUT = Entry(Presence.WHITEOUT, _NO_STAT)
+
+
+def join(path: bytes, name: bytes) -> bytes:
+    return path + b"/" + name if path else name
+
+
+def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
+    """Look `name` up. Raises OSError: ENAMETOOLONG; EIO for a metacopy without data."""
+    if len(name) > NAME_LIMIT:
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
+    search = _Search(stack, name)
+    upper, upper_marked = None, False
+    if directory.upper is not None:
+        assert stack.upper is not None
+        at = At(stack.upper.directory(directory.upper), name)
+        upper = syscalls.stat_or_none(at)
+        if upper is not None:
+            if is_whiteout(upper, at, stack.xattrs, marked=directory.marked):
+                return WHITEOUT
+            search.meet(stack.upper, at, upper, last=False)
+            upper_marked = search.marked
+            if not modes.S_ISDIR(upper.st_mode) and not search.metacopy:
+                return _upper_file(stack, at, upper)
+    search.walk(directory)
+    if upper is not None:
+        return _upper_entry(search, upper, marked=upper_marked)
+    return _lower_entry(stack, search)
+
+
+def covered(stack: Stack, directory: Directory, name: bytes) -> bool:
+    """Say whether a lower would show through if the upper had nothing of that name (ovl_lower_positive)."""
+    search = _Search(stack, name)
+    search.walk(directory)
+    return bool(search.lowers)
+
+
+class _Search:
+    """One walk down the layers for one name."""
+
+    def __init__(self, stack: Stack, name: bytes) -> None:
+        self.stack = stack
+        self.name = name
+        self.absolute: bytes | None = None
+        """Path from the root of the layers below, after an absolute redirect."""
+        self.lowers: list[Lower] = []
+        self.stats: list[os.stat_result] = []
+        self.is_directory = False
+        self.metacopy = False
+        """What was met last has only metadata: the search goes on for its data."""
+        self.marked = False
+        """Of the directory met last."""
+        self.done = False
+
+    def walk(self, directory: Directory) -> None:
+        parents = {lower.layer: lower for lower in directory.lowers}
+        for layer in self.stack.lowers:
+            if self.done:
+                return
+            if self.absolute is not None:
+                self._visit_path(layer, self.absolute)
+            elif (parent := parents.get(layer)) is not None:
+                at = At(layer.directory(parent.path), self.name)
+                self._visit(layer, at, join(parent.path, self.name), marked=parent.marked)
+
+    def _visit_path(self, layer: Layer, path: bytes) -> None:
+        """Visit the end of a redirect, minding whiteouts and opaque directories on the way there."""
+        walked, marked = b"", layer.may_hold_marks
+        *parents, name = path.split(b"/")
+        for component in parents:
+            at = At(layer.directory(walked), component)
+            stat = syscalls.stat_or_none(at)
+            if stat is None:
+                return
+            if not modes.S_ISDIR(stat.st_mode):
+                self.done = True
+                return
+            opaque = syscalls.getxattr(at, self.stack.xattrs.opaque)
+            marked = opaque == b"x"
+            self.done |= opaque == b"y"
+            walked = join(walked, component)
+        self._visit(layer, At(layer.directory(walked), name), path, marked=marked)
+
+    def _visit(self, layer: Layer, at: At, path: bytes, *, marked: bool) -> None:
+        stat = syscalls.stat_or_none(at)
+        if stat is None:
+            return
+        is_directory = modes.S_ISDIR(stat.st_mode)
+        if is_whiteout(stat, at, self.stack.xattrs, marked=marked) or (
+            is_directory != self.is_directory and (self.is_directory or self.metacopy)
+        ):
+            self.done = True
+            return
+        self.meet(layer, at, stat, last=layer is self.stack.lowers[-1])
+        self.lowers.append(Lower(layer, path, self.marked))
+        self.stats.append(stat)
+
+    def meet(self, layer: Layer, at: At, stat: os.stat_result, *, last: bool) -> None:
+        """Take in what an object says of the layers below it."""
+        xattrs = self.stack.xattrs
+        self.marked = self.metacopy = False
+        if modes.S_ISDIR(stat.st_mode):
+            self.is_directory = True
+            if last and not layer.may_hold_marks:
+                return
+            opaque = syscalls.getxattr(at, xattrs.opaque)
+            self.marked = opaque == b"x"
+            self.done |= opaque == b"y"
+        else:
+            self.metacopy = (
+                not last
+                and modes.S_ISREG(stat.st_mode)
+                and syscalls.getxattr(at, xattrs.metacopy) is not None
+            )
+            self.done |= not self.metacopy
+        if not self.done and not last:
+            self._redirect(syscalls.getxattr(at, xattrs.redirect))
+
+    def _redirect(self, target: bytes | None) -> None:
+        """Follow ``overlay.redirect``: a path from the root, or another last component."""
+        if not target:
+            return
+        if target.startswith(b"/"):
+            components = target[1:].split(b"/")
+            if all(component not in {b"", b".", b".."} for component in components):
+                self.absolute = target[1:]
+                return
+        elif b"/" not in target and target not in {b".", b".."}:
+            self.name = target
+            if self.absolute is not None:
+                self.absolute = join(self.absolute.rpartition(b"/")[0], target)
+            return
+        raise OSError(errno.EIO, "malformed redirect", target)
+
+
+def _upper_file(stack: Stack, at: At, stat: os.stat_result) -> Entry:
+    identity = (stat.st_dev, stat.st_ino)
+    index = None
+    value = syscalls.getxattr(at, stack.xattrs.origin)
+    if value:
+        if (source := origin.decode(value, stack.lowers)) is not None:
+            identity = (source.st_dev, source.st_ino)
+        if stat.st_nlink > 1:
+            index = _indexed(stack, origin.index_name(value), stat)
+    return Entry(Presence.UPPER, stat, identity, indexed=index)
+
+
+def _indexed(stack: Stack, name: bytes, upper: os.stat_result) -> bytes | None:
+    if stack.work is None:
+        return None
+    found = syscalls.stat_or_none(At(stack.work.index, name))
+    return name if found is not None and found.st_ino == upper.st_ino else None
+
+
+def _upper_entry(search: _Search, upper: os.stat_result, *, marked: bool) -> Entry:
+    """A directory, or a file that has only its metadata in the upper."""
+    lowers = tuple(search.lowers)
+    if not search.is_directory:
+        if not lowers or search.metacopy:
+            raise OSError(errno.EIO, "the data of a metadata-only copy is missing", search.name)
+        return Entry(Presence.UPPER, upper, _identity(search.stats[0]), lowers, metacopy=True)
+    identity = _identity(search.stats[-1]) if lowers else _identity(upper)
+    return Entry(Presence.UPPER, upper, identity, lowers, marked=marked)
+
+
+def _lower_entry(stack: Stack, search: _Search) -> Entry:
+    if not search.lowers:
+        return ABSENT
+    lowers, stat = tuple(search.lowers), search.stats[0]
+    if search.is_directory:
+        return Entry(Presence.LOWER, stat, _identity(search.stats[-1]), lowers)
+    if search.metacopy:
+        raise OSError(errno.EIO, "the data of a metadata-only copy is missing", search.name)
+    metacopy = len(lowers) > 1
+    identity = _identity(stat)
+    top = lowers[0]
+    if top.layer is not stack.lowers[-1]:  # a layer that was an upper once
+        value = syscalls.getxattr(top.at(), stack.xattrs.origin)
+        if value and (source := origin.decode(value, stack.lowers)) is not None:
+            identity = _identity(source)
+    if stat.st_nlink > 1 and stack.work is not None and (name := index_of(top)) is not None:
+        indexed = syscalls.stat_or_none(At(stack.work.index, name))
+        if indexed is not None:
+            return Entry(Presence.LOWER, indexed, identity, lowers, indexed=name)
+    return Entry(Presence.LOWER, stat, identity, lowers, metacopy=metacopy)
+
+
+def index_of(lower: Lower) -> bytes | None:
+    """Return the name in the index of a lower file; None where its file system has no handles."""
+    value = origin.encode(lower.layer, lower.at())
+    return origin.index_name(value) if value is not None else None
+
+
+def _identity(stat: os.stat_result) -> Identity:
+    return stat.st_dev, stat.st_ino
+
+
+def names(stack: Stack, directory: Directory) -> list[bytes]:
+    """List a merged directory, without ``.`` and ``..``; in no particular order."""
+    parts = list(_parts(stack, directory))
+    if len(parts) == 1:
+        return [name for name, whiteout in parts[0] if not whiteout]
+    seen: dict[bytes, bool] = {}
+    for part in parts:
+        for name, whiteout in part:
+            seen.setdefault(name, whiteout)
+    return [name for name, whiteout in seen.items() if not whiteout]
+
+
+def _parts(stack: Stack, directory: Directory) -> Iterator[list[tuple[bytes, bool]]]:
+    if directory.upper is not None:
+        assert stack.upper is not None
+        yield _scan(stack, stack.upper.directory(directory.upper), marked=directory.marked)
+    for lower in directory.lowers:
+        yield _scan(stack, lower.layer.directory(lower.path), marked=lower.marked)
+
+
+def _scan(stack: Stack, directory: int, *, marked: bool) -> list[tuple[bytes, bool]]:
+    """List one real directory: names, and whether they are whiteouts."""
+    listed = []
+    for name, special in syscalls.scan(directory):
+        whiteout = False
+        if special or marked:
+            at = At(directory, name)
+            whiteout = is_whiteout(syscalls.stat(at), at, stack.xattrs, marked=marked)
+        listed.append((name, whiteout))
+    return listed

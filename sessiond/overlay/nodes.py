@@ -1,0 +1,211 @@
+"""Nodes: the inodes of the merged view that someone holds, and their numbers.
+
+A node keeps its number, which is also its ``st_ino``, while it is held, whatever layer it moves to. The
+number is made from the device and inode number of its origin, so it is the same after a copy-up and, with
+the same layers, at the next mount::
+
+    bit 63  56 55       48 47                              0
+    0 version  file system  inode number of origin or self
+
+The file system is numbered from 1 in order of appearance, so 1, the root's number, is free. The version tells
+an unlinked file that is still held from a new one that got its inode number. Inode numbers that do not fit
+are replaced by a counter, as file system 0 (the kernel's xino does the like).
+"""
+
+from __future__ import annotations
+
+import stat as modes
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.lookup import Directory, Entry, Identity, Lower, Presence, join
+from sessiond.overlay.syscalls import At
+
+ROOT_NUMBER = 1
+_INODE_BITS = 48
+_FILE_SYSTEM_BITS = 8
+_VERSIONS = 1 << 7
+_COUNTER_START = 1 << 32
+
+
+class Node:
+    """One inode of the merged view.
+
+    `links` are its known names, each with whether that name is in the upper; a directory has one, the root
+    and an unlinked node have none. An unlinked node is reached through `anchor`, a descriptor that was
+    opened before the last name went away; one without is stale. All but `number` and `kind` is valid only
+    while `generation` is the overlay's.
+    """
+
+    __slots__ = (
+        "anchor",
+        "children",
+        "fd",
+        "fd_writable",
+        "generation",
+        "identity",
+        "impure",
+        "index",
+        "kind",
+        "links",
+        "lowers",
+        "marked",
+        "metacopy",
+        "number",
+        "opens",
+        "real",
+        "references",
+        "upper",
+    )
+
+    def __init__(self, number: int, kind: int) -> None:
+        self.number = number
+        self.kind = kind
+        self.links: dict[tuple[Node, bytes], bool] = {}
+        self.children: dict[bytes, Node] = {}
+        self.references = 0
+        self.anchor = -1
+        self.fd = -1
+        """Open while `opens` is not 0: the file's contents."""
+        self.fd_writable = False
+        self.opens = 0
+        self.impure = False
+        self.index: bytes | None = None
+
+    def bind(self, entry: Entry, generation: int) -> None:
+        """Take over where the node is now."""
+        self.upper = entry.presence is Presence.UPPER or entry.indexed is not None
+        self.lowers: tuple[Lower, ...] = entry.lowers
+        self.index = entry.indexed
+        self.metacopy = entry.metacopy
+        self.marked = entry.marked
+        self.identity = entry.identity
+        self.real = (entry.stat.st_dev, entry.stat.st_ino)
+        self.impure = False
+        self.generation = generation
+
+    @property
+    def is_directory(self) -> bool:
+        return modes.S_ISDIR(self.kind)
+
+    @property
+    def is_root(self) -> bool:
+        return self.number == ROOT_NUMBER
+
+    @property
+    def linked(self) -> bool:
+        return bool(self.links) or self.is_root
+
+    @property
+    def path(self) -> bytes:
+        """Path in the merged view, and so in the upper. Precondition: linked."""
+        components = []
+        node = self
+        while node.links:
+            node, name = node._best_link()
+            components.append(name)
+        components.reverse()
+        return b"/".join(components)
+
+    def _best_link(self) -> tuple[Node, bytes]:
+        for link, in_upper in self.links.items():
+            if in_upper:
+                return link
+        return next(iter(self.links))
+
+    @property
+    def parent(self) -> Node:
+        """The directory of the best known name. Precondition: linked, and not the root."""
+        return self._best_link()[0]
+
+    @property
+    def directory(self) -> Directory:
+        """The real directories that the node consists of. Precondition: a linked directory."""
+        return Directory(self.path if self.upper else None, self.lowers, self.marked)
+
+    def add_link(self, parent: Node, name: bytes, *, in_upper: bool) -> None:
+        self.links[parent, name] = in_upper
+        parent.children[name] = self
+
+    def drop_link(self, parent: Node, name: bytes) -> None:
+        self.links.pop((parent, name), None)
+        if parent.children.get(name) is self:
+            del parent.children[name]
+
+    def data_lower(self) -> Lower:
+        """Return the lower file that holds the contents. Precondition: not in the upper, or metacopy."""
+        return self.lowers[-1] if self.metacopy else self.lowers[0]
+
+    def child_path(self, name: bytes) -> bytes:
+        return join(self.path, name)
+
+    def close(self) -> None:
+        for fd in (self.anchor, self.fd):
+            if fd >= 0:
+                syscalls.close(fd)
+        self.anchor = self.fd = -1
+
+    def anchor_to(self, at: At) -> None:
+        """Keep the object `at` within reach, because its name goes away."""
+        if self.anchor < 0:
+            self.anchor = syscalls.open_path(at)
+
+
+class NodeTable:
+    """All nodes that are held, by number; those that have a name, by identity, too."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Node] = {}
+        self._by_identity: dict[Identity, Node] = {}
+        self._file_systems: dict[int, int] = {}
+        self._counter = _COUNTER_START
+
+    def all(self) -> list[Node]:
+        return list(self._by_number.values())
+
+    def get(self, number: int) -> Node | None:
+        return self._by_number.get(number)
+
+    def by_identity(self, identity: Identity) -> Node | None:
+        return self._by_identity.get(identity)
+
+    def add(self, entry: Entry, generation: int, *, number: int = 0) -> Node:
+        """Make a node; with a number of its own if `entry` has the identity of another node."""
+        unique = entry.identity not in self._by_identity
+        if not number:
+            identity = entry.identity if unique else (entry.stat.st_dev, entry.stat.st_ino)
+            number = self._free_number(*identity)
+        node = Node(number, modes.S_IFMT(entry.stat.st_mode))
+        node.bind(entry, generation)
+        self._by_number[number] = node
+        if unique:
+            self._by_identity[entry.identity] = node
+        return node
+
+    def rebind(self, node: Node, entry: Entry, generation: int) -> None:
+        """Bind `node` to another entry, keeping its number."""
+        self.detach(node)
+        node.bind(entry, generation)
+        self._by_identity.setdefault(entry.identity, node)
+
+    def detach(self, node: Node) -> None:
+        """Let a new node take the identity of `node`, which has lost its last name."""
+        if self._by_identity.get(node.identity) is node:
+            del self._by_identity[node.identity]
+
+    def remove(self, node: Node) -> None:
+        self.detach(node)
+        del self._by_number[node.number]
+        node.close()
+
+    def _free_number(self, device: int, inode: int) -> int:
+        file_system = self._file_systems.setdefault(device, len(self._file_systems) + 1)
+        if inode >= 1 << _INODE_BITS or file_system >= 1 << _FILE_SYSTEM_BITS:
+            file_system, inode = 0, self._counter
+            self._counter += 1
+        number = file_system << _INODE_BITS | inode
+        for version in range(_VERSIONS):
+            candidate = version << _INODE_BITS + _FILE_SYSTEM_BITS | number
+            if candidate not in self._by_number:
+                return candidate
+        self._counter += 1
+        return self._counter

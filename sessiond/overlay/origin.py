@@ -1,0 +1,54 @@
+"""File handles as the kernel's overlayfs stores them: the origin of a copy-up, and names in the index.
+
+Format: struct ovl_fb of fs/overlayfs/overlayfs.h.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.layer import Layer
+from sessiond.overlay.syscalls import At, FileHandle
+
+_HEADER = struct.Struct("BBBBB16s")
+_VERSION = 0
+_MAGIC = 0xFB
+_CPU_ENDIAN = 0 if sys.byteorder == "little" else 1
+_ANY_ENDIAN = 2
+
+
+def encode(layer: Layer, at: At) -> bytes | None:
+    """Return the handle of the object `at` of a lower; None where the file system has no handles."""
+    handle = syscalls.file_handle(at)
+    if handle is None:
+        return None
+    size = _HEADER.size + len(handle.data)
+    return _HEADER.pack(_VERSION, _MAGIC, size, _CPU_ENDIAN, handle.kind, layer.uuid) + handle.data
+
+
+def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:
+    """Return the stat(2) of the lower inode that `value` names; None if it is none, or gone."""
+    if len(value) <= _HEADER.size:
+        return None
+    version, magic, size, flags, kind, uuid = _HEADER.unpack_from(value)
+    if version != _VERSION or magic != _MAGIC or size != len(value):
+        return None
+    if flags & 1 != _CPU_ENDIAN and not flags & _ANY_ENDIAN:
+        return None
+    handle = FileHandle(kind, value[_HEADER.size :])
+    tried = set()
+    for layer in lowers:
+        if layer.uuid != uuid or layer.device in tried:
+            continue
+        tried.add(layer.device)
+        if (found := layer.stat_handle(handle)) is not None:
+            return found
+    return None
+
+
+def index_name(value: bytes) -> bytes:
+    """Return the name in the index directory of the lower inode with handle `value`."""
+    return value.hex().encode()

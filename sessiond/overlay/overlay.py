@@ -1,0 +1,416 @@
+"""Overlay: the face of the core. Nodes in, nodes out; what is where is decided below.
+
+Not thread-safe: one thread calls it. The exception is `CopyUp.copy_data` of a `begin_copy_up`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+
+from sessiond.overlay import directory, lookup, syscalls
+from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
+from sessiond.overlay.directory import NewObject, Place
+from sessiond.overlay.lookup import Entry, Lower, Presence
+from sessiond.overlay.nodes import ROOT_NUMBER, Node, NodeTable
+from sessiond.overlay.stack import Stack
+from sessiond.overlay.syscalls import At
+
+
+def _error(code: int) -> OSError:
+    return OSError(code, os.strerror(code))
+
+
+class Overlay:
+    """A merged view and the nodes in it that someone holds.
+
+    Every method that takes a node raises ESTALE if the node is gone: its layers were swapped away and no
+    descriptor of it was open.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        """Take over `stack`."""
+        self.stack = stack
+        self.nodes = NodeTable()
+        self._generation = 0
+        self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
+        self.root.references = 1
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for node in self.nodes.all():
+            self.nodes.remove(node)
+        self.stack.close()
+
+    # Nodes
+
+    def _root_entry(self) -> Entry:
+        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in self.stack.lowers)
+        upper = self.stack.upper
+        top = upper if upper is not None else self.stack.lowers[0]
+        stat = syscalls.stat(At(top.root, b"."))
+        presence = Presence.UPPER if upper is not None else Presence.LOWER
+        marked = upper is not None and upper.may_hold_marks
+        return Entry(presence, stat, (0, 0), lowers, marked=marked)
+
+    def node(self, number: int) -> Node:
+        """Return a held node by its number."""
+        node = self.nodes.get(number)
+        if node is None:
+            raise _error(errno.ESTALE)
+        if node.generation != self._generation:
+            self._refresh(node)
+        return node
+
+    def forget(self, node: Node, count: int) -> None:
+        """Give back `count` references that `refer` has taken."""
+        node.references -= count
+        self._collect(node)
+
+    def refer(self, node: Node) -> None:
+        """Hold `node` until `forget`."""
+        node.references += 1
+
+    def _collect(self, node: Node) -> None:
+        """Drop nodes that nobody holds, and then their parents that were kept for their sake."""
+        while not (node.references or node.opens or node.children or node.is_root):
+            parents = list(node.links)
+            for parent, name in parents:
+                node.drop_link(parent, name)
+            self.nodes.remove(node)
+            if not parents:
+                return
+            for parent, _ in parents[1:]:
+                self._collect(parent)
+            node = parents[0][0]
+
+    def _refresh(self, node: Node) -> None:
+        """Find out where a node of earlier layers is in the present ones."""
+        if node.is_root:
+            node.bind(self._root_entry(), self._generation)
+            return
+        for parent, name in list(node.links):
+            if parent.generation != self._generation:
+                self._refresh(parent)
+            if parent.linked:
+                entry = self._lookup(parent, name)
+                if entry.positive and self._continues(node, entry):
+                    self._rebind(node, entry, parent, name)
+                    return
+        self._abandon(node)
+
+    @staticmethod
+    def _continues(node: Node, entry: Entry) -> bool:
+        """Say whether `entry`, found in new layers, is what the node was in the old ones."""
+        if node.is_directory:
+            return entry.is_directory
+        return (entry.stat.st_dev, entry.stat.st_ino) == node.real
+
+    def _rebind(self, node: Node, entry: Entry, parent: Node, name: bytes) -> None:
+        for link in list(node.links):
+            node.drop_link(*link)
+        self.nodes.rebind(node, entry, self._generation)
+        node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
+        if not node.upper:
+            node.fd_writable = False  # a snapshot holds the file now: the next write copies it up
+
+    def _abandon(self, node: Node) -> None:
+        """The new layers do not have this node: what is open of it goes on like an unlinked file."""
+        if node.anchor < 0 and node.fd >= 0:
+            node.anchor = syscalls.duplicate(node.fd)
+        for link in list(node.links):
+            node.drop_link(*link)
+        node.index = None
+        node.generation = self._generation
+        self.nodes.detach(node)
+
+    def _live(self, directory_node: Node) -> Node:
+        if not directory_node.linked:
+            raise _error(errno.ENOENT)
+        return directory_node
+
+    def _lookup(self, parent: Node, name: bytes) -> Entry:
+        return lookup.lookup(self.stack, self._live(parent).directory, name)
+
+    def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
+        """Return the node of that name and its stat(2). Raises ENOENT, ENAMETOOLONG."""
+        entry = self._lookup(parent, name)
+        if not entry.positive:
+            raise _error(errno.ENOENT)
+        return self._adopt(parent, name, entry), entry.stat
+
+    def _adopt(self, parent: Node, name: bytes, entry: Entry) -> Node:
+        node = self.nodes.by_identity(entry.identity)
+        if node is not None and node.generation != self._generation:
+            self._refresh(node)
+            node = self.nodes.by_identity(entry.identity)
+        if node is None or not self._is_same(node, entry, parent, name):
+            known = parent.children.get(name)
+            if known is not None and self._is_same(known, entry, parent, name):
+                return known
+            node = self.nodes.add(entry, self._generation)
+        if (parent, name) not in node.links:
+            node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
+        return node
+
+    def _is_same(self, node: Node, entry: Entry, parent: Node, name: bytes) -> bool:
+        """Say whether `entry` is a name of `node`, and not of another file of the same origin."""
+        if (
+            node.generation != self._generation
+            or (entry.stat.st_dev, entry.stat.st_ino) != node.real
+        ):
+            return False
+        if (parent, name) in node.links:
+            return True
+        if node.is_directory:
+            return False
+        # Names of one lower file are names of one node only if copy-up will keep them together.
+        return node.upper or node.index is not None or lookup.index_of(entry.lowers[0]) is not None
+
+    def _place(self, parent: Node, name: bytes) -> Place:
+        """Look a name up for a change to it."""
+        entry = self._lookup(parent, name)
+        node = self._adopt(parent, name, entry) if entry.positive else None
+        return Place(parent, name, node, entry.presence)
+
+    def _existing(self, parent: Node, name: bytes) -> tuple[Place, Node]:
+        place = self._place(parent, name)
+        if place.node is None:
+            raise _error(errno.ENOENT)
+        return place, place.node
+
+    # Attributes
+
+    def stat(self, node: Node) -> os.stat_result:
+        """Return the stat(2) of the topmost object; see also `link_count`."""
+        return syscalls.stat(locate(self.stack, node))
+
+    def link_count(self, node: Node, stat: os.stat_result) -> int:
+        """Return the node's ``st_nlink``, given its stat(2)."""
+        return link_count(self.stack, node, stat)
+
+    def readlink(self, node: Node) -> bytes:
+        return syscalls.readlink(locate(self.stack, node))
+
+    def statvfs(self) -> os.statvfs_result:
+        """Return the statvfs(3) of the file system that takes new files."""
+        return syscalls.statvfs(self.stack.layers[0].root)
+
+    def resize(self, node: Node, size: int) -> None:
+        """Set the size of a regular file, in bytes."""
+        copy_up(self.stack, node, size)
+        self._sync_descriptor(node)
+        if node.fd_writable:
+            syscalls.truncate(node.fd, size)
+            return
+        fd = syscalls.open_file(locate(self.stack, node), os.O_WRONLY)
+        try:
+            syscalls.truncate(fd, size)
+        finally:
+            syscalls.close(fd)
+
+    def chmod(self, node: Node, mode: int) -> None:
+        copy_up(self.stack, node)
+        syscalls.chmod(locate(self.stack, node), modes.S_IMODE(mode))
+
+    def chown(self, node: Node, uid: int, gid: int) -> None:
+        """Set the owner; -1 leaves a part as it is."""
+        copy_up(self.stack, node)
+        syscalls.chown(locate(self.stack, node), uid, gid)
+
+    def utime(self, node: Node, atime: int | None, mtime: int | None) -> None:
+        """Set times, in nanoseconds; None leaves one as it is."""
+        copy_up(self.stack, node)
+        at = locate(self.stack, node)
+        if atime is None or mtime is None:
+            stat = syscalls.stat(at)
+            atime = stat.st_atime_ns if atime is None else atime
+            mtime = stat.st_mtime_ns if mtime is None else mtime
+        syscalls.utime(at, atime, mtime)
+
+    def getxattr(self, node: Node, name: bytes) -> bytes:
+        """Raises ENODATA, also where the layer's file system has no xattrs."""
+        value = syscalls.getxattr(locate(self.stack, node), self.stack.xattrs.stored(name))
+        if value is None:
+            raise _error(errno.ENODATA)
+        return value
+
+    def listxattr(self, node: Node) -> list[bytes]:
+        return self.stack.xattrs.shown(syscalls.listxattr(locate(self.stack, node)))
+
+    def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
+        copy_up(self.stack, node)
+        syscalls.setxattr(locate(self.stack, node), self.stack.xattrs.stored(name), value)
+
+    def removexattr(self, node: Node, name: bytes) -> None:
+        """Raises ENODATA."""
+        stored = self.stack.xattrs.stored(name)
+        if not node.upper and syscalls.getxattr(locate(self.stack, node), stored) is None:
+            raise _error(errno.ENODATA)
+        copy_up(self.stack, node)
+        syscalls.removexattr(locate(self.stack, node), stored)
+
+    # Directories
+
+    def names(self, node: Node) -> list[bytes]:
+        """List a directory, without ``.`` and ``..``. A removed one is empty."""
+        return lookup.names(self.stack, node.directory) if node.linked else []
+
+    def create(self, parent: Node, name: bytes, new: NewObject) -> tuple[Node, os.stat_result]:
+        """Create an object that is no regular file. Raises EEXIST."""
+        node, stat, fd = self._create(parent, name, new)
+        if fd >= 0:
+            syscalls.close(fd)
+        return node, stat
+
+    def create_file(self, parent: Node, name: bytes, new: NewObject) -> tuple[Node, os.stat_result]:
+        """Create a regular file and open it, as `open_file` does. Raises EEXIST."""
+        node, stat, fd = self._create(parent, name, new)
+        if node.fd >= 0:
+            syscalls.close(node.fd)
+        node.fd, node.fd_writable = fd, True
+        node.opens += 1
+        return node, stat
+
+    def _create(
+        self, parent: Node, name: bytes, new: NewObject
+    ) -> tuple[Node, os.stat_result, int]:
+        entry = self._lookup(parent, name)
+        if entry.positive:
+            raise _error(errno.EEXIST)
+        fd = directory.create(self.stack, parent, name, entry.presence, new)
+        assert self.stack.upper is not None
+        stat = syscalls.stat(At(self.stack.upper.directory(parent.path), name))
+        made = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
+        return self._adopt(parent, name, made), stat, fd
+
+    def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
+        """Give `node` another name. Raises EEXIST, EPERM for a directory."""
+        if node.is_directory:
+            raise _error(errno.EPERM)
+        entry = self._lookup(parent, name)
+        if entry.positive:
+            raise _error(errno.EEXIST)
+        directory.link(self.stack, node, parent, name, entry.presence)
+        return self.stat(node)
+
+    def unlink(self, parent: Node, name: bytes) -> None:
+        _, node = self._existing(parent, name)
+        if node.is_directory:
+            raise _error(errno.EISDIR)
+        directory.unlink(self.stack, node, parent, name)
+        self._after_removal(node)
+
+    def rmdir(self, parent: Node, name: bytes) -> None:
+        _, node = self._existing(parent, name)
+        if not node.is_directory:
+            raise _error(errno.ENOTDIR)
+        directory.rmdir(self.stack, node, parent, name)
+        self._after_removal(node)
+
+    def rename(self, old: tuple[Node, bytes], new: tuple[Node, bytes], flags: int = 0) -> None:
+        """Rename; `flags` as for renameat2(2): RENAME_NOREPLACE or RENAME_EXCHANGE, else EINVAL."""
+        if flags not in {0, syscalls.RENAME_NOREPLACE, syscalls.RENAME_EXCHANGE}:
+            raise _error(errno.EINVAL)
+        source, _ = self._existing(*old)
+        target = self._place(*new)
+        if flags == syscalls.RENAME_EXCHANGE:
+            if target.node is None:
+                raise _error(errno.ENOENT)
+            directory.exchange(self.stack, source, target)
+            return
+        if flags == syscalls.RENAME_NOREPLACE and target.node is not None:
+            raise _error(errno.EEXIST)
+        directory.rename(self.stack, source, target)
+        if target.node is not None and target.node is not source.node:
+            self._after_removal(target.node)
+
+    def _after_removal(self, node: Node) -> None:
+        if not node.linked and (node.is_directory or not self.link_count(node, self.stat(node))):
+            self.nodes.detach(node)
+        self._collect(node)
+
+    # Contents
+
+    def needs_copy_up(self, node: Node) -> int:
+        """Return how many bytes a copy-up of the node would copy; 0 if it is in the upper."""
+        if (node.upper and not node.metacopy) or not modes.S_ISREG(node.kind):
+            return 0
+        return self.stat(node).st_size
+
+    def begin_copy_up(self, node: Node) -> CopyUp:
+        """Prepare a copy-up whose data is copied by the caller, in a thread; see `CopyUp`.
+
+        Precondition: `needs_copy_up`.
+        """
+        return CopyUp(self.stack, node)
+
+    def open_file(self, node: Node, *, write: bool, truncate: bool = False) -> None:
+        """Open the contents of a regular file, until `release_file`; opens are counted."""
+        if write or truncate:
+            copy_up(self.stack, node, 0 if truncate else None)
+        if node.fd < 0:
+            flags = os.O_RDWR if write else os.O_RDONLY
+            node.fd = syscalls.open_file(self._data(node), flags)
+            node.fd_writable = write
+        node.opens += 1
+        if truncate:
+            self.resize(node, 0)
+
+    def release_file(self, node: Node) -> None:
+        """Undo one `open_file`."""
+        node.opens -= 1
+        if not node.opens:
+            syscalls.close(node.fd)
+            node.fd = -1
+            self._collect(node)
+
+    def _data(self, node: Node) -> At:
+        if node.metacopy:
+            return node.data_lower().at()
+        return locate(self.stack, node)
+
+    def _sync_descriptor(self, node: Node) -> None:
+        """Move an open file to the upper after a copy-up: all who have it open read what is written."""
+        if node.fd < 0 or node.fd_writable or not node.upper:
+            return
+        fd = syscalls.open_file(locate(self.stack, node), os.O_RDWR)
+        syscalls.close(node.fd)
+        node.fd, node.fd_writable = fd, True
+
+    def read(self, node: Node, size: int, offset: int) -> bytes:
+        """Read from an open file."""
+        if node.upper and not node.fd_writable and not node.metacopy:
+            self._sync_descriptor(node)
+        return syscalls.read(node.fd, size, offset)
+
+    def write(self, node: Node, data: bytes, offset: int) -> int:
+        """Write all of `data` to an open file. Raises ENOSPC, EROFS."""
+        if not node.fd_writable:
+            copy_up(self.stack, node)
+            self._sync_descriptor(node)
+        return syscalls.write(node.fd, data, offset)
+
+    def fsync(self, node: Node, *, data_only: bool) -> None:
+        """Write an open file, or a directory, back to disk."""
+        if node.is_directory:
+            if node.upper and node.linked:
+                assert self.stack.upper is not None
+                syscalls.fsync_directory(self.stack.upper.directory(node.path))
+        elif node.fd_writable:
+            syscalls.fsync(node.fd, data_only=data_only)
+
+    # The stack
+
+    def swap(self, stack: Stack) -> list[int]:
+        """Serve `stack` instead of the present layers, which are closed; return the numbers of directories held.
+
+        Nodes find their new place when they are used next. Files that are open and not in the new layers go
+        on as unlinked ones. The caller tells the kernel that its names and attributes are out of date.
+        """
+        old, self.stack = self.stack, stack
+        self._generation += 1
+        old.close()
+        self._refresh(self.root)
+        return [node.number for node in self.nodes.all() if node.is_directory]

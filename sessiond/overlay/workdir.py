@@ -1,0 +1,128 @@
+"""The workdir: where every change to the upper is prepared before one rename publishes it."""
+
+from __future__ import annotations
+
+import errno
+import stat as modes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.layer import Layer
+from sessiond.overlay.syscalls import At
+
+_WHITEOUT_MODE = modes.S_IFCHR
+_VOLATILE = b"incompat/volatile"
+
+
+class Workdir:
+    """``work/`` for what is in preparation, ``index/`` for hard links that were copied up.
+
+    What is left in ``work/`` by a crash is removed when the workdir is opened.
+    """
+
+    def __init__(self, directory: Layer) -> None:
+        """Prepare the workdir. Raises OSError: EUCLEAN for the upper of a volatile mount that has crashed."""
+        self._directory = directory
+        self._serial = 0
+        self._whiteout: At | None = None
+        work = directory.at(b"work")
+        if syscalls.stat_or_none(work) is not None:
+            incompat = Layer(syscalls.open_beneath(directory.root, b"work"))
+            try:
+                self._refuse_volatile(incompat)
+            finally:
+                incompat.close()
+            remove_tree(work)
+        for name in (b"work", b"index"):
+            at = directory.at(name)
+            if syscalls.stat_or_none(at) is None:
+                syscalls.mkdir(at, 0o700)
+        self.work = syscalls.open_beneath(directory.root, b"work")
+        self.index = syscalls.open_beneath(directory.root, b"index")
+
+    @staticmethod
+    def _refuse_volatile(work: Layer) -> None:
+        try:
+            marker = syscalls.stat_or_none(work.at(_VOLATILE))
+        except FileNotFoundError:
+            return
+        if marker is not None:
+            raise OSError(
+                errno.EUCLEAN,
+                "the upper was mounted as volatile and not unmounted, so its contents may be damaged; "
+                "remove work/incompat/volatile in the workdir to use it nevertheless",
+            )
+
+    def close(self) -> None:
+        syscalls.close(self.work)
+        syscalls.close(self.index)
+        self._directory.close()
+
+    def temporary(self) -> At:
+        """Return an unused name."""
+        self._serial += 1
+        return At(self.work, b"#%x" % self._serial)
+
+    @contextmanager
+    def preparing(self) -> Iterator[At]:
+        """Hand out an unused name; whatever is still there on the way out is removed.
+
+        So a name that was published is gone, one that was exchanged holds what it replaced, and one that
+        failed holds a half-made object.
+        """
+        at = self.temporary()
+        try:
+            yield at
+        finally:
+            remove_tree(at)
+
+    def make_whiteout(self, at: At) -> None:
+        """Put a whiteout at `at`, which must be free: one more link to a shared one (ovl_whiteout)."""
+        if self._whiteout is not None:
+            try:
+                syscalls.link(self._whiteout, at)
+            except OSError as error:
+                if error.errno not in {errno.EMLINK, errno.ENOENT}:
+                    raise
+                self._whiteout = None
+            else:
+                return
+        shared = self.temporary()
+        syscalls.mknod(shared, _WHITEOUT_MODE, 0)
+        self._whiteout = shared
+        syscalls.link(shared, at)
+
+
+def remove_tree(at: At) -> None:
+    """Remove whatever is at `at`, if anything is."""
+    stat = syscalls.stat_or_none(at)
+    if stat is None:
+        return
+    if not modes.S_ISDIR(stat.st_mode):
+        syscalls.unlink(at)
+        return
+    # Depth without recursion: a session can nest directories deeper than Python's stack.
+    tree = Layer(syscalls.open_path(at))
+    try:
+        pending = [b""]
+        while pending:
+            path = pending[-1]
+            directory = tree.directory(path)
+            subdirectories = []
+            for name, _ in syscalls.scan(directory):
+                entry = At(directory, name)
+                if modes.S_ISDIR(syscalls.stat(entry).st_mode):
+                    subdirectories.append(path + b"/" + name if path else name)
+                else:
+                    syscalls.unlink(entry)
+            if subdirectories:
+                pending += subdirectories
+                continue
+            pending.pop()
+            if path:
+                tree.forget(path)
+                syscalls.rmdir(tree.at(path))
+    finally:
+        tree.close()
+    syscalls.rmdir(at)

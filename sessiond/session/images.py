@@ -1,0 +1,219 @@
+"""Images: each mounted once, read-only, for all sessions that are built on it.
+
+The mount of an image is ``RUNTIME/images/DIGEST``. One trio task tree calls this; what blocks is
+done in threads, for one image at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from sessiond.errors import ImageUnavailable
+from sessiond.session.faults import explained
+from sessiond.session.model import ImageSource
+from sessiond.session.mounts import Mounts, run
+
+log = logging.getLogger(__name__)
+
+_HEAD = 64 << 10
+"""Bytes of an image file that its digest is made of; the superblocks are in them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A mounted image."""
+
+    digest: str
+    source: ImageSource
+    root: Path
+    """Where it is mounted."""
+    kind: str
+    """``directory``, or the name of the file system in the file."""
+
+
+class Images:
+    """The images that are mounted now, with the number of sessions that use each."""
+
+    def __init__(self, runtime: Path, mounts: Mounts) -> None:
+        self._directory = runtime / "images"
+        self._mounts = mounts
+        self._users: dict[str, int] = {}
+        self._lock = trio.Lock()
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all mounted images."""
+        return tuple(sorted(self._users))
+
+    async def prepare(self) -> None:
+        """Unmount what a daemon that died has left. Raises `Failed`."""
+        with explained("prepare the directory for images"):
+            await trio.to_thread.run_sync(self._prepare)
+
+    def _prepare(self) -> None:
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        for target in self._directory.iterdir():
+            self._unmount(target)
+
+    async def acquire(self, source: ImageSource) -> Image:
+        """Return the mounted image; `release` it once for each time.
+
+        Raises `ImageUnavailable` when it is missing, corrupt, or cannot be mounted on this machine.
+        """
+        async with self._lock:
+            found = await trio.to_thread.run_sync(_inspect, source)
+            image = Image(found.digest, source, self._directory / found.digest, found.kind)
+            if found.digest not in self._users:
+                # Not to be given up half-way: nobody would unmount it.
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._mount, image)
+            self._users[found.digest] = self._users.get(found.digest, 0) + 1
+            return image
+
+    async def release(self, image: Image) -> None:
+        """Unmount `image` if nobody else uses it. What cannot be unmounted is logged."""
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                self._users[image.digest] -= 1
+                if self._users[image.digest]:
+                    return
+                del self._users[image.digest]
+                try:
+                    await trio.to_thread.run_sync(self._unmount, image.root)
+                except OSError:
+                    log.exception("Image %s could not be unmounted.", image.root)
+
+    def _mount(self, image: Image) -> None:
+        with explained(f"mount image {image.source.path}"):
+            image.root.mkdir(mode=0o700, exist_ok=True)
+            try:
+                self._mount_at(image)
+            except BaseException:
+                self._unmount(image.root)
+                raise
+
+    def _mount_at(self, image: Image) -> None:
+        source = image.source
+        device = self._open_verity(image) or source.path
+        try:
+            if image.kind == "directory":
+                self._mounts.mount_clone(source.path, image.root)
+            else:
+                self._mounts.mount_image(device, image.root, image.kind)
+        except OSError as error:
+            raise ImageUnavailable(self._why_not(image, error)) from error
+
+    def _why_not(self, image: Image, error: OSError) -> str:
+        source = image.source
+        if image.kind == "directory":
+            return f"The directory {source.path} cannot be used as an image: {error.strerror}."
+        if not self._mounts.supports(image.kind):
+            return (
+                f"Image {source.path} is {image.kind}, which this kernel does not support; load "
+                f"the module {image.kind}, or convert the image."
+            )
+        return (
+            f"Image {source.path} looks like {image.kind} but cannot be mounted: {error.strerror}. "
+            "It is corrupt, or made with features that this kernel lacks."
+        )
+
+    def _open_verity(self, image: Image) -> Path | None:
+        source = image.source
+        if source.verity_root_hash is None:
+            return None
+        hashes = source.verity_hash_device or source.path
+        name = _verity_name(image.root)
+        try:
+            run(
+                [
+                    "veritysetup",
+                    "open",
+                    "--",
+                    *map(str, (source.path, name, hashes)),
+                    source.verity_root_hash,
+                ]
+            )
+        except OSError as error:
+            raise ImageUnavailable(
+                f"Image {source.path} is protected by dm-verity, which cannot be set up: "
+                f"{error.strerror}. It is not mounted without that; install veritysetup and load "
+                "the module dm_verity, or correct verity_root_hash."
+            ) from error
+        return Path("/dev/mapper") / name
+
+    def _unmount(self, target: Path) -> None:
+        self._mounts.detach(target)
+        target.rmdir()
+        name = _verity_name(target)
+        if (Path("/dev/mapper") / name).exists():
+            run(["veritysetup", "close", "--deferred", "--", name])
+
+
+def _verity_name(target: Path) -> str:
+    return f"sessiond-{target.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    digest: str
+    kind: str
+
+
+def _inspect(source: ImageSource) -> _Found:
+    """Find out what `source` is. Raises `ImageUnavailable`."""
+    path = source.path
+    try:
+        inode = path.stat()
+        if stat.S_ISDIR(inode.st_mode):
+            if source.verity_root_hash is not None:
+                raise ImageUnavailable(
+                    f"The directory {path} cannot be protected by dm-verity; use an image file, or "
+                    "remove verity_root_hash."
+                )
+            return _Found(_digest("directory", path, inode.st_dev, inode.st_ino), "directory")
+        if not (stat.S_ISREG(inode.st_mode) or stat.S_ISBLK(inode.st_mode)):
+            raise ImageUnavailable(f"{path} is neither a directory nor a file with an image in it.")
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            size = file.seek(0, 2)
+    except OSError as error:
+        raise ImageUnavailable(
+            f"Image {path} cannot be read: {error.strerror}. Put it there, or correct 'image' in "
+            "its profile."
+        ) from error
+    kind, needed = _identify(path, head)
+    if size < needed:
+        raise ImageUnavailable(
+            f"Image {path} is truncated: it has {size} bytes of {needed}. Copy it again."
+        )
+    if source.verity_root_hash is not None:
+        return _Found(_digest(kind, source.verity_root_hash), kind)
+    return _Found(_digest(kind, hashlib.sha256(head).hexdigest(), size, inode.st_mtime_ns), kind)
+
+
+def _digest(kind: str, *facts: object) -> str:
+    return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+
+
+def _identify(path: Path, head: bytes) -> tuple[str, int]:
+    """Return the kind of file system by its superblock, and the bytes it needs."""
+    if head[:4] == b"hsqs" and len(head) >= 96:
+        (used,) = struct.unpack_from("<Q", head, 40)
+        return "squashfs", used
+    if head[1024:1028] == b"\xe2\xe1\xf5\xe0" and len(head) >= 1152:
+        (blocks,) = struct.unpack_from("<I", head, 1024 + 36)
+        return "erofs", blocks << head[1024 + 12]
+    if head[1080:1082] == b"\x53\xef" and len(head) >= 2048:
+        (blocks,) = struct.unpack_from("<I", head, 1024 + 4)
+        (shift,) = struct.unpack_from("<I", head, 1024 + 24)
+        return "ext4", blocks << (10 + min(shift, 6))
+    raise ImageUnavailable(
+        f"{path} holds no squashfs, erofs or ext4 file system, or its first bytes are corrupt."
+    )

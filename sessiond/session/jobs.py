@@ -1,0 +1,113 @@
+"""Jobs: long operations on a session, with progress and cancellation.
+
+A session has at most one job at a time; a second one is refused with `Busy`, which names the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+import trio
+
+from sessiond.errors import Cancelled, Failed, SessiondError
+from sessiond.session.model import Operation, SessionId, Uid
+
+if TYPE_CHECKING:
+    from sessiond.session.observer import Observers
+
+log = logging.getLogger(__name__)
+
+
+class Job:
+    """One running or finished operation. Attributes are read-only for others."""
+
+    id: int
+    session: SessionId
+    operation: Operation
+    started_by: Uid
+    progress: float
+    """0 to 1; meaningful when `progress_valid`."""
+    progress_valid: bool
+    bytes: int
+    """Bytes still to be, or already, copied in all; 0 where the operation copies nothing."""
+    error: SessiondError | None
+    finished: bool
+
+    def __init__(
+        self,
+        number: int,
+        session: SessionId,
+        operation: Operation,
+        started_by: Uid,
+        observers: Observers,
+    ) -> None:
+        self.id = number
+        self.session = session
+        self.operation = operation
+        self.started_by = started_by
+        self.progress = 0.0
+        self.progress_valid = False
+        self.bytes = 0
+        self.error = None
+        self.finished = False
+        self._observers = observers
+        self._scope = trio.CancelScope()
+        self._stopped_by: SessiondError | None = None
+        self._finished = trio.Event()
+
+    def cancel(self) -> None:
+        """Ask the job to stop; it rolls back and completes with `Cancelled`.
+
+        If it is too late for that, it completes as if nothing had been asked.
+        """
+        self.stop(Cancelled(f"The {self.operation} of session {self.session} was cancelled."))
+
+    def stop(self, reason: SessiondError) -> None:
+        """The same, with another error than `Cancelled`."""
+        if self._stopped_by is None:
+            self._stopped_by = reason
+            self._scope.cancel()
+
+    async def wait(self) -> None:
+        """Return when the job has succeeded; raise its error when it has failed."""
+        await self._finished.wait()
+        if self.error is not None:
+            raise self.error
+
+    def report(self, done: int, total: int) -> None:
+        """Say how many bytes of how many are copied."""
+        self.bytes = total
+        self.progress_valid = total > 0
+        self.progress = min(done / total, 1.0) if total else 0.0
+        self._observers.tell(lambda observer: observer.job_changed(self))
+
+    async def run(self, body: Callable[[Job], Awaitable[None]]) -> None:
+        """Run `body` and keep its outcome; `finish` has to follow. A fault in it is logged here."""
+        try:
+            with self._scope:
+                await body(self)
+        except SessiondError as error:
+            self.error = error
+        except trio.Cancelled:
+            self.error = self._stopped_by or Cancelled(
+                f"The {self.operation} of session {self.session} ended with the session."
+            )
+            raise
+        except Exception:
+            log.exception("The %s of session %s failed by a fault.", self.operation, self.session)
+            self.error = Failed(
+                f"The {self.operation} of session {self.session} failed by a fault in sessiond; "
+                "its log has the details."
+            )
+        if self._scope.cancelled_caught:
+            self.error = self._stopped_by
+
+    def finish(self) -> None:
+        """Let everyone know of the outcome."""
+        if self.error is None:
+            self.progress, self.progress_valid = 1.0, True
+        self.finished = True
+        self._observers.tell(lambda observer: observer.job_completed(self))
+        self._finished.set()

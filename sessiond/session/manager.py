@@ -1,0 +1,377 @@
+"""The manager: all sessions of this machine, and what may be done to them.
+
+One trio task tree; every method is called from it. Who may call what is not decided here but in
+`bus`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from sessiond.config import Config, Profile
+from sessiond.errors import NoSuchProfile, NoSuchSession, SessiondError, SessionExists
+from sessiond.session import mount_point
+from sessiond.session.accounts import Account, find_account, session_ids
+from sessiond.session.faults import explained, quoted
+from sessiond.session.images import Image, Images
+from sessiond.session.model import (
+    ImageSource,
+    SessionId,
+    SessionRecord,
+    SessionState,
+    StorageKind,
+    Uid,
+    session_id as checked_session_id,
+)
+from sessiond.session.mounter import Mounter
+from sessiond.session.mounts import Mounts, SystemMounts
+from sessiond.session.observer import Observer
+from sessiond.session.services import Services
+from sessiond.session.session import Session
+from sessiond.session.store import Store
+
+__all__ = ["Manager", "Observer", "Session", "open_manager"]
+
+log = logging.getLogger(__name__)
+
+_SPACE_SECONDS = 5.0
+"""How often the storage of sessions is looked at."""
+
+
+@asynccontextmanager
+async def open_manager(
+    config: Config,
+    mounter: Mounter,
+    *,
+    mounts: Mounts | None = None,
+    features: Sequence[str] = (),
+) -> AsyncIterator[Manager]:
+    """Run a manager, which has no sessions before its `start`; on the way out, end them.
+
+    `mounts` is the kernel's unless given; `features` is what there is to be said of `mounter`.
+    """
+    async with trio.open_nursery() as nursery:
+        runtime = config.daemon.runtime_directory.resolve()
+        mounts = SystemMounts() if mounts is None else mounts
+        services = Services(
+            store=Store(runtime, config.daemon.state_directory.resolve(), mounts),
+            images=Images(runtime, mounts),
+            mounts=mounts,
+            mounter=mounter,
+            nursery=nursery,
+        )
+        manager = Manager(config, services, runtime, features)
+        try:
+            yield manager
+        finally:
+            with trio.CancelScope(shield=True):
+                await manager.shut_down()
+            nursery.cancel_scope.cancel()
+
+
+class Manager:
+    """All sessions; made by `open_manager`.
+
+    Invariant: a session is in `sessions` exactly while its record is on disk.
+    """
+
+    sessions: Mapping[SessionId, Session]
+    features: tuple[str, ...]
+
+    def __init__(
+        self, config: Config, services: Services, runtime: Path, features: Sequence[str]
+    ) -> None:
+        self._config = config
+        self._services = services
+        self._runtime = runtime
+        self._sessions: dict[SessionId, Session] = {}
+        self._being_created: dict[SessionId, Path] = {}
+        self._populated = trio.Event()
+        self.sessions = self._sessions
+        self.features = tuple(features)
+
+    @property
+    def profiles(self) -> tuple[str, ...]:
+        """Names of the configured profiles."""
+        return tuple(sorted(self._config.profile))
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """Digests of the images that are mounted."""
+        return self._services.images.digests
+
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` of all that happens from now on."""
+        self._services.observers.add(observer)
+
+    def get(self, session_id: str) -> Session:
+        """Return a session; raises `NoSuchSession`."""
+        session = self._sessions.get(SessionId(session_id))
+        if session is None:
+            raise NoSuchSession(f"There is no session {quoted(session_id)}.")
+        return session
+
+    def by_uid(self, uid: Uid) -> Session:
+        """Return the oldest session of a user; raises `NoSuchSession`."""
+        owned = [session for session in self._sessions.values() if session.uid == uid]
+        if not owned:
+            raise NoSuchSession(f"The user with uid {uid} has no session.")
+        return min(owned, key=lambda session: session.created_at)
+
+    # Sessions come
+
+    async def create(self, user: str, profile: str, *, session_id: str | None = None) -> Session:
+        """Make a session of `profile` for `user` and mount it; the id is ``USER-N`` unless given.
+
+        Raises `InvalidName`, `NoSuchProfile`, `SessionExists`, `ImageUnavailable`, `NoSpace`,
+        `Failed`; nothing is left of it then.
+        """
+        account = await trio.to_thread.run_sync(find_account, user)
+        settings = self._config.profile.get(profile)
+        if settings is None:
+            known = ", ".join(self.profiles) or "none"
+            raise NoSuchProfile(
+                f"There is no profile {quoted(profile)}; the profiles are: {known}."
+            )
+        new_id = self._unused_id(account, session_id)
+        target = self._mount_point(settings, new_id, account)
+        with self._creating(new_id, target):
+            image = await self._services.images.acquire(
+                ImageSource(
+                    path=settings.image,
+                    verity_root_hash=settings.verity_root_hash,
+                    verity_hash_device=settings.verity_hash_device,
+                )
+            )
+            record = _new_record(new_id, account, profile, settings, target, image)
+            session = Session(record, self._services, image)
+            await self._bring_up(session, image, settings)
+        self._add(session)
+        return session
+
+    async def _bring_up(self, session: Session, image: Image, settings: Profile) -> None:
+        store, record = self._services.store, session.record
+
+        def make_storage() -> None:
+            store.create(record, size=settings.size, inodes=settings.inodes)
+            store.make_upper(record, image.root)
+            store.write(record)
+
+        try:
+            await self._services.nursery.start(session.run)
+            await trio.to_thread.run_sync(make_storage)
+            await session.start()
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await session.end()
+                await self._remove(record)
+            raise
+
+    def _unused_id(self, account: Account, wanted: str | None) -> SessionId:
+        if wanted is None:
+            return next(name for name in session_ids(account) if self._user_of(name) is None)
+        name = checked_session_id(wanted)
+        user = self._user_of(name)
+        if user is not None:
+            raise SessionExists(f"There is a session {name} already ({user}); use another id.")
+        return name
+
+    def _user_of(self, session: SessionId) -> str | None:
+        """Say who uses an id, if anyone does."""
+        if session in self._sessions:
+            return f"of user {self._sessions[session].user}"
+        if session in self._being_created:
+            return "it is being created"
+        files = self._services.store.used_by(session)
+        return None if files is None else f"it is not served, but there are files in {files}"
+
+    def _mount_point(self, settings: Profile, session: SessionId, account: Account) -> Path:
+        if settings.mount_point is None:
+            return self._services.store.runtime_directory(session) / "root"
+        text = settings.mount_point.format(id=session, user=account.name, uid=account.uid)
+        # Before anything looks at the path: the manager never touches a merged view.
+        self._require_apart(Path(text))
+        resolved = mount_point.resolve(Path(text))
+        self._require_apart(resolved)
+        return resolved
+
+    def _require_apart(self, path: Path) -> None:
+        taken = {session.mount_point: session.id for session in self._sessions.values()}
+        taken |= {target: session for session, target in self._being_created.items()}
+        for other, session in taken.items():
+            if path == other or path in other.parents or other in path.parents:
+                raise SessionExists(
+                    f"The mount point {path} is taken: session {session} is mounted at {other}. "
+                    "Close that session, or put {id} into mount_point."
+                )
+
+    @contextmanager
+    def _creating(self, session: SessionId, target: Path) -> Iterator[None]:
+        self._being_created[session] = target
+        try:
+            yield
+        finally:
+            del self._being_created[session]
+
+    def _add(self, session: Session) -> None:
+        self._sessions[session.id] = session
+        self._populated.set()
+        self._services.observers.tell(lambda observer: observer.session_added(session))
+
+    # Sessions go
+
+    async def close(self, session_id: str) -> None:
+        """Unmount a session and delete all its files; a job that runs in it is cancelled first.
+
+        Raises `NoSuchSession`, also when it is being closed already, and `Failed`: then it is
+        unmounted, but found again at the next start.
+        """
+        session = self.get(session_id)
+        if session.state is SessionState.CLOSING:
+            raise NoSuchSession(f"Session {session.id} is being closed already.")
+        with trio.CancelScope(shield=True):
+            await session.end()
+            try:
+                await self._remove(session.record)
+            finally:
+                self._drop(session)
+
+    async def _remove(self, record: SessionRecord) -> None:
+        store = self._services.store
+        await trio.to_thread.run_sync(store.forget, record)
+        for kind in StorageKind:
+            garbage = await trio.to_thread.run_sync(store.discard, record.id, kind)
+            self._services.delete_soon(garbage)
+
+    def _drop(self, session: Session) -> None:
+        del self._sessions[session.id]
+        if not self._sessions:
+            self._populated = trio.Event()
+        self._services.observers.tell(lambda observer: observer.session_removed(session))
+
+    # The manager's own life
+
+    async def start(self) -> None:
+        """Serve again the sessions that there were, then create those that are configured.
+
+        A session that cannot be served is logged, and FAILED if it existed before; the others are
+        served. Raises `Failed`, `NoSpace` when nothing can be served at all.
+        """
+        store, mounts = self._services.store, self._services.mounts
+        await trio.to_thread.run_sync(store.prepare)
+        await trio.to_thread.run_sync(_detach_stale_views, mounts, self._runtime / "sessions")
+        await self._services.images.prepare()
+        found = await trio.to_thread.run_sync(store.load)
+        self._services.delete_soon(found.garbage)
+        async with trio.open_nursery() as nursery:
+            for record in found.records:
+                session = Session(record, self._services)
+                await self._services.nursery.start(session.run)
+                self._add(session)
+                nursery.start_soon(self._serve_again, session)
+        self._services.nursery.start_soon(self._watch_space)
+        await self._create_configured()
+
+    async def reload(self, config: Config) -> None:
+        """Use `config` for new sessions, create those that are new in it, retry those that FAILED.
+
+        The directories stay where they are.
+        """
+        if config.daemon != self._config.daemon:
+            log.warning("Changes in [daemon] take effect when sessiond is restarted.")
+        self._config = config
+        for session in tuple(self._sessions.values()):
+            if session.state is SessionState.FAILED:
+                await self._serve_again(session)
+        await self._create_configured()
+
+    async def shut_down(self) -> None:
+        """End all sessions: volatile ones for good, persistent ones until the next start."""
+        async with trio.open_nursery() as nursery:
+            for session in tuple(self._sessions.values()):
+                nursery.start_soon(self._shut_down, session)
+
+    async def _shut_down(self, session: Session) -> None:
+        store = self._services.store
+        await session.end()
+        try:
+            if session.storage is StorageKind.TMPFS:
+                await trio.to_thread.run_sync(store.forget, session.record)
+            garbage = await trio.to_thread.run_sync(store.discard, session.id, StorageKind.TMPFS)
+            await self._services.delete_trees(garbage)
+        except SessiondError as error:
+            log.error("Session %s is not ended cleanly: %s", session.id, error)  # noqa: TRY400
+        self._drop(session)
+
+    async def _serve_again(self, session: Session) -> None:
+        record = session.record
+        try:
+            with explained(f"detach what is mounted at {record.mount_point}"):
+                await trio.to_thread.run_sync(
+                    _detach_stale_view, self._services.mounts, record.mount_point
+                )
+            await session.start()
+        except SessiondError as error:
+            log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400
+
+    async def _create_configured(self) -> None:
+        for name, wanted in self._config.session.items():
+            if name in self._sessions:
+                continue
+            try:
+                await self.create(wanted.user, wanted.profile, session_id=name)
+            except SessiondError as error:
+                log.error("Session %s is not created: %s", name, error)  # noqa: TRY400
+
+    async def _watch_space(self) -> None:
+        while True:
+            await self._populated.wait()
+            for session in self._sessions.values():
+                session.check_space()
+            await trio.sleep(_SPACE_SECONDS)
+
+
+def _new_record(
+    session: SessionId,
+    account: Account,
+    profile: str,
+    settings: Profile,
+    target: Path,
+    image: Image,
+) -> SessionRecord:
+    unprivileged = account.uid != 0
+    return SessionRecord(
+        id=session,
+        user=account.name,
+        uid=account.uid,
+        profile=profile,
+        source=image.source,
+        image=image.digest,
+        mount_point=target,
+        nosuid=unprivileged if settings.nosuid is None else settings.nosuid,
+        nodev=unprivileged if settings.nodev is None else settings.nodev,
+        storage=StorageKind(settings.storage),
+        created_at=datetime.now(UTC),
+    )
+
+
+def _detach_stale_views(mounts: Mounts, directory: Path) -> None:
+    """Take away the merged views that a daemon has left; the storage of volatile sessions stays."""
+    with explained(f"detach what is mounted below {directory}"):
+        for target in mounts.mounted_below(directory):
+            if target != directory / target.parent.name / "storage":
+                mounts.detach(target)
+
+
+def _detach_stale_view(mounts: Mounts, target: Path) -> None:
+    kind = mounts.file_system(target)
+    # Anything else is none of ours, and stays: the mount point is in use then.
+    while kind is not None and kind.startswith("fuse"):
+        mounts.detach(target)
+        kind = mounts.file_system(target)

@@ -1,0 +1,164 @@
+"""Mounts and mounters that mount nothing, for tests of everything above them, without root.
+
+They keep the promises of `Mounter` and `Mounts` as far as the session layer can see, and fail when
+told to.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from sessiond.errors import Failed, SessiondError
+from sessiond.session.model import ChangeSummary, SessionId, Stack
+from sessiond.session.mounter import MountRequest
+
+
+class MemoryMount:
+    """A mount that remembers what it was asked for."""
+
+    def __init__(self, request: MountRequest, mounter: MemoryMounter) -> None:
+        self.request = request
+        self.stack = request.stack
+        """What is served now."""
+        self.frozen_times = 0
+        self.mounted = True
+        self.summary = ChangeSummary(added=0, changed=0, deleted=0, bytes=0)
+        self.differences: list[dict[str, str | int]] = []
+        self._mounter = mounter
+        self._held = trio.Lock()
+        self._dead = trio.Event()
+
+    async def swap(self, stack: Stack) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("swap")
+        self._require_alive()
+        _require_directories(stack)
+        self.stack = stack
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        self._mounter.raise_injected("frozen")
+        self._require_alive()
+        async with self._held:
+            self.frozen_times += 1
+            yield
+
+    async def write(self, name: str, contents: bytes) -> None:
+        """What a program does in the merged view: put a file into the upper; waits while frozen."""
+        async with self._held:
+            (self.stack.upper.fs / name).write_bytes(contents)
+
+    async def changes(self) -> ChangeSummary:
+        await trio.lowlevel.checkpoint()
+        self._require_alive()
+        return self.summary
+
+    async def diff(self, target: int) -> None:
+        self._require_alive()
+        for difference in self.differences:
+            line = json.dumps(difference).encode() + b"\n"
+            try:
+                while line:
+                    await trio.lowlevel.wait_writable(target)
+                    line = line[os.write(target, line) :]
+            except BrokenPipeError:
+                return
+
+    async def sync(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("sync")
+        self._require_alive()
+
+    async def unmount(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self.mounted = False
+        self._dead.set()
+
+    async def wait_died(self) -> None:
+        await self._dead.wait()
+
+    def die(self) -> None:
+        """Let the worker die, as by SIGKILL."""
+        self._dead.set()
+
+    def _require_alive(self) -> None:
+        if self._dead.is_set():
+            raise Failed(f"The worker of session {self.request.session} is gone.")
+
+
+@dataclass
+class MemoryMounter:
+    """Makes `MemoryMount`s; `mounts` holds the latest of each session."""
+
+    mounts: dict[SessionId, MemoryMount] = field(default_factory=dict)
+    injected: dict[str, list[SessiondError]] = field(default_factory=dict)
+    """What the next calls of ``mount``, ``swap``, ``frozen`` or ``sync`` are to raise, in order."""
+
+    async def mount(self, request: MountRequest) -> MemoryMount:
+        await trio.lowlevel.checkpoint()
+        self.raise_injected("mount")
+        if not request.mount_point.is_dir():
+            raise Failed(f"The mount point {request.mount_point} is not a directory.")
+        _require_directories(request.stack)
+        mount = self.mounts[request.session] = MemoryMount(request, self)
+        return mount
+
+    def raise_injected(self, call: str) -> None:
+        """Fail `call` if that was asked for."""
+        if self.injected.get(call):
+            raise self.injected[call].pop(0)
+
+
+def _require_directories(stack: Stack) -> None:
+    for directory in (stack.upper.fs, stack.upper.work, *stack.lowers):
+        if not directory.is_dir():
+            raise Failed(f"The layer {directory} cannot be opened.")
+
+
+@dataclass
+class MemoryMounts:
+    """A kernel that only remembers what is mounted; a tmpfs is the directory below it."""
+
+    mounted: dict[Path, str] = field(default_factory=dict)
+    """Mount point to kind of file system."""
+    unsupported: set[str] = field(default_factory=set)
+    injected: list[OSError] = field(default_factory=list)
+    """What the next mounts are to raise, in order."""
+
+    def mount_tmpfs(self, target: Path, *, size: str, inodes: int | None) -> None:
+        self._mount(target, "tmpfs")
+
+    def mount_clone(self, source: Path, target: Path) -> None:
+        self._mount(target, "directory")
+
+    def mount_image(self, device: Path, target: Path, kind: str) -> None:
+        if kind in self.unsupported:
+            raise OSError(errno.ENODEV, f"unknown filesystem type '{kind}'")
+        self._mount(target, kind)
+
+    def file_system(self, target: Path) -> str | None:
+        return self.mounted.get(target)
+
+    def mounted_below(self, directory: Path) -> list[Path]:
+        below = [target for target in self.mounted if directory in target.parents]
+        return sorted(below, key=lambda path: len(path.parts), reverse=True)
+
+    def detach(self, target: Path) -> None:
+        self.mounted.pop(target, None)
+
+    def supports(self, kind: str) -> bool:
+        return kind not in self.unsupported
+
+    def _mount(self, target: Path, kind: str) -> None:
+        if self.injected:
+            raise self.injected.pop(0)
+        assert target.is_dir(), f"{target} is no directory to mount on"
+        self.mounted[target] = kind

@@ -1,0 +1,81 @@
+"""What the session layer needs of whatever serves the mounts.
+
+`sessiond.fuse.mounter` is the real one, `sessiond.session.memory` the one for tests without root.
+Both pass the same tests.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from sessiond.session.model import ChangeSummary, SessionId, Stack
+
+
+@dataclass(frozen=True, slots=True)
+class MountRequest:
+    """A merged view to be mounted at `mount_point`, an existing directory."""
+
+    session: SessionId
+    mount_point: Path
+    stack: Stack
+    nosuid: bool
+    nodev: bool
+
+
+class Mount(Protocol):
+    """One live mount. Calls may come from several tasks; they are served one after another."""
+
+    async def swap(self, stack: Stack) -> None:
+        """Serve `stack` from now on, in place of the layers served so far.
+
+        Atomic for everyone inside: a system call sees either the old layers or the new. The new
+        upper has to be empty or to have been written by this overlay. Files open across the swap
+        keep their contents where the new stack no longer has them. Raises `Failed`, with the old
+        stack still served, when a layer cannot be opened.
+        """
+
+    def frozen(self) -> AbstractAsyncContextManager[None]:
+        """Hold every change to the merged view while the context is open; reading goes on.
+
+        `swap` may be called inside. Programs that write wait; keep it short.
+        """
+
+    async def changes(self) -> ChangeSummary:
+        """Count how the merged view differs from the bottom-most lower, the image."""
+
+    async def diff(self, target: int) -> None:
+        """Write the differences from the image to descriptor `target`, as JSON lines.
+
+        Each line: ``{"path": str, "kind": "added"|"contents"|"metadata"|"deleted"|"type", "type":
+        "file"|"directory"|"symlink"|"other", "size": int}``; a directory comes before what is in
+        it, bytes of a path that are not UTF-8 come as surrogate escapes. The caller closes
+        `target`. Returns early when the reader hangs up.
+        """
+
+    async def sync(self) -> None:
+        """Return when all that was written before is on the upper's disk.
+
+        Raises `Failed`, `NoSpace`.
+        """
+
+    async def unmount(self) -> None:
+        """Detach the mount, write back what is dirty and end its worker.
+
+        Never fails, may be repeated.
+        """
+
+    async def wait_died(self) -> None:
+        """Return when the worker is gone, whatever the reason."""
+
+
+class Mounter(Protocol):
+    """Makes mounts."""
+
+    async def mount(self, request: MountRequest) -> Mount:
+        """Mount and return once the merged view is usable.
+
+        Raises `Failed` or `NoSpace` with the reason; nothing is left mounted then.
+        """

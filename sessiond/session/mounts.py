@@ -1,0 +1,206 @@
+"""The machine's own mounts, of images and tmpfs, and the system calls for them that `os` lacks.
+
+The merged views are not made here but by a `Mounter`. All functions block, and may be called from
+any thread; they never look into what is mounted, which for a dead merged view would hang or fail.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# The numbers of system calls since 5.1 are the same on all architectures that Python supports.
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_SYS_MOUNT_SETATTR = 442
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_OPEN_TREE_CLONE = 1
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOUNT_ATTR_RDONLY = 0x1
+_MS_NOSUID = 0x2
+_MS_NODEV = 0x4
+_MS_PRIVATE = 1 << 18
+_MNT_DETACH = 0x2
+_UMOUNT_NOFOLLOW = 0x8
+
+
+class Mounts(Protocol):
+    """What the session layer asks of the kernel. Tests without root use one that mounts nothing."""
+
+    def mount_tmpfs(self, target: Path, *, size: str, inodes: int | None) -> None:
+        """Mount a tmpfs that only root can enter. Raises `OSError`."""
+
+    def mount_clone(self, source: Path, target: Path) -> None:
+        """Mount the directory `source` read-only, without the mounts below it.
+
+        Raises `OSError`.
+        """
+
+    def mount_image(self, device: Path, target: Path, kind: str) -> None:
+        """Mount a file or block device of file system `kind` read-only.
+
+        Raises `OSError`; its `strerror` is what mount(8) says.
+        """
+
+    def file_system(self, target: Path) -> str | None:
+        """Return the type of the topmost file system mounted at `target`, None if there is none."""
+
+    def mounted_below(self, directory: Path) -> list[Path]:
+        """Return all mount points below `directory`, the deepest first."""
+
+    def detach(self, target: Path) -> None:
+        """Take away all that is mounted at `target`, if anything is, in use or dead.
+
+        Raises `OSError`.
+        """
+
+    def supports(self, kind: str) -> bool:
+        """Tell whether the running kernel knows the file system `kind`."""
+
+
+class SystemMounts:
+    """The real thing; needs CAP_SYS_ADMIN."""
+
+    def mount_tmpfs(self, target: Path, *, size: str, inodes: int | None) -> None:
+        options = f"mode=0700,size={size}" + (f",nr_inodes={inodes}" if inodes else "")
+        result = _libc.mount(
+            b"sessiond",
+            os.fsencode(target),
+            b"tmpfs",
+            ctypes.c_ulong(_MS_NOSUID | _MS_NODEV),
+            options.encode(),
+        )
+        _check(result, target)
+
+    def mount_clone(self, source: Path, target: Path) -> None:
+        tree = _check(
+            _libc.syscall(
+                _SYS_OPEN_TREE,
+                _AT_FDCWD,
+                os.fsencode(source),
+                ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+            ),
+            source,
+        )
+        try:
+            # Private, or what is mounted below the source later would show up in the clone as well.
+            attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, _MS_PRIVATE, 0)
+            _check(
+                _libc.syscall(
+                    _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attributes, len(attributes)
+                ),
+                source,
+            )
+            _check(
+                _libc.syscall(
+                    _SYS_MOVE_MOUNT,
+                    tree,
+                    b"",
+                    _AT_FDCWD,
+                    os.fsencode(target),
+                    _MOVE_MOUNT_F_EMPTY_PATH,
+                ),
+                target,
+            )
+        finally:
+            os.close(tree)
+
+    def mount_image(self, device: Path, target: Path, kind: str) -> None:
+        # mount(8), since it sets up the loop device, frees it with the mount, and loads the module.
+        options = ["ro"]
+        if not device.is_block_device():
+            options.append("loop")
+        if kind == "ext4":
+            options.append("noload")  # the journal is not replayed: nothing is written to the image
+        run(["mount", "-t", kind, "-o", ",".join(options), "--", str(device), str(target)])
+
+    def file_system(self, target: Path) -> str | None:
+        kinds = [mount.kind for mount in _mount_table() if mount.target == target]
+        return kinds[-1] if kinds else None
+
+    def mounted_below(self, directory: Path) -> list[Path]:
+        below = {mount.target for mount in _mount_table() if directory in mount.target.parents}
+        return sorted(below, key=lambda path: len(path.parts), reverse=True)
+
+    def detach(self, target: Path) -> None:
+        while self.file_system(target) is not None:
+            _check(_libc.umount2(os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW), target)
+
+    def supports(self, kind: str) -> bool:
+        with open("/proc/filesystems", encoding="ascii") as known:
+            return any(line.split()[-1] == kind for line in known)
+
+
+def sync_file_system(directory: Path) -> None:
+    """Write to disk all that is dirty in the file system that holds `directory`.
+
+    Raises `OSError`, also when writing had failed earlier.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _check(_libc.syncfs(fd), directory)
+    finally:
+        os.close(fd)
+
+
+def run(command: list[str]) -> None:
+    """Run a system tool.
+
+    Raises `OSError`: its `strerror` is the last line printed, or says that the tool is missing.
+    """
+    try:
+        result = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            check=False,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+    except FileNotFoundError:
+        raise OSError(errno.ENOENT, f"the program {command[0]} is not installed") from None
+    if result.returncode != 0:
+        said = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        said = [line for line in said if not line.startswith("dmesg(1) may have")]
+        reason = said[-1] if said else f"{command[0]} ended with status {result.returncode}"
+        raise OSError(errno.EIO, reason.removesuffix("."))
+
+
+class _MountEntry(NamedTuple):
+    target: Path
+    kind: str
+
+
+def _mount_table() -> Iterator[_MountEntry]:
+    with open("/proc/self/mountinfo", "rb") as table:
+        for line in table:
+            fields = line.split(b" ")
+            # proc(5): a varying number of optional fields ends with a lone hyphen.
+            kind = fields[fields.index(b"-", 6) + 1]
+            yield _MountEntry(Path(_unescaped(fields[4])), kind.decode())
+
+
+def _unescaped(field: bytes) -> str:
+    octal = re.compile(rb"\\([0-7]{3})")
+    return os.fsdecode(octal.sub(lambda match: bytes([int(match[1], 8)]), field))
+
+
+def _check(result: int, path: Path) -> int:
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(path))
+    return result

@@ -1,0 +1,191 @@
+"""Persist: move a volatile session to disk while it runs.
+
+What does not change is copied first: a new upper is pushed, as for a snapshot, and the layers below
+it are copied while programs go on writing; again, until little was written meanwhile. Only for that
+rest are the writers held. Then the record on disk is written, which is the moment at which the
+session becomes persistent, and the merged view is switched over to the copies. A crash before that
+moment leaves the volatile session as it was, one after it the persistent one, complete.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from sessiond.errors import Failed, NoSpace, SessiondError
+from sessiond.session.faults import explained
+from sessiond.session.model import LayerNumber, SessionRecord, StorageKind
+from sessiond.session.mounts import sync_file_system
+from sessiond.session.space import measure
+from sessiond.session.tree import copy_trees, tree_bytes
+
+if TYPE_CHECKING:
+    from sessiond.session.jobs import Job
+    from sessiond.session.session import Session
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+_MOST_ROUNDS = 4
+"""Layers pushed at most, for a session that writes as fast as the disk takes it."""
+_LITTLE = 16 << 20
+"""Bytes that may be copied while writers wait."""
+_REPORT_SECONDS = 0.2
+
+
+async def move_to_disk(session: Session, job: Job) -> None:
+    """Make `session` persistent; within its operation. Rolls back when it fails or is cancelled.
+
+    For a session that is persistent, return when all its changes are on disk. Raises `NoSpace`,
+    `Failed`, `ImageUnavailable`.
+    """
+    if session.storage is StorageKind.PERSISTENT:
+        await session.require_mount().sync()
+        return
+    move = _Move(session, job)
+    try:
+        await move.copy_while_running()
+        await move.switch_over()
+    except BaseException as error:
+        with trio.CancelScope(shield=True):
+            try:
+                await move.roll_back()
+            except SessiondError as undo:
+                raise Failed(f"{error} Then going back failed as well. {undo}") from error
+        raise
+    finally:
+        with trio.CancelScope(shield=True):
+            await move.drop_volatile()
+
+
+class _Move:
+    """One attempt. `_copied` are the layers that are on disk, and cannot change any more."""
+
+    def __init__(self, session: Session, job: Job) -> None:
+        self._session = session
+        self._store = session.services.store
+        self._job = job
+        self._copied: set[LayerNumber] = set()
+        self._bytes_done = 0
+        self._bytes_total = 0
+        self._next_report = 0.0
+        self._made_storage = False
+        self._recorded = False
+        self._volatile: SessionRecord | None = None
+        """What the session was; once that is set there is no way back."""
+
+    @property
+    def _target(self) -> SessionRecord:
+        return self._session.record.model_copy(update={"storage": StorageKind.PERSISTENT})
+
+    async def copy_while_running(self) -> None:
+        """Copy all layers but an upper with little in it."""
+        await self._in_thread(self._require_space)
+        await trio.to_thread.run_sync(self._store.create_on_disk, self._target)
+        self._made_storage = True
+        for _ in range(_MOST_ROUNDS):
+            await self._session.switch(self._session.record.committed())
+            await self._in_thread(self._copy_committed)
+            if await self._in_thread(self._upper_bytes) <= _LITTLE:
+                return
+
+    async def switch_over(self) -> None:
+        """Hold writers, copy the upper, and make the copies the session."""
+        async with self._session.require_mount().frozen():
+            await self._in_thread(self._copy_upper)
+            target = self._target
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._store.write, target)
+                self._recorded = True
+                await self._session.serve(target)
+                self._volatile = self._session.record
+                self._session.adopt(target)
+
+    async def drop_volatile(self) -> None:
+        """Forget the volatile session, if it has moved.
+
+        Where both are found at start, the persistent one counts.
+        """
+        if self._volatile is None:
+            return
+        try:
+            await trio.to_thread.run_sync(self._store.forget, self._volatile)
+            await trio.to_thread.run_sync(self._store.drop_volatile_storage, self._volatile.id)
+        except SessiondError as error:
+            log.error("Session %s is persistent, but: %s", self._volatile.id, error)  # noqa: TRY400
+
+    async def roll_back(self) -> None:
+        """Remove what was written to disk, unless the session has moved there. Raises `Failed`."""
+        if self._volatile is not None:
+            return
+        if self._recorded:
+            await trio.to_thread.run_sync(self._store.forget, self._target)
+        if self._made_storage:
+            self._session.services.delete_soon(
+                await trio.to_thread.run_sync(
+                    self._store.discard, self._session.id, StorageKind.PERSISTENT
+                )
+            )
+
+    # In a thread, each
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        with explained(f"copy session {self._session.id} to disk"):
+            return await trio.to_thread.run_sync(function)
+
+    def _require_space(self) -> None:
+        record = self._session.record
+        self._bytes_total = sum(
+            tree_bytes(self._store.layer(record, number), trio.from_thread.check_cancelled)
+            for number in record.all_layers
+        )
+        space = measure(self._store.storage(self._target).parent)
+        if self._bytes_total > space.bytes_total - space.bytes_used:
+            raise NoSpace(
+                f"Session {record.id} takes {self._bytes_total} bytes, and only "
+                f"{space.bytes_total - space.bytes_used} are free for persistent sessions; "
+                "make room on that disk."
+            )
+
+    def _copy_committed(self) -> None:
+        record = self._session.record
+        for number in sorted(record.all_layers - {record.upper} - self._copied):
+            self._copy_layer(number, ("fs",))
+            self._copied.add(number)
+        sync_file_system(self._store.storage(self._target))
+
+    def _upper_bytes(self) -> int:
+        record = self._session.record
+        return tree_bytes(self._store.layer(record, record.upper), trio.from_thread.check_cancelled)
+
+    def _copy_upper(self) -> None:
+        record = self._session.record
+        # Of the workdir, only the index of hard links belongs to the layer's contents.
+        has_index = (self._store.upper(record).work / "index").is_dir()
+        self._store.upper(self._target).work.mkdir(mode=0o700, parents=True)
+        self._copy_layer(record.upper, ("fs", "work/index") if has_index else ("fs",))
+        sync_file_system(self._store.storage(self._target))
+
+    def _copy_layer(self, number: LayerNumber, names: tuple[str, ...]) -> None:
+        target = self._store.layer(self._target, number)
+        target.mkdir(mode=0o700, exist_ok=True)
+        copy_trees(
+            self._store.layer(self._session.record, number),
+            target,
+            names,
+            progress=self._progress,
+            check=trio.from_thread.check_cancelled,
+        )
+
+    def _progress(self, copied: int) -> None:
+        self._bytes_done += copied
+        self._bytes_total = max(self._bytes_total, self._bytes_done)
+        now = time.monotonic()
+        if now >= self._next_report:
+            self._next_report = now + _REPORT_SECONDS
+            trio.from_thread.run_sync(self._job.report, self._bytes_done, self._bytes_total)

@@ -1,0 +1,52 @@
+"""What all sessions of one manager share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import trio
+
+from sessiond.session.images import Images
+from sessiond.session.mounter import Mounter
+from sessiond.session.mounts import Mounts
+from sessiond.session.observer import Observers
+from sessiond.session.store import Store
+from sessiond.session.tree import remove_tree
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """The manager's parts, and its nursery for what outlives a session."""
+
+    store: Store
+    images: Images
+    mounts: Mounts
+    mounter: Mounter
+    nursery: trio.Nursery
+    observers: Observers = field(default_factory=Observers)
+    job_numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    _one_at_a_time: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+
+    async def delete_trees(self, trees: Iterable[Path]) -> None:
+        """Delete directories in a thread; one after another, for others use the disk as well.
+
+        What cannot be deleted is logged, and is garbage to the next start. So is all that is left
+        when this is cancelled.
+        """
+        for tree in trees:
+            try:
+                await trio.to_thread.run_sync(
+                    remove_tree, tree, trio.from_thread.check_cancelled, limiter=self._one_at_a_time
+                )
+            except OSError as error:
+                log.error("Directory %s could not be deleted: %s", tree, error)  # noqa: TRY400
+
+    def delete_soon(self, trees: Iterable[Path]) -> None:
+        """The same in the background."""
+        self.nursery.start_soon(self.delete_trees, tuple(trees))

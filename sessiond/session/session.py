@@ -1,0 +1,525 @@
+"""One session: what is served, what is recorded of it, and the operations that change both.
+
+Between two checkpoints a task has the session to itself; over checkpoints, an operation holds it by
+`_begin` and `_end`, and every other one is refused with `Busy`. The record on disk always names
+what is served, or what is about to be: a crash between the two loses nothing that was written
+before the operation, or all that the operation was to throw away.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from sessiond.errors import (
+    Busy,
+    Cancelled,
+    Failed,
+    ImageUnavailable,
+    InvalidOption,
+    NoSuchSession,
+    SessiondError,
+    SnapshotExists,
+)
+from sessiond.session import mount_point
+from sessiond.session.images import Image
+from sessiond.session.jobs import Job
+from sessiond.session.model import (
+    ChangeSummary,
+    LayerNumber,
+    Operation,
+    SessionId,
+    SessionRecord,
+    SessionState,
+    SnapshotName,
+    SnapshotRecord,
+    Stack,
+    StorageKind,
+    Uid,
+    Usage,
+    snapshot_name,
+)
+from sessiond.session.mounter import Mount, MountRequest
+from sessiond.session.persist import move_to_disk
+from sessiond.session.services import Services
+from sessiond.session.space import SpaceLevel, measure, next_level
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION_LIMIT = 1000
+"""Longest description of a snapshot, in characters."""
+
+_MOST_MOUNTS_AGAIN = 5
+_WITHIN_SECONDS = 60.0
+_PAUSE_SECONDS = 1.0
+
+
+class Session:
+    """One user's merged view. Attributes are read-only for others."""
+
+    def __init__(
+        self, record: SessionRecord, services: Services, image: Image | None = None
+    ) -> None:
+        """A session that is not mounted yet. It owns `image`, if that is acquired already."""
+        self.services = services
+        self.record = record
+        self.mount: Mount | None = None
+        """What is served; its worker may have died a moment ago. For this package only."""
+        self.state = SessionState.STARTING
+        self.failure = ""
+        """Why the state is FAILED, as a sentence."""
+        self._image = image
+        self._closing = False
+        self._operation: str | None = None
+        self._idle = trio.Event()
+        self._job: Job | None = None
+        self._mounted_again: deque[float] = deque(maxlen=_MOST_MOUNTS_AGAIN)
+        self._space_level = SpaceLevel.NORMAL
+        self._last_usage = Usage(0, 0, 0, 0)
+        self._nursery: trio.Nursery | None = None
+        self._ended = trio.Event()
+
+    # What it is
+
+    @property
+    def id(self) -> SessionId:
+        return self.record.id
+
+    @property
+    def user(self) -> str:
+        return self.record.user
+
+    @property
+    def uid(self) -> Uid:
+        return self.record.uid
+
+    @property
+    def profile(self) -> str:
+        """Name of the profile that it was made from, which may be gone."""
+        return self.record.profile
+
+    @property
+    def image(self) -> str:
+        """Digest of its image."""
+        return self.record.image
+
+    @property
+    def mount_point(self) -> Path:
+        return self.record.mount_point
+
+    @property
+    def storage(self) -> StorageKind:
+        return self.record.storage
+
+    @property
+    def created_at(self) -> datetime:
+        return self.record.created_at
+
+    @property
+    def last_reset(self) -> datetime | None:
+        return self.record.last_reset
+
+    @property
+    def snapshots(self) -> Mapping[SnapshotName, SnapshotRecord]:
+        """By name, in the order in which they were made."""
+        return {snapshot.name: snapshot for snapshot in self.record.snapshots}
+
+    @property
+    def usage(self) -> Usage:
+        """Bytes and inodes used now; of a session on disk, those of the whole file system."""
+        try:
+            space = measure(self.services.store.storage(self.record))
+        except OSError:  # it has just been closed
+            return self._last_usage
+        limited = self.storage is StorageKind.TMPFS
+        self._last_usage = Usage(
+            bytes_used=space.bytes_used,
+            bytes_limit=space.bytes_total if limited else 0,
+            inodes_used=space.inodes_used,
+            inodes_limit=space.inodes_total if limited else 0,
+        )
+        return self._last_usage
+
+    # What may be done to it
+
+    def reset(self, *, started_by: Uid) -> Job:
+        """Go back to the image; snapshots are kept. Raises `Busy`, `NoSuchSession`.
+
+        How long it takes does not depend on how much was changed.
+        """
+        return self._start_job(Operation.RESET, started_by, self._reset)
+
+    def restore(self, name: str, *, started_by: Uid) -> Job:
+        """Go back to a snapshot. Raises `Busy`, `NoSuchSession`, `NoSuchSnapshot`."""
+        layers = self.record.snapshot(name).layers
+        return self._start_job(
+            Operation.RESTORE,
+            started_by,
+            lambda _: self.switch(self.record.with_new_upper(layers)),
+        )
+
+    def persist(self, *, started_by: Uid) -> Job:
+        """Make the session survive a reboot. Raises `Busy`, `NoSuchSession`.
+
+        For a session that does so already, the job ends when all its changes are on disk.
+        """
+        return self._start_job(Operation.PERSIST, started_by, lambda job: move_to_disk(self, job))
+
+    async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
+        """Keep the merged view as it is now, under `name`.
+
+        Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `Busy`, `NoSuchSession`, `NoSpace`,
+        `Failed`.
+        """
+        checked_name = snapshot_name(name)
+        if len(description) > DESCRIPTION_LIMIT:
+            raise InvalidOption(
+                f"The description is {len(description)} characters long; at most "
+                f"{DESCRIPTION_LIMIT} are allowed."
+            )
+        with self._operating("a snapshot is being made"):
+            self._require_unused(checked_name)
+            after = self.record.committed()
+            snapshot = SnapshotRecord(
+                name=checked_name,
+                description=description,
+                created_at=datetime.now(UTC),
+                layers=after.layers,
+            )
+            await self.switch(after.with_snapshots((*after.snapshots, snapshot)))
+        self.services.observers.tell(lambda observer: observer.snapshot_added(self, snapshot))
+        return snapshot
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Forget a snapshot; layers that nothing else needs are deleted in the background.
+
+        Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        with self._operating("a snapshot is being deleted"):
+            snapshot = self.record.snapshot(name)
+            others = [other for other in self.record.snapshots if other is not snapshot]
+            await self._write(self.record.with_snapshots(others))
+        self.services.observers.tell(lambda observer: observer.snapshot_removed(self, snapshot))
+
+    async def rename_snapshot(self, name: str, new_name: str) -> None:
+        """Give a snapshot another name.
+
+        Raises `NoSuchSnapshot`, `InvalidName`, `SnapshotExists`, `Busy`, `NoSuchSession`,
+        `NoSpace`, `Failed`.
+        """
+        checked_name = snapshot_name(new_name)
+        with self._operating("a snapshot is being renamed"):
+            old = self.record.snapshot(name)
+            self._require_unused(checked_name)
+            new = old.model_copy(update={"name": checked_name})
+            await self._write(
+                self.record.with_snapshots(
+                    [new if other is old else other for other in self.record.snapshots]
+                )
+            )
+        self.services.observers.tell(lambda observer: observer.snapshot_removed(self, old))
+        self.services.observers.tell(lambda observer: observer.snapshot_added(self, new))
+
+    async def changes(self) -> ChangeSummary:
+        """Count what differs from the image. Raises `NoSuchSession`, `Failed`."""
+        return await self.require_mount().changes()
+
+    async def diff(self, target: int) -> None:
+        """Write what differs from the image to a descriptor; see `Mount.diff` for the format.
+
+        Raises `NoSuchSession`, `Failed`.
+        """
+        await self.require_mount().diff(target)
+
+    # Its life, as led by the manager
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Be the parent of all the session's tasks, until `end`."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._ended.set()
+
+    async def start(self) -> None:
+        """Mount the merged view of a session that is STARTING or FAILED.
+
+        Raises what prevents it; the state is FAILED then.
+        """
+        await self._become_idle()
+        with self._operating("it is being mounted", self.state):
+            try:
+                await self._mount_view(self.record)
+            except SessiondError as error:
+                self.failure = str(error)
+                raise
+
+    async def end(self) -> None:
+        """Stop what is going on in the session and unmount it; the files stay. Never fails."""
+        self._closing = True
+        self._set_state(SessionState.CLOSING)
+        if self._job is not None:
+            self._job.stop(
+                Cancelled(
+                    f"The {self._job.operation} ended, for session {self.id} is being closed."
+                )
+            )
+        with trio.CancelScope(shield=True):
+            await self._become_idle()
+            if self._nursery is not None:
+                self._nursery.cancel_scope.cancel()
+                await self._ended.wait()
+            if self.mount is not None:
+                await self.mount.unmount()
+                self.mount = None
+            if self._image is not None:
+                await self.services.images.release(self._image)
+                self._image = None
+
+    def check_space(self) -> None:
+        """Tell observers if the storage has become fuller or emptier by a level."""
+        try:
+            space = measure(self.services.store.storage(self.record))
+        except OSError as error:
+            log.warning("The storage of session %s cannot be measured: %s", self.id, error)
+            return
+        level = next_level(self._space_level, space.used_part)
+        if level is not self._space_level:
+            self._space_level = level
+            self.services.observers.tell(
+                lambda observer: observer.space_low(
+                    self, level, space.bytes_used, space.bytes_total
+                )
+            )
+
+    # Operations: one at a time
+
+    def _begin(self, operation: str, state: SessionState) -> None:
+        if self._closing:
+            raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+        if self._operation is not None:
+            raise Busy(
+                f"Session {self.id} is busy: {self._operation}. Wait for that to end, or cancel it."
+            )
+        self._operation = operation
+        self._idle = trio.Event()
+        self._set_state(state)
+
+    def _end(self) -> None:
+        self._operation = None
+        self._idle.set()
+        if not self._closing:
+            self._set_state(SessionState.FAILED if self.mount is None else SessionState.ACTIVE)
+
+    @contextmanager
+    def _operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:
+        self._begin(operation, state)
+        try:
+            yield
+        finally:
+            self._end()
+
+    async def _become_idle(self) -> None:
+        """Wait until no operation runs; none can begin before the caller's next checkpoint."""
+        while self._operation is not None:
+            await self._idle.wait()
+
+    def _set_state(self, state: SessionState) -> None:
+        if state is not self.state:
+            self.state = state
+            self.services.observers.tell(lambda observer: observer.session_changed(self))
+
+    def _start_job(
+        self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
+    ) -> Job:
+        self._begin(f"a {operation} is running", SessionState.BUSY)
+        number = next(self.services.job_numbers)
+        job = Job(number, self.id, operation, started_by, self.services.observers)
+        self._job = job
+        self.services.observers.tell(lambda observer: observer.job_added(job))
+        self._tasks.start_soon(self._run_job, job, body)
+        return job
+
+    async def _run_job(self, job: Job, body: Callable[[Job], Awaitable[None]]) -> None:
+        try:
+            await job.run(body)
+        finally:
+            self._job = None
+            self._end()
+            job.finish()
+
+    async def _reset(self, _: Job) -> None:
+        await self.switch(self.record.reset(datetime.now(UTC)))
+        self.services.observers.tell(lambda observer: observer.reset_done(self))
+
+    # Record and layers
+
+    async def switch(self, after: SessionRecord) -> None:
+        """Record `after`, whose upper is a new one, and serve it; if that fails, all is as before.
+
+        Only within an operation. Cannot be cancelled once begun. Raises `ImageUnavailable`,
+        `NoSpace`, `Failed`.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        before = self.record
+        recorded = False
+        with trio.CancelScope(shield=True):
+            image = await self._require_image()
+            below = (*self.services.store.lowers(after), image.root)[0]
+            try:
+                await trio.to_thread.run_sync(self.services.store.make_upper, after, below)
+                await trio.to_thread.run_sync(self.services.store.write, after)
+                recorded = True
+                await self.serve(after)
+            except BaseException as error:
+                await self._go_back(before, after, error, recorded=recorded)
+                raise
+        self.adopt(after)
+
+    async def _go_back(
+        self, before: SessionRecord, after: SessionRecord, error: BaseException, *, recorded: bool
+    ) -> None:
+        self.record = after.gone_back_to(before)
+        if recorded:
+            try:
+                await trio.to_thread.run_sync(self.services.store.write, self.record)
+            except SessiondError as undo:
+                # Not to be deleted: the record on disk names the new upper.
+                raise Failed(f"{error} Then the record could not be put back. {undo}") from error
+        self._delete_layers({after.upper})
+
+    def adopt(self, after: SessionRecord) -> None:
+        """Take `after`, which is on disk and served, as the record; delete layers it lacks."""
+        unused = self.record.all_layers - after.all_layers
+        self._delete_layers(unused)
+        self.record = after
+        self.services.observers.tell(lambda observer: observer.session_changed(self))
+
+    async def _write(self, after: SessionRecord) -> None:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.services.store.write, after)
+        self.adopt(after)
+
+    def _delete_layers(self, numbers: Iterable[LayerNumber]) -> None:
+        layers = [self.services.store.layer(self.record, number) for number in sorted(numbers)]
+        if layers:
+            self._tasks.start_soon(self._delete_trees, layers)
+
+    async def _delete_trees(self, trees: Iterable[Path]) -> None:
+        await self.services.delete_trees(trees)
+        try:
+            await trio.to_thread.run_sync(self.services.store.fill_reserve, self.record)
+        except SessiondError as error:
+            log.warning("%s", error)
+
+    def _require_unused(self, name: SnapshotName) -> None:
+        if name in self.snapshots:
+            raise SnapshotExists(
+                f"Session {self.id} has a snapshot {name!r} already; delete it, or use another "
+                "name."
+            )
+
+    # Mount, and mount again
+
+    async def serve(self, record: SessionRecord) -> None:
+        """Switch the merged view over to the layers of `record`; mount it if it is not.
+
+        Only within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served
+        before is served still then.
+        """
+        image = await self._require_image()
+        if self.mount is None:
+            await self._mount_view(record)
+        else:
+            await self.mount.swap(self._stack(record, image))
+
+    def _stack(self, record: SessionRecord, image: Image) -> Stack:
+        store = self.services.store
+        return Stack(upper=store.upper(record), lowers=(*store.lowers(record), image.root))
+
+    async def _require_image(self) -> Image:
+        if self._image is None:
+            image = await self.services.images.acquire(self.record.source)
+            # A directory may hold anything tomorrow; that it is a fixed thing is the user's affair.
+            if image.digest != self.record.image and image.kind != "directory":
+                await self.services.images.release(image)
+                raise ImageUnavailable(
+                    f"Image {self.record.source.path} is not the one that session {self.id} was "
+                    f"built on ({self.record.image}); put that back, or close the session."
+                )
+            self._image = image
+        return self._image
+
+    async def _mount_view(self, record: SessionRecord) -> None:
+        image = await self._require_image()
+        await trio.to_thread.run_sync(
+            mount_point.prepare, record.mount_point, record.uid, self.services.mounts
+        )
+        self.mount = await self.services.mounter.mount(
+            MountRequest(
+                session=record.id,
+                mount_point=record.mount_point,
+                stack=self._stack(record, image),
+                nosuid=record.nosuid,
+                nodev=record.nodev,
+            )
+        )
+        self.failure = ""
+        self._tasks.start_soon(self._supervise, self.mount)
+
+    async def _supervise(self, mount: Mount) -> None:
+        """Mount again when the worker of `mount` dies."""
+        await mount.wait_died()
+        self.failure = f"The worker of session {self.id} ended unexpectedly."
+        log.error("%s It is started again.", self.failure)
+        if self._job is not None:
+            self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
+        await self._become_idle()
+        if not self._closing:
+            with self._operating("it is being mounted again", SessionState.FAILED):
+                await mount.unmount()
+                self.mount = None
+                await self._mount_again()
+
+    async def _mount_again(self) -> None:
+        while self._may_mount_again():
+            try:
+                await self._mount_view(self.record)
+            except SessiondError as error:
+                self.failure = str(error)
+                log.error("Session %s cannot be mounted again: %s", self.id, error)  # noqa: TRY400
+                await trio.sleep(_PAUSE_SECONDS)
+            else:
+                log.warning("Session %s is mounted again.", self.id)
+                return
+        self.failure += " Starting it again is given up; reset the session, or close it."
+        log.error("%s", self.failure)
+
+    def _may_mount_again(self) -> bool:
+        now = trio.current_time()
+        mounted = self._mounted_again
+        if len(mounted) == _MOST_MOUNTS_AGAIN and now - mounted[0] < _WITHIN_SECONDS:
+            return False
+        mounted.append(now)
+        return True
+
+    def require_mount(self) -> Mount:
+        """Return the mount. Raises `NoSuchSession`, or `Failed` with why there is none."""
+        if self._closing:
+            raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+        if self.mount is None:
+            raise Failed(f"Session {self.id} is not mounted. {self.failure}")
+        return self.mount
+
+    @property
+    def _tasks(self) -> trio.Nursery:
+        assert self._nursery is not None, "the session's run() was not started"
+        return self._nursery

@@ -1,0 +1,353 @@
+"""Whole directory trees of layers: copied with everything kept, and deleted.
+
+Both work on trees that a user has filled: of any depth (names are only ever resolved in an open
+directory, there is no recursion, and few descriptors are open at a time), with any names, and with
+overlayfs's whiteouts and xattrs in them. Nobody else may change a tree meanwhile. All functions
+block, raise `OSError`, and are called in threads; they call `check` again and again, which stops
+them by raising.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK = 8 << 20
+"""Bytes copied between two calls of `check`."""
+
+Check = Callable[[], None]
+
+
+def unchecked() -> None:
+    """A `check` that never stops anything."""
+
+
+def remove_tree(path: Path, check: Check = unchecked) -> None:
+    """Delete the directory `path` and all in it; it is no error if it is not there.
+
+    Nothing is deleted through a mount point: that raises EBUSY, before what is mounted is touched.
+    """
+    try:
+        top = os.open(path, _DIRECTORY)
+    except FileNotFoundError:
+        return
+    try:
+        _Remover(top, check).remove_all()
+    finally:
+        os.close(top)
+    with suppress(FileNotFoundError):
+        os.rmdir(path)
+
+
+class _Remover:
+    """Moves each subdirectory up into `top` before it is opened, so that no tree is deep.
+
+    The rename is also what keeps mount points safe: renaming one fails without looking inside.
+    """
+
+    def __init__(self, top: int, check: Check) -> None:
+        self._top = top
+        self._check = check
+        self._prefix = f"{secrets.token_hex(16)}."  # no name of a user's can be the same
+        self._serial = count()
+
+    def remove_all(self) -> None:
+        while self._unlink_and_move_up(self._top):
+            for name in [name for name in os.listdir(self._top) if name.startswith(self._prefix)]:
+                directory = os.open(name, _DIRECTORY, dir_fd=self._top)
+                try:
+                    while self._unlink_and_move_up(directory):
+                        pass
+                finally:
+                    os.close(directory)
+                os.rmdir(name, dir_fd=self._top)
+
+    def _unlink_and_move_up(self, directory: int) -> bool:
+        """Empty `directory`; false if it was empty already.
+
+        What readdir misses, since entries go while it reads, the next call finds.
+        """
+        found = False
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                found = True
+                self._check()
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.name, dir_fd=directory)
+                elif not entry.name.startswith(self._prefix):
+                    name = f"{self._prefix}{next(self._serial)}"
+                    os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=self._top)
+        return found
+
+
+def tree_bytes(path: Path, check: Check = unchecked) -> int:
+    """Return the bytes that the directory `path` and all in it take, holes not counted."""
+    total = 0
+
+    def scan(directory: int) -> list[str]:
+        nonlocal total
+        subdirectories = []
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                check()
+                if entry.is_dir(follow_symlinks=False):
+                    subdirectories.append(entry.name)
+                else:
+                    inode = entry.stat(follow_symlinks=False)
+                    total += inode.st_blocks * 512 // inode.st_nlink
+        return subdirectories
+
+    directory = os.open(path, _DIRECTORY)
+    try:
+        levels = [scan(directory)]
+        while levels:
+            if levels[-1]:
+                directory = _step(directory, levels[-1].pop())
+                levels.append(scan(directory))
+            else:
+                levels.pop()
+                if levels:
+                    directory = _step(directory, "..")
+    finally:
+        os.close(directory)
+    return total
+
+
+def copy_root(source: Path, target: Path) -> None:
+    """Give the directory `target` owner, mode, times and xattrs of the directory `source`.
+
+    Except what overlayfs has noted about `source` itself, such as that it is opaque.
+    """
+    source_fd = os.open(source, _DIRECTORY)
+    try:
+        target_fd = os.open(target, _DIRECTORY)
+        try:
+            _copy_directory_metadata(source_fd, target_fd, keep=_is_not_overlayfs_own)
+        finally:
+            os.close(target_fd)
+    finally:
+        os.close(source_fd)
+
+
+def copy_trees(
+    source: Path,
+    target: Path,
+    names: tuple[str, ...],
+    *,
+    progress: Callable[[int], None],
+    check: Check,
+) -> None:
+    """Copy the directories `names` from `source` to `target`, an empty directory, as root can.
+
+    Kept are owners, modes, times in ns, all xattrs (so ACLs, capabilities and overlayfs's own),
+    device nodes and whiteouts, holes, and hard links, also those from one of `names` to another.
+    `progress` is told of bytes as they are written. Nothing is synced.
+    """
+    copier = _Copier(progress, check)
+    links = target / "links"
+    os.mkdir(links, 0o700)
+    copier.links = os.open(links, _DIRECTORY)
+    try:
+        for name in names:
+            os.mkdir(target / name, 0o700)
+            copier.copy(source / name, target / name)
+    finally:
+        os.close(copier.links)
+    remove_tree(links, check)
+
+
+@dataclass
+class _Level:
+    """A directory that is being copied."""
+
+    name: str
+    inode: os.stat_result
+    subdirectories: list[str] = field(default_factory=list)
+
+
+class _Copier:
+    """Copies trees among which hard links are kept.
+
+    The first copy of each file with several links is also linked into the directory `links`, under
+    its inode number: a link can be made from there however deep the first one lies.
+    """
+
+    links: int
+
+    def __init__(self, progress: Callable[[int], None], check: Check) -> None:
+        self._progress = progress
+        self._check = check
+
+    def copy(self, source_path: Path, target_path: Path) -> None:
+        levels: list[_Level] = []
+        source = os.open(source_path, _DIRECTORY)
+        target = os.open(target_path, _DIRECTORY)
+        try:
+            levels.append(self._enter("", source, target))
+            while True:
+                level = levels[-1]
+                if level.subdirectories:
+                    name = level.subdirectories.pop()
+                    os.mkdir(name, 0o700, dir_fd=target)
+                    source = _step(source, name)
+                    target = _step(target, name)
+                    levels.append(self._enter(name, source, target))
+                    continue
+                _copy_directory_metadata(source, target)
+                levels.pop()
+                if not levels:
+                    return
+                source = _step(source, "..")
+                target = _step(target, "..")
+                _require_same(os.fstat(source), levels[-1].inode)
+        except OSError as error:
+            path = os.path.join(source_path, *(level.name for level in levels))
+            if isinstance(error.filename, str):
+                path = os.path.join(path, os.path.basename(error.filename))
+            raise OSError(error.errno, error.strerror, path) from error
+        finally:
+            os.close(source)
+            os.close(target)
+
+    def _enter(self, name: str, source: int, target: int) -> _Level:
+        """Copy all of a directory but its subdirectories, which are returned."""
+        level = _Level(name, os.fstat(source))
+        with os.scandir(source) as entries:
+            for entry in entries:
+                self._check()
+                if entry.is_dir(follow_symlinks=False):
+                    level.subdirectories.append(entry.name)
+                else:
+                    self._copy_entry(entry.name, source, target)
+        return level
+
+    def _copy_entry(self, name: str, source: int, target: int) -> None:
+        inode = os.stat(name, dir_fd=source, follow_symlinks=False)
+        if inode.st_nlink > 1 and self._link(inode, name, target):
+            return
+        if stat.S_ISREG(inode.st_mode):
+            self._copy_file(name, inode.st_size, source, target)
+        elif stat.S_ISLNK(inode.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+        else:
+            os.mknod(name, inode.st_mode, inode.st_rdev, dir_fd=target)
+        _copy_metadata(inode, name, source, target)
+        if inode.st_nlink > 1:
+            os.link(
+                name,
+                str(inode.st_ino),
+                src_dir_fd=target,
+                dst_dir_fd=self.links,
+                follow_symlinks=False,
+            )
+
+    def _link(self, inode: os.stat_result, name: str, target: int) -> bool:
+        """Link to an earlier copy of the same inode; false if there is none to link to."""
+        first = str(inode.st_ino)
+        try:
+            os.link(first, name, src_dir_fd=self.links, dst_dir_fd=target, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            # A whiteout may be one of a million links to one node, on a tmpfs, and need not be.
+            if error.errno != errno.EMLINK or not _is_whiteout(inode):
+                raise
+            os.unlink(first, dir_fd=self.links)
+            return False
+        return True
+
+    def _copy_file(self, name: str, size: int, source: int, target: int) -> None:
+        flags = os.O_NOFOLLOW | os.O_CLOEXEC
+        reader = os.open(name, os.O_RDONLY | flags, dir_fd=source)
+        try:
+            writer = os.open(
+                name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600, dir_fd=target
+            )
+            try:
+                self._copy_contents(reader, writer, size)
+            finally:
+                os.close(writer)
+        finally:
+            os.close(reader)
+
+    def _copy_contents(self, reader: int, writer: int, size: int) -> None:
+        os.truncate(writer, size)
+        position = 0
+        while position < size:
+            try:
+                position = os.lseek(reader, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # a hole up to the end
+                    return
+                raise
+            end = os.lseek(reader, position, os.SEEK_HOLE)
+            os.lseek(writer, position, os.SEEK_SET)
+            while position < end:
+                self._check()
+                sent = os.sendfile(writer, reader, position, min(end - position, _CHUNK))
+                if sent == 0:
+                    raise OSError(errno.ESTALE, "the file shrank while it was copied")
+                position += sent
+                self._progress(sent)
+
+
+def _step(directory: int, name: str) -> int:
+    """Open `name` in a directory and close that; on failure it stays open."""
+    fd = os.open(name, _DIRECTORY, dir_fd=directory)
+    os.close(directory)
+    return fd
+
+
+def _require_same(inode: os.stat_result, expected: os.stat_result) -> None:
+    if not os.path.samestat(inode, expected):
+        raise OSError(errno.ESTALE, "the directory was moved while it was copied")
+
+
+def _is_whiteout(inode: os.stat_result) -> bool:
+    return stat.S_ISCHR(inode.st_mode) and inode.st_rdev == 0
+
+
+def _is_not_overlayfs_own(xattr: str) -> bool:
+    # What is escaped belongs to an overlay that a user has stacked upon the merged view.
+    own = xattr.startswith("trusted.overlay.")
+    return not own or xattr.startswith("trusted.overlay.overlay.")
+
+
+def _copy_xattrs(source: str, target: str, keep: Callable[[str], bool]) -> None:
+    for name in os.listxattr(source, follow_symlinks=False):
+        if keep(name):
+            value = os.getxattr(source, name, follow_symlinks=False)
+            os.setxattr(target, name, value, follow_symlinks=False)
+
+
+def _copy_metadata(inode: os.stat_result, name: str, source: int, target: int) -> None:
+    # Owner first, since chown clears setuid bits and capabilities; times last.
+    os.chown(name, inode.st_uid, inode.st_gid, dir_fd=target, follow_symlinks=False)
+    if not stat.S_ISLNK(inode.st_mode):
+        os.chmod(name, stat.S_IMODE(inode.st_mode), dir_fd=target)
+    # There are no xattr calls with a directory descriptor; its link in /proc does the same.
+    _copy_xattrs(
+        f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{name}", keep=lambda _: True
+    )
+    times = (inode.st_atime_ns, inode.st_mtime_ns)
+    os.utime(name, ns=times, dir_fd=target, follow_symlinks=False)
+
+
+def _copy_directory_metadata(
+    source: int, target: int, keep: Callable[[str], bool] = lambda _: True
+) -> None:
+    inode = os.fstat(source)
+    os.chown(target, inode.st_uid, inode.st_gid)
+    os.chmod(target, stat.S_IMODE(inode.st_mode))
+    for name in os.listxattr(source):
+        if keep(name):
+            os.setxattr(target, name, os.getxattr(source, name))
+    os.utime(target, ns=(inode.st_atime_ns, inode.st_mtime_ns))

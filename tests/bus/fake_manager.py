@@ -1,0 +1,214 @@
+"""A manager whose sessions are nothing but values: what the service calls, and how it is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import trio
+
+from sessiond.errors import (
+    Busy,
+    Cancelled,
+    NoSuchProfile,
+    NoSuchSession,
+    NoSuchSnapshot,
+    SessionExists,
+    SessiondError,
+    SnapshotExists,
+)
+from sessiond.session.model import (
+    ChangeSummary,
+    LayerNumber,
+    Operation,
+    SessionId,
+    SessionState,
+    SnapshotName,
+    SnapshotRecord,
+    StorageKind,
+    Uid,
+    Usage,
+    session_id,
+    snapshot_name,
+)
+
+EPOCH = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+
+
+class FakeJob:
+    """A job that the test moves on."""
+
+    def __init__(self, manager: FakeManager, number: int, session: FakeSession, operation: Operation, uid: Uid) -> None:
+        self.id = number
+        self.session = session.id
+        self.operation = operation
+        self.started_by = uid
+        self.progress = 0.0
+        self.progress_valid = False
+        self.bytes = 0
+        self.error: SessiondError | None = None
+        self.finished = False
+        self._manager = manager
+
+    def move(self, progress: float) -> None:
+        self.progress, self.progress_valid, self.bytes = progress, True, 4096
+        self._manager.tell("job_changed", self)
+
+    def finish(self, error: SessiondError | None = None) -> None:
+        if self.finished:
+            return
+        self.finished, self.error = True, error
+        self._manager.tell("job_completed", self)
+
+    def cancel(self) -> None:
+        self.finish(Cancelled(f"The {self.operation} was cancelled."))
+
+
+class FakeSession:
+    """A session of the user with uid 65534, unless told otherwise."""
+
+    def __init__(self, manager: FakeManager, id: str, user: str, uid: int) -> None:
+        self.id = SessionId(id)
+        self.user = user
+        self.uid = Uid(uid)
+        self.profile = "live"
+        self.image = "/images/root.squashfs"
+        self.mount_point = Path(f"/run/sessiond/sessions/{id}/root")
+        self.storage = StorageKind.TMPFS
+        self.state = SessionState.ACTIVE
+        self.created_at = EPOCH
+        self.last_reset: datetime | None = None
+        self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
+        self.usage = Usage(4096, 1 << 40, 3, 1000)
+        self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
+        self.diff_body: Callable[[int], object] = lambda target: os.write(target, b"{}\n")
+        self.snapshot_gate = trio.Event()
+        self.snapshot_gate.set()
+        self._manager = manager
+
+    def _start(self, operation: Operation, started_by: Uid) -> FakeJob:
+        if self.id not in self._manager.sessions:
+            raise NoSuchSession(f"Session {self.id} has been closed.")
+        running = [j for j in self._manager.jobs if j.session == self.id and not j.finished]
+        if running:
+            raise Busy(f"A {running[0].operation} of session {self.id} is running.")
+        job = FakeJob(self._manager, len(self._manager.jobs) + 1, self, operation, started_by)
+        self._manager.jobs.append(job)
+        self._manager.tell("job_added", job)
+        if self._manager.jobs_finish_at_once:
+            job.finish()
+        return job
+
+    def reset(self, *, started_by: Uid) -> FakeJob:
+        return self._start(Operation.RESET, started_by)
+
+    def restore(self, name: str, *, started_by: Uid) -> FakeJob:
+        self._record(name)
+        return self._start(Operation.RESTORE, started_by)
+
+    def persist(self, *, started_by: Uid) -> FakeJob:
+        return self._start(Operation.PERSIST, started_by)
+
+    async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
+        await self.snapshot_gate.wait()
+        checked = snapshot_name(name)
+        if checked in self.snapshots:
+            raise SnapshotExists(f"Session {self.id} already has a snapshot {name}.")
+        number = len(self.snapshots) + 1
+        record = SnapshotRecord(
+            name=checked,
+            description=description,
+            created_at=EPOCH.replace(hour=7 + number),
+            layers=tuple(LayerNumber(n) for n in range(number, 0, -1)),
+        )
+        self.snapshots[checked] = record
+        self._manager.tell("snapshot_added", self, record)
+        return record
+
+    async def delete_snapshot(self, name: str) -> None:
+        record = self._record(name)
+        del self.snapshots[record.name]
+        self._manager.tell("snapshot_removed", self, record)
+
+    async def rename_snapshot(self, name: str, new_name: str) -> None:
+        record = self._record(name)
+        del self.snapshots[record.name]
+        self.snapshots[snapshot_name(new_name)] = record.model_copy(
+            update={"name": snapshot_name(new_name)}
+        )
+        self._manager.tell("session_changed", self)
+
+    async def changes(self) -> ChangeSummary:
+        return self.summary
+
+    async def diff(self, target: int) -> None:
+        result = self.diff_body(target)
+        if hasattr(result, "__await__"):
+            await result
+
+    def _record(self, name: str) -> SnapshotRecord:
+        if name not in self.snapshots:
+            raise NoSuchSnapshot(f"Session {self.id} has no snapshot {name!r}.")
+        return self.snapshots[SnapshotName(name)]
+
+
+class FakeManager:
+    """Profiles: ``live``, and ``broken``, which brings out a fault."""
+
+    features = ("passthrough",)
+    profiles = ("live",)
+    images = ("/images/root.squashfs",)
+
+    def __init__(self) -> None:
+        self.sessions: dict[SessionId, FakeSession] = {}
+        self.jobs: list[FakeJob] = []
+        self.jobs_finish_at_once = False
+        self._observers: list[object] = []
+
+    def observe(self, observer: object) -> None:
+        self._observers.append(observer)
+
+    def tell(self, event: str, *arguments: object) -> None:
+        for observer in self._observers:
+            getattr(observer, event)(*arguments)
+
+    def add(self, id: str, user: str = "nobody", uid: int = 65534) -> FakeSession:
+        if id in self.sessions:
+            raise SessionExists(f"There is a session {id} already.")
+        session = FakeSession(self, id, user, uid)
+        self.sessions[session.id] = session
+        self.tell("session_added", session)
+        return session
+
+    async def create(self, user: str, profile: str, *, session_id: str | None = None) -> FakeSession:
+        if profile == "broken":
+            raise ZeroDivisionError("a fault, with secrets in it")
+        if profile not in self.profiles:
+            raise NoSuchProfile(f"There is no profile {profile!r}.")
+        return self.add(session_id_or(session_id, f"{user}-1"), user)
+
+    def get(self, id: str) -> FakeSession:
+        try:
+            return self.sessions[session_id(id)]
+        except KeyError:
+            raise NoSuchSession(f"There is no session {id!r}.") from None
+
+    def by_uid(self, uid: Uid) -> FakeSession:
+        for session in self.sessions.values():
+            if session.uid == uid:
+                return session
+        raise NoSuchSession(f"Uid {uid} has no session.")
+
+    async def close(self, id: str) -> None:
+        session = self.get(id)
+        for job in self.jobs:
+            if job.session == session.id and not job.finished:
+                job.cancel()
+        del self.sessions[session.id]
+        self.tell("session_removed", session)
+
+
+def session_id_or(text: str | None, default: str) -> str:
+    return session_id(default if text is None else text)

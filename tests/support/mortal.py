@@ -1,0 +1,22 @@
+"""``python -m tests.support.mortal MODULE ARGUMENTS``: run a module that never outlives its test.
+
+A worker that does not answer keeps its client, the test, in a wait that only the worker's death ends,
+and that no time limit within the client can interrupt: the alarm is what fails such a test.
+"""
+
+from __future__ import annotations
+
+import runpy
+import signal
+import sys
+
+from tests.support import libc
+
+LIFE_SECONDS = 110
+"""A little less than what a test may take, so that the test still gets to report what it waited for."""
+
+if __name__ == "__main__":
+    libc.die_with_parent(signal.SIGKILL)
+    signal.alarm(LIFE_SECONDS)
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

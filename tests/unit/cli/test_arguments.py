@@ -1,0 +1,50 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from sessiond.cli.arguments import parse
+from sessiond.cli.commands import COMMANDS
+from sessiond.cli.exit_codes import ExitCode
+
+
+@pytest.mark.parametrize(
+    "program", [["ls", "-la"], ["sh", "-c", "ls --json"], ["git", "log", "--", "file"], ["--json"]]
+)
+def test_the_program_to_run_is_taken_as_it_is(program: list[str]) -> None:
+    assert parse(["run", "live", "--", *program]).program == program
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "COMMAND"),
+        (["explode"], "invalid choice: 'explode'"),
+        (["status"], "SESSION"),
+        (["snapshot", "live"], "SNAPSHOT"),
+        (["reset", "live", "twice"], "unrecognized arguments: twice"),
+        (["reset", "live", "--", "twice"], "unrecognized arguments: twice"),
+        (["run", "live"], "sessionctl run SESSION -- COMMAND"),
+        (["run", "live", "--"], "sessionctl run SESSION -- COMMAND"),
+        (["run", "live", "ls", "-l"], "sessionctl run SESSION -- COMMAND"),
+    ],
+)
+def test_a_malformed_command_line_is_a_usage_error_with_a_hint(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(arguments)
+    assert ended.value.code == ExitCode.USAGE
+    assert hint in capsys.readouterr().err
+
+
+def test_every_command_is_listed_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == ExitCode.OK
+    printed = capsys.readouterr().out
+    for command in (*COMMANDS, "run", "shell"):
+        assert f"\n    {command}" in printed
+    for code in ExitCode:
+        assert f"\n  {code.value:2}  " in printed

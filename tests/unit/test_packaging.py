@@ -1,0 +1,54 @@
+"""The files that are installed beside the program."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sessiond import config
+from sessiond.bus import names
+
+ROOT = Path(__file__).parents[2]
+UNITS = sorted((ROOT / "units").iterdir())
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is missing")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.name)
+def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
+    # The unit names the program without a directory; systemd looks for it where it gets installed.
+    copy = tmp_path / unit.name
+    installed = Path(sys.executable).parent
+    copy.write_text(unit.read_text().replace("ExecStart=", f"ExecStart={installed}/"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", copy],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"LC_ALL": "C.UTF-8"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_bus_starts_the_unit() -> None:
+    activation = configparser.ConfigParser(interpolation=None)
+    activation.read(ROOT / "packaging/dbus/org.sessiond.Overlay1.service")
+    assert activation["D-BUS Service"]["Name"] == names.BUS
+    assert activation["D-BUS Service"]["SystemdService"] in [unit.name for unit in UNITS]
+
+
+def test_the_example_configuration_is_valid() -> None:
+    assert config.load(ROOT / "packaging/sessiond.toml").profile.keys() == {"guest"}
+
+
+def test_the_example_configuration_is_valid_with_all_its_suggestions(tmp_path: Path) -> None:
+    lines = (ROOT / "packaging/sessiond.toml").read_text().splitlines()
+    everything = tmp_path / "sessiond.toml"
+    everything.write_text("\n".join(line.removeprefix("#") for line in lines if line[:2] != "# "))
+    loaded = config.load(everything)
+    assert loaded.profile.keys() == {"guest", "desktop"}
+    assert loaded.session.keys() == {"kiosk"}
