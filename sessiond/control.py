@@ -1,7 +1,7 @@
 """Messages between the manager and a worker, over one SOCK_SEQPACKET socket for each session.
 
-One request, one reply, in turn; a message is one packet of JSON. Descriptors travel beside the packet. When
-the manager's end closes, the worker ends.
+One request, one reply, in turn; a message is one packet of JSON. Descriptors travel beside the
+packet. When the manager's end closes, the worker ends.
 """
 
 from __future__ import annotations

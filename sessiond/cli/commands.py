@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
@@ -142,7 +143,7 @@ async def diff(client: Client, asked: Arguments) -> None:
     async with session.diff() as differences:
         async for one in differences:
             if asked.json:
-                print(json.dumps(dataclasses.asdict(one)))
+                print_json(dataclasses.asdict(one))
                 continue
             added += one.kind == "added"
             deleted += one.kind == "deleted"
@@ -163,6 +164,7 @@ async def monitor(client: Client, asked: Arguments) -> None:
                 print_json(_event_json(event, now))
             else:
                 print_line(f"{now:%H:%M:%S}  {event.session or '-'}  {_event_line(event)}")
+            sys.stdout.flush()  # into a pipe too, each event is told when it happens
 
 
 COMMANDS: dict[str, Command] = {

@@ -37,15 +37,13 @@ def mount_device(
     try:
         root_mode = os.stat(mount_point).st_mode
         options = (
-            f"fd={fd},rootmode={root_mode & 0o170000:o},user_id={os.geteuid()},group_id={os.getegid()},"
-            "default_permissions"
+            f"fd={fd},rootmode={root_mode & 0o170000:o},"
+            f"user_id={os.geteuid()},group_id={os.getegid()},default_permissions"
         )
         if allow_other:
             options += ",allow_other"
         arguments = (source.encode(), os.fsencode(mount_point), fs_type.encode())
-        if _libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()) < 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(mount_point))
+        _check(_libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()), mount_point)
     except BaseException:
         os.close(fd)
         raise
@@ -53,15 +51,24 @@ def mount_device(
 
 
 def detach(mount_point: Path) -> None:
-    """Take the mount out of the name space, now, whoever uses it. Nothing mounted there is no error."""
-    result = _libc.umount2(os.fsencode(mount_point), _MNT_DETACH | _UMOUNT_NOFOLLOW)
-    if result < 0 and ctypes.get_errno() not in {errno.EINVAL, errno.ENOENT}:
+    """Take the mount out of the name space, now, whoever uses it. Nothing mounted there is no
+    error.
+    """
+    try:
+        _check(_libc.umount2(os.fsencode(mount_point), _MNT_DETACH | _UMOUNT_NOFOLLOW), mount_point)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOENT}:
+            raise
+
+
+def _check(result: int, mount_point: Path) -> None:
+    if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code), str(mount_point))
 
 
 def has_epochs() -> bool:
-    """Say whether this kernel can invalidate all names of a mount at once (FUSE_NOTIFY_INC_EPOCH)."""
+    """Say whether this kernel can invalidate all names at once (FUSE_NOTIFY_INC_EPOCH)."""
     major, minor = os.uname().release.split(".")[:2]
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= _EPOCH_KERNEL
 
@@ -69,8 +76,8 @@ def has_epochs() -> bool:
 def invalidate(device: int, overlay: Overlay, directories: Iterable[int]) -> None:
     """Make the kernel ask again for every name, and for the attributes of `directories`.
 
-    Call from a thread: where there are no epochs, this waits for requests that are under way. Names that the
-    kernel remembers as missing are then not announced, so their timeout has to be short.
+    Call from a thread: where there are no epochs, this waits for requests that are under way. Names
+    that the kernel remembers as missing are then not announced, so their timeout has to be short.
     """
     if has_epochs():
         header = struct.pack("=IiQ", 16, _NOTIFY_INC_EPOCH, 0)  # struct fuse_out_header

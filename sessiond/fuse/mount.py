@@ -84,9 +84,13 @@ def parse_options(text: str) -> Options:
             options.flags.discard(_CLEARED[option])
         elif option and not _FOR_MOUNT.fullmatch(option):
             raise UsageError(
-                f"unknown option '{option}'; known are lowerdir=, upperdir=, workdir=, allow_other, ro, rw, "
-                "userxattr, nosuid, nodev and noexec"
+                f"unknown option '{option}'; known are lowerdir=, upperdir=, workdir=, allow_other, "
+                "userxattr, ro, rw, nosuid, nodev and noexec"
             )
+    return _checked(options)
+
+
+def _checked(options: Options) -> Options:
     if not options.lowers:
         raise UsageError(
             "option lowerdir= is missing: name the read-only directories, topmost first"
@@ -94,7 +98,9 @@ def parse_options(text: str) -> Options:
     if (options.upper is None) != (options.work is None):
         missing = "workdir" if options.work is None else "upperdir"
         raise UsageError(f"option {missing}= is missing: upperdir and workdir go together")
-    if "ro" in options.flags and options.upper is not None:
+    if options.upper is None:
+        options.flags.add("ro")
+    elif "ro" in options.flags:
         options.lowers.insert(0, options.upper)
         options.upper = options.work = None
     return options

@@ -1,7 +1,7 @@
 """The real `Mounter`: FUSE mounts, each served by a worker process.
 
-The manager's side never looks into a merged view, not even with stat(2): waiting there for a dead worker it
-could not be killed.
+The manager's side never looks into a merged view, not even with stat(2): waiting there for a dead
+worker it could not be killed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class FuseMounter:
             )
         except OSError as error:
             raise Failed(
-                f"Session {request.session} cannot be mounted at {request.mount_point}: {error.strerror}."
+                f"Session {request.session} cannot be mounted at {request.mount_point}: "
+                f"{error.strerror}."
             ) from error
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         lifeline, held = os.pipe2(os.O_CLOEXEC)

@@ -1,11 +1,11 @@
 """FUSE requests, translated: bytes, errno and attributes in, one call of the core, and back.
 
-Handlers run whole between their checkpoints, so the core is never entered twice at once. The checkpoints are
-two: a large copy-up, whose data is copied in a thread, and the gate that holds changes back while the
-session is frozen.
+Handlers run whole between their checkpoints, so the core is never entered twice at once. The
+checkpoints are two: a large copy-up, whose data is copied in a thread, and the gate that holds
+changes back while the session is frozen.
 
-Names, attributes and missing names are valid for ever in the kernel's caches: only this process changes the
-layers, and what it changes behind the kernel's back, `Invalidation` announces.
+Names, attributes and missing names are valid for ever in the kernel's caches: only this process
+changes the layers, and what it changes behind the kernel's back, `Invalidation` announces.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def _translated(
 class OverlayOperations(pyfuse3.Operations):
     """The overlay as pyfuse3 wants it.
 
-    File handles are node numbers: contents belong to the node, so that all who have a file open see one file,
-    also after a copy-up. Directory handles are numbers of listings.
+    File handles are node numbers: contents belong to the node, so that all who have a file open see
+    one file, also after a copy-up. Directory handles are numbers of listings.
     """
 
     enable_acl = True
@@ -339,7 +339,10 @@ class OverlayOperations(pyfuse3.Operations):
 
     @_translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return self.overlay.listxattr(self.overlay.node(inode))
+        names = self.overlay.listxattr(self.overlay.node(inode))
+        if ctx.uid == 0:
+            return names
+        return [name for name in names if not name.startswith(b"trusted.")]  # xattr(7)
 
     @_translated
     async def setxattr(
@@ -419,21 +422,27 @@ class OverlayOperations(pyfuse3.Operations):
         node, names = self._listings[fh]
         node = self.overlay.node(node.number)
         if start_id == 0 or not names:  # also after rewinddir(3), which wants a new listing
-            names = self.overlay.names(node)
+            names = [b".", b"..", *self.overlay.names(node)]
             self._listings[fh] = (node, names)
         for position in range(start_id, len(names)):
-            name = names[position]
-            try:
-                child, stat = self.overlay.lookup(node, name)
-            except FileNotFoundError:
-                continue  # removed since it was listed
-            entry = self._attributes(child, stat)
-            added = pyfuse3.readdir_reply(token, name, entry, position + 1)
-            if added:
-                self.overlay.refer(child)
-            else:
-                self.overlay.forget(child, 0)
+            if not self._list(node, names[position], token, position + 1):
                 return
+
+    def _list(self, directory: Node, name: bytes, token: ReaddirToken, following: int) -> bool:
+        """Add an entry to a listing; False when there is no more room."""
+        if name in {b".", b".."}:
+            node = directory if name == b"." or not directory.links else directory.parent
+            entry = self._attributes(node, self.overlay.stat(node))
+            return pyfuse3.readdir_reply(token, name, entry, following)
+        try:
+            node, stat = self.overlay.lookup(directory, name)
+        except FileNotFoundError:
+            return True  # removed since it was listed
+        if not pyfuse3.readdir_reply(token, name, self._attributes(node, stat), following):
+            self.overlay.forget(node, 0)
+            return False
+        self.overlay.refer(node)
+        return True
 
     @_translated
     async def releasedir(self, fh: FileHandleT) -> None:

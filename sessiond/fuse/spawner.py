@@ -1,7 +1,8 @@
 """The fork server: workers are forked from a small process that has everything imported.
 
-A worker so started costs a few megabytes of its own and no time for imports; and nothing ever forks inside a
-running trio loop. The server is a child of the manager, and goes, quietly, when the manager goes.
+A worker so started costs a few megabytes of its own and no time for imports; and nothing ever forks
+inside a running trio loop. The server is a child of the manager, and goes, quietly, when the
+manager goes.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Spawner:
     def spawn(self, layers: LayerStack, device: int, control: socket.socket, lifeline: int) -> None:
         """Start a worker on the FUSE connection `device`. Raises OSError when the server is gone.
 
-        It reports on the other end of `control` when it is ready, and holds `lifeline` open while it
-        lives. The caller closes its copies of all three.
+        It reports on the other end of `control` when it is ready, and holds `lifeline` open while
+        it lives. The caller closes its copies of all three.
         """
         rights = array.array("i", [device, control.fileno(), lifeline]).tobytes()
         self._channel.sendmsg(

@@ -1,7 +1,7 @@
 """The worker: one process that serves one mount, and takes requests from the manager about it.
 
-One trio task reads the control socket, pyfuse3's tasks serve the mount; all in one thread, so requests of
-either side never overlap but at checkpoints.
+One trio task reads the control socket, pyfuse3's tasks serve the mount; all in one thread, so
+requests of either side never overlap but at checkpoints.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Copy-up: a file or directory of a lower gets into the upper, before it is changed for the first time.
+"""Copy-up: a file or directory of a lower gets into the upper, before it is changed for the first
+time.
 
-As in the kernel (fs/overlayfs/copy_up.c): the copy is made in the workdir with everything that the original
-has, and one rename publishes it, so the merged view never shows a part. The parents go first. A lower
-file with several names goes into the index, and its names become hard links to that one copy.
+As in the kernel (fs/overlayfs/copy_up.c): the copy is made in the workdir with everything that the
+original has, and one rename publishes it, so the merged view never shows a part. The parents go
+first. A lower file with several names goes into the index, and its names become hard links to that
+one copy.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
     """Get `node` into the upper if it is not there. Precondition: of the current generation.
 
     `size`: copy only that many bytes of contents, since the rest is about to be cut off.
-    Raises OSError: EROFS without an upper, ESTALE for a node that is gone, and what copying raises (ENOSPC).
+    Raises OSError: EROFS without an upper, ESTALE for a node that is gone, and what copying raises
+    (ENOSPC).
     """
     if node.upper:
         if node.metacopy:
@@ -36,7 +39,9 @@ def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
 
 
 def copy_up_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
-    """Get `node`, and that name of it, into the upper: for a name that is about to be removed or moved."""
+    """Get `node`, and that name of it, into the upper: for a name that is about to be removed or
+    moved.
+    """
     copy_up(stack, node)
     if not node.links[parent, name]:
         _link_alias(stack, node, parent, name)
@@ -214,7 +219,9 @@ def mark_impure(stack: Stack, directory: Node) -> None:
 
 
 def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
-    """Return ``st_nlink``: of a merged directory 1, of an indexed file the count over all layers."""
+    """Return ``st_nlink``: 1 of a merged directory, the count over all layers of an indexed file."""
+    if node.gone:
+        return 0
     if node.is_directory:
         if not node.linked:
             return 0
@@ -226,7 +233,7 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
 
 
 def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
-    """Evaluate ``overlay.nlink`` (ovl_get_nlink): a difference to the link count of upper or lower."""
+    """Evaluate ``overlay.nlink``, a difference to upper's or lower's link count (ovl_get_nlink)."""
     value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
     try:
         base, difference = value[:1], int(value[1:])
@@ -239,7 +246,9 @@ def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
 
 
 def must_index(node: Node, stat: os.stat_result) -> bool:
-    """Say whether a node of a lower has several names and so gets into the index when it is copied up."""
+    """Say whether a node of a lower has several names and so gets into the index when it is copied
+    up.
+    """
     return (
         not node.upper
         and not node.is_directory
@@ -249,7 +258,9 @@ def must_index(node: Node, stat: os.stat_result) -> bool:
 
 
 def count_from_upper(stack: Stack, node: Node) -> None:
-    """Store an indexed file's link count relative to the upper's, which is about to change (ovl_nlink_start)."""
+    """Store an indexed file's link count relative to the upper's, which is about to change
+    (ovl_nlink_start).
+    """
     if node.index is None:
         return
     indexed = At(_workdir(stack).index, node.index)
@@ -259,7 +270,9 @@ def count_from_upper(stack: Stack, node: Node) -> None:
 
 
 def drop_index(stack: Stack, node: Node) -> None:
-    """Remove an indexed file's entry in the index if its last name, known or not, is gone (ovl_nlink_end)."""
+    """Remove an indexed file's entry in the index if its last name, known or not, is gone
+    (ovl_nlink_end).
+    """
     if node.index is None:
         return
     indexed = At(_workdir(stack).index, node.index)

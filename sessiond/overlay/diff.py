@@ -1,7 +1,8 @@
 """How a merged view differs from its image, the bottom-most lower.
 
-Only what is in other layers is looked at, so the cost follows the changes and not the image. Content that
-equals the image's is no change, whatever was copied up. A renamed directory counts as deleted and added.
+Only what is in other layers is looked at, so the cost follows the changes and not the image.
+Content that equals the image's is no change, whatever was copied up. A renamed directory counts as
+deleted and added.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ChangeKind(StrEnum):
 
 
 class Change(NamedTuple):
-    """One difference. A deleted directory is one change, an added one is one for each object in it."""
+    """One difference: one for a deleted directory, one for each object in an added one."""
 
     path: bytes
     kind: ChangeKind

@@ -1,11 +1,11 @@
 """Changes to directories: create, link, unlink, rmdir and rename.
 
-Each is prepared in the workdir and published by one system call on the upper, so that a crash leaves the
-merged view as it was before or as it is after (fs/overlayfs/dir.c, which this follows). What a change
-replaces lands in the workdir and is removed there.
+Each is prepared in the workdir and published by one system call on the upper, so that a crash
+leaves the merged view as it was before or as it is after (fs/overlayfs/dir.c, which this follows).
+What a change replaces lands in the workdir and is removed there.
 
-Preconditions of all: the directories given are linked and of the current generation, names have been
-looked up, and the kernel or the caller has checked permissions.
+Preconditions of all: the directories given are linked and of the current generation, names have
+been looked up, and the kernel or the caller has checked permissions.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def _upper_name(stack: Stack, parent: Node, name: bytes) -> At:
 def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: NewObject) -> int:
     """Create an object at a free name. Return a descriptor of a regular file, -1 of anything else.
 
-    The group, default ACL and setgid bit of the parent are inherited as the upper's file system does it.
+    The group, default ACL and setgid bit of the parent are inherited as the upper's file system
+    does it.
     """
     work = _writable(stack)
     copy_up(stack, parent)
@@ -89,8 +90,8 @@ def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: New
 def _nursery(stack: Stack, work: Workdir, parent: Node) -> Iterator[tuple[At, bool]]:
     """Hand out a name in a directory that gives new entries what `parent` would give them.
 
-    That is the workdir itself for most; for a setgid directory, or one with a default ACL, a directory
-    made like it. So inheritance is the file system's, never computed here.
+    That is the workdir itself for most; for a setgid directory, or one with a default ACL, a
+    directory made like it. So inheritance is the file system's, never computed here.
     """
     at = locate(stack, parent)
     stat = syscalls.stat(at)
@@ -229,8 +230,8 @@ class Place(NamedTuple):
 def rename(stack: Stack, old: Place, new: Place) -> None:
     """Move `old.node` to `new`, replacing a file or an empty directory there.
 
-    Raises OSError: ENOTEMPTY, EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects cannot be
-    written, upon which mv(1) copies.
+    Raises OSError: ENOTEMPTY, EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects
+    cannot be written, upon which mv(1) copies.
     """
     work = _writable(stack)
     node = old.node
@@ -292,7 +293,9 @@ def _bring_up(stack: Stack, place: Place) -> None:
 
 
 def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
-    """Get the name of a lower hard link into the upper, so that its going changes the count with it."""
+    """Get the name of a lower hard link into the upper, so that its going changes the count with
+    it.
+    """
     if node.index is not None or must_index(node, syscalls.stat(locate(stack, node))):
         copy_up_name(stack, node, parent, name)
 
@@ -324,7 +327,9 @@ def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
 
 
 def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
-    """Replace an upper directory that has only whiteouts by an opaque, really empty one (ovl_clear_empty)."""
+    """Replace an upper directory that has only whiteouts by an opaque, really empty one
+    (ovl_clear_empty).
+    """
     with work.preparing() as empty:
         syscalls.mkdir(empty, 0o700)
         copy_attributes(target, empty, syscalls.stat(target), stack.xattrs)
@@ -336,7 +341,7 @@ def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
 
 
 def _prepare_move(stack: Stack, node: Node, parent: Node, *, hides_lower: bool) -> None:
-    """Mark what moves so that it will merge with the same lowers, and no others, at its new name."""
+    """Mark what moves, so that at its new name it merges with the same lowers and no others."""
     mark_impure(stack, parent)
     if not node.is_directory:
         return
@@ -348,7 +353,9 @@ def _prepare_move(stack: Stack, node: Node, parent: Node, *, hides_lower: bool) 
 
 
 def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
-    """Return the redirect that leads from a name in `parent` to the node's topmost lower (ovl_get_redirect)."""
+    """Return the redirect that leads from a name in `parent` to the node's topmost lower
+    (ovl_get_redirect).
+    """
     if stack.options.user_xattrs:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
     top = node.lowers[0]

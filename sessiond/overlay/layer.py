@@ -17,8 +17,8 @@ _PATH_LIMIT = 4000  # below PATH_MAX
 class Layer:
     """One directory tree of the stack; nothing outside it is ever reached through this object.
 
-    Paths are relative to the layer's root, without a leading slash; the root itself is ``b""``. Their
-    components, except the last, are never followed when they are symlinks.
+    Paths are relative to the layer's root, without a leading slash; the root itself is ``b""``.
+    Their components, except the last, are never followed when they are symlinks.
     """
 
     def __init__(self, root: int) -> None:
@@ -26,12 +26,16 @@ class Layer:
         self.root = root
         self.device = syscalls.stat(At(root, b"")).st_dev
         self.may_hold_marks = False
-        """Whether whiteouts may be files with an attribute (see `whiteout`); set from the layer's root."""
+        """Whether whiteouts may be files with an attribute (see `whiteout`); set from the layer's
+        root.
+        """
         self._directories: dict[bytes, int] = {}
 
     @classmethod
     def open(cls, path: bytes, *, writable: bool) -> Layer:
-        """Open the directory `path`. A lower is served from a read-only mount of its own where possible."""
+        """Open the directory `path`. A lower is served from a read-only mount of its own where
+        possible.
+        """
         root = syscalls.open_root(path)
         if not writable and (clone := syscalls.clone_read_only(root)) is not None:
             syscalls.close(root)

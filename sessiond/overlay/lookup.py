@@ -1,8 +1,8 @@
 """What a name of the merged view stands for, and what a merged directory lists.
 
 The rules are those of ovl_lookup (fs/overlayfs/namei.c): the topmost object wins; directories go on
-merging downwards until one is opaque, a whiteout ends the search, and a redirect changes the path that is
-looked for in the layers below.
+merging downwards until one is opaque, a whiteout ends the search, and a redirect changes the path
+that is looked for in the layers below.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
 
 
 def covered(stack: Stack, directory: Directory, name: bytes) -> bool:
-    """Say whether a lower would show through if the upper had nothing of that name (ovl_lower_positive)."""
+    """Say whether a lower would show through if the upper had nothing of that name
+    (ovl_lower_positive).
+    """
     search = _Search(stack, name)
     search.walk(directory)
     return bool(search.lowers)
@@ -151,7 +153,7 @@ class _Search:
                 self._visit(layer, at, join(parent.path, self.name), marked=parent.marked)
 
     def _visit_path(self, layer: Layer, path: bytes) -> None:
-        """Visit the end of a redirect, minding whiteouts and opaque directories on the way there."""
+        """Visit the end of a redirect, minding whiteouts and opaque directories on the way."""
         walked, marked = b"", layer.may_hold_marks
         *parents, name = path.split(b"/")
         for component in parents:

@@ -1,15 +1,16 @@
 """Nodes: the inodes of the merged view that someone holds, and their numbers.
 
-A node keeps its number, which is also its ``st_ino``, while it is held, whatever layer it moves to. The
-number is made from the device and inode number of its origin, so it is the same after a copy-up and, with
-the same layers, at the next mount::
+A node keeps its number, which is also its ``st_ino``, while it is held, whatever layer it moves to.
+The number is made from the device and inode number of its origin, so it is the same after a copy-up
+and, with the same layers, at the next mount::
 
     bit 63  56 55       48 47                              0
     0 version  file system  inode number of origin or self
 
-The file system is numbered from 1 in order of appearance, so 1, the root's number, is free. The version tells
-an unlinked file that is still held from a new one that got its inode number. Inode numbers that do not fit
-are replaced by a counter, as file system 0 (the kernel's xino does the like).
+The file system is numbered from 1 in order of appearance, so 1, the root's number, is free. The
+version tells an unlinked file that is still held from a new one that got its inode number. Inode
+numbers that do not fit are replaced by a counter, as file system 0 (the kernel's xino does the
+like).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _COUNTER_START = 1 << 32
 class Node:
     """One inode of the merged view.
 
-    `links` are its known names, each with whether that name is in the upper; a directory has one, the root
-    and an unlinked node have none. An unlinked node is reached through `anchor`, a descriptor that was
-    opened before the last name went away; one without is stale. All but `number` and `kind` is valid only
-    while `generation` is the overlay's.
+    `links` are its known names, each with whether that name is in the upper; a directory has one,
+    the root and an unlinked node have none. An unlinked node is reached through `anchor`, a
+    descriptor that was opened before the last name went away; one without is stale. All but
+    `number` and `kind` is valid only while `generation` is the overlay's.
     """
 
     __slots__ = (
@@ -42,6 +43,7 @@ class Node:
         "fd",
         "fd_writable",
         "generation",
+        "gone",
         "identity",
         "impure",
         "index",
@@ -70,6 +72,8 @@ class Node:
         self.opens = 0
         self.impure = False
         self.index: bytes | None = None
+        self.gone = False
+        """The layers were swapped, and the new ones do not have it."""
 
     def bind(self, entry: Entry, generation: int) -> None:
         """Take over where the node is now."""
@@ -132,7 +136,9 @@ class Node:
             del parent.children[name]
 
     def data_lower(self) -> Lower:
-        """Return the lower file that holds the contents. Precondition: not in the upper, or metacopy."""
+        """Return the lower file that holds the contents. Precondition: not in the upper, or
+        metacopy.
+        """
         return self.lowers[-1] if self.metacopy else self.lowers[0]
 
     def child_path(self, name: bytes) -> bytes:

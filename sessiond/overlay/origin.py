@@ -1,4 +1,5 @@
-"""File handles as the kernel's overlayfs stores them: the origin of a copy-up, and names in the index.
+"""File handles as the kernel's overlayfs stores them: the origin of a copy-up, and names in the
+index.
 
 Format: struct ovl_fb of fs/overlayfs/overlayfs.h.
 """
@@ -21,7 +22,7 @@ _ANY_ENDIAN = 2
 
 
 def encode(layer: Layer, at: At) -> bytes | None:
-    """Return the handle of the object `at` of a lower; None where the file system has no handles."""
+    """Return the handle of an object of a lower; None where the file system has no handles."""
     handle = syscalls.file_handle(at)
     if handle is None:
         return None

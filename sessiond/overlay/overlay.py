@@ -25,8 +25,8 @@ def _error(code: int) -> OSError:
 class Overlay:
     """A merged view and the nodes in it that someone holds.
 
-    Every method that takes a node raises ESTALE if the node is gone: its layers were swapped away and no
-    descriptor of it was open.
+    Every method that takes a node raises ESTALE if the node is gone: its layers were swapped away
+    and no descriptor of it was open.
     """
 
     def __init__(self, stack: Stack) -> None:
@@ -116,12 +116,16 @@ class Overlay:
             node.fd_writable = False  # a snapshot holds the file now: the next write copies it up
 
     def _abandon(self, node: Node) -> None:
-        """The new layers do not have this node: what is open of it goes on like an unlinked file."""
-        if node.anchor < 0 and node.fd >= 0:
-            node.anchor = syscalls.duplicate(node.fd)
+        """The new layers do not have this node: who has it open goes on as after rm(1)."""
+        if node.anchor < 0:
+            if node.fd >= 0:
+                node.anchor = syscalls.duplicate(node.fd)
+            elif node.is_directory and self.stack.work is not None:
+                node.anchor = self.stack.work.removed_directory()
         for link in list(node.links):
             node.drop_link(*link)
         node.index = None
+        node.gone = True
         node.generation = self._generation
         self.nodes.detach(node)
 
@@ -258,7 +262,9 @@ class Overlay:
         return lookup.names(self.stack, node.directory) if node.linked else []
 
     def create(self, parent: Node, name: bytes, new: NewObject) -> tuple[Node, os.stat_result]:
-        """Create an object that is no regular file. Raises EEXIST."""
+        """Create any object. Raises EEXIST, EPERM for a whiteout (ovl_create_object)."""
+        if modes.S_ISCHR(new.mode) and new.device == 0:
+            raise _error(errno.EPERM)
         node, stat, fd = self._create(parent, name, new)
         if fd >= 0:
             syscalls.close(fd)
@@ -372,7 +378,9 @@ class Overlay:
         return locate(self.stack, node)
 
     def _sync_descriptor(self, node: Node) -> None:
-        """Move an open file to the upper after a copy-up: all who have it open read what is written."""
+        """Move an open file to the upper after a copy-up: all who have it open read what is
+        written.
+        """
         if node.fd < 0 or node.fd_writable or not node.upper:
             return
         fd = syscalls.open_file(locate(self.stack, node), os.O_RDWR)
@@ -404,10 +412,11 @@ class Overlay:
     # The stack
 
     def swap(self, stack: Stack) -> list[int]:
-        """Serve `stack` instead of the present layers, which are closed; return the numbers of directories held.
+        """Serve `stack` instead of the present layers, which are closed; return the directories held.
 
-        Nodes find their new place when they are used next. Files that are open and not in the new layers go
-        on as unlinked ones. The caller tells the kernel that its names and attributes are out of date.
+        Nodes find their new place when they are used next. Files that are open and not in the new
+        layers go on as unlinked ones. The caller tells the kernel that its names and attributes are
+        out of date.
         """
         old, self.stack = self.stack, stack
         self._generation += 1

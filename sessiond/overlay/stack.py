@@ -18,7 +18,9 @@ class StackOptions:
     """How layers are read and written; the mount options of overlayfs of the same meaning."""
 
     user_xattrs: bool = False
-    """Own attributes under ``user.overlay.``, for an unprivileged mounter; as in the kernel, no redirects."""
+    """Own attributes under ``user.overlay.``, for an unprivileged mounter; as in the kernel, no
+    redirects.
+    """
     sync: bool = True
     """Data of a copy-up reaches the disk before the rename that publishes it."""
 
@@ -57,8 +59,9 @@ class Stack:
     ) -> Stack:
         """Open directories as layers.
 
-        Raises OSError with a message for people, in `strerror`, and the directory in `filename`: when one is
-        missing, when upper and workdir are not on one file system, or another mount uses them (EBUSY).
+        Raises OSError with a message for people, in `strerror`, and the directory in `filename`:
+        when one is missing, when upper and workdir are not on one file system, or another mount
+        uses them (EBUSY).
         """
         opened: list[Layer] = []
         locks: list[int] = []
@@ -124,14 +127,16 @@ def _check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) 
     if upper.device != work.device:
         raise OSError(
             errno.EXDEV,
-            f"the workdir has to be on the same file system as the upper directory {os.fsdecode(upper_path)}",
+            "the workdir has to be on the same file system as the upper directory "
+            + os.fsdecode(upper_path),
             work_path,
         )
     inner, outer = os.path.realpath(work_path), os.path.realpath(upper_path)
     if os.path.commonpath((inner, outer)) in {inner, outer}:
         raise OSError(
             errno.EINVAL,
-            f"the workdir and the upper directory {os.fsdecode(upper_path)} have to be separate trees",
+            "the workdir has to be a separate tree from the upper directory "
+            + os.fsdecode(upper_path),
             work_path,
         )
 

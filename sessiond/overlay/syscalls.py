@@ -1,7 +1,7 @@
 """Every system call that the overlay makes, and no other module's.
 
-One place for safety: an object is addressed as `At`, a name in an open directory, and is never reached
-through a symlink. One place for faults: tests replace a function here to make it fail.
+One place for safety: an object is addressed as `At`, a name in an open directory, and is never
+reached through a symlink. One place for faults: tests replace a function here to make it fail.
 
 All functions raise `OSError`. None keeps state, so all may be called from any thread.
 """
@@ -43,7 +43,9 @@ _COPY_CHUNK = 1 << 26
 
 
 class At(NamedTuple):
-    """An object of a layer: `name` in the directory open as `directory`; without name, that descriptor."""
+    """An object of a layer: `name` in the directory open as `directory`; without name, that
+    descriptor.
+    """
 
     directory: int
     name: bytes
@@ -59,8 +61,8 @@ class FileHandle(NamedTuple):
 def _path(at: At) -> bytes:
     """Return a path to `at` for calls that take no directory descriptor.
 
-    The descriptor's link in /proc leads to the open file itself, whatever it is: that last step is no
-    symlink, so a symlink that is open with O_PATH is not followed either.
+    The descriptor's link in /proc leads to the open file itself, whatever it is: that last step is
+    no symlink, so a symlink that is open with O_PATH is not followed either.
     """
     if at.name:
         return b"/proc/self/fd/%d/%b" % at
@@ -80,10 +82,12 @@ def open_root(path: bytes) -> int:
 
 
 def clone_read_only(directory: int) -> int | None:
-    """Return a private, read-only, non-recursive mount of `directory`, as a descriptor (open_tree(2)).
+    """Return a private, read-only, non-recursive mount of `directory`, as a descriptor
+    (open_tree(2)).
 
-    Like the private mounts that the kernel's overlayfs makes of its lowers: what is mounted below is not
-    seen, and nothing is written, not even access times. None where the caller may not do that.
+    Like the private mounts that the kernel's overlayfs makes of its lowers: what is mounted below
+    is not seen, and nothing is written, not even access times. None where the caller may not do
+    that.
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH
     clone = _libc.syscall(_SYS_OPEN_TREE, directory, b"", flags)
@@ -100,7 +104,9 @@ def clone_read_only(directory: int) -> int | None:
 
 
 def open_beneath(root: int, path: bytes) -> int:
-    """Open the directory `path` below `root` with O_PATH; symlinks and mounts on the way are refused."""
+    """Open the directory `path` below `root` with O_PATH; symlinks and mounts on the way are
+    refused.
+    """
     how = struct.pack(
         "QQQ",
         os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC,
@@ -164,7 +170,9 @@ def statvfs(fd: int) -> os.statvfs_result:
 
 
 def scan(directory: int) -> list[tuple[bytes, bool]]:
-    """List a directory: names, and whether the entry can be a whiteout or stands for one (is special)."""
+    """List a directory: names, and whether the entry can be a whiteout or stands for one (is
+    special).
+    """
     with os.scandir(_path(At(directory, b""))) as entries:
         return [
             (
@@ -331,7 +339,8 @@ def lock(directory: int) -> int:
 
 
 def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
-    """Copy `size` bytes into the empty file `target`: as a reflink where possible; holes stay holes.
+    """Copy `size` bytes into the empty file `target`: as a reflink where possible; holes stay
+    holes.
 
     Raises ECANCELED soon after `cancelled` has begun to return True.
     """
@@ -403,7 +412,9 @@ def file_handle(at: At) -> FileHandle | None:
 
 
 def stat_handle(mount: int, handle: FileHandle) -> os.stat_result | None:
-    """Return the stat(2) of the inode that `handle` names on the file system of `mount`; None if it is gone."""
+    """Return the stat(2) of the inode that `handle` names on the file system of `mount`; None if it
+    is gone.
+    """
     buffer = ctypes.create_string_buffer(
         struct.pack("Ii", len(handle.data), handle.kind) + handle.data, 8 + len(handle.data)
     )
@@ -417,7 +428,9 @@ def stat_handle(mount: int, handle: FileHandle) -> os.stat_result | None:
 
 
 def file_system_uuid(directory: int) -> bytes:
-    """Return the superblock's 16-byte UUID; zeros where the kernel (before 6.9) or file system tells none."""
+    """Return the superblock's 16-byte UUID; zeros where the kernel (before 6.9) or file system
+    tells none.
+    """
     fd = open_readable(directory)
     try:
         answer = fcntl.ioctl(fd, _FS_IOC_GETFSUUID, bytes(17))

@@ -19,7 +19,9 @@ def is_whiteout_device(stat: os.stat_result) -> bool:
 
 
 def is_whiteout(stat: os.stat_result, at: At, xattrs: OverlayXattrs, *, marked: bool) -> bool:
-    """Say whether the object `at` is a whiteout; `marked`: its directory may hold whiteouts of files."""
+    """Say whether the object `at` is a whiteout; `marked`: its directory may hold whiteouts of
+    files.
+    """
     if is_whiteout_device(stat):
         return True
     return (

@@ -22,7 +22,9 @@ class Workdir:
     """
 
     def __init__(self, directory: Layer) -> None:
-        """Prepare the workdir. Raises OSError: EUCLEAN for the upper of a volatile mount that has crashed."""
+        """Prepare the workdir. Raises OSError: EUCLEAN for the upper of a volatile mount that has
+        crashed.
+        """
         self._directory = directory
         self._serial = 0
         self._whiteout: At | None = None
@@ -50,11 +52,13 @@ class Workdir:
         if marker is not None:
             raise OSError(
                 errno.EUCLEAN,
-                "the upper was mounted as volatile and not unmounted, so its contents may be damaged; "
+                "the upper was mounted as volatile and not unmounted, so it may be damaged; "
                 "remove work/incompat/volatile in the workdir to use it nevertheless",
             )
 
     def close(self) -> None:
+        if self._whiteout is not None:
+            remove_tree(self._whiteout)
         syscalls.close(self.work)
         syscalls.close(self.index)
         self._directory.close()
@@ -68,8 +72,8 @@ class Workdir:
     def preparing(self) -> Iterator[At]:
         """Hand out an unused name; whatever is still there on the way out is removed.
 
-        So a name that was published is gone, one that was exchanged holds what it replaced, and one that
-        failed holds a half-made object.
+        So a name that was published is gone, one that was exchanged holds what it replaced, and one
+        that failed holds a half-made object.
         """
         at = self.temporary()
         try:
@@ -78,7 +82,7 @@ class Workdir:
             remove_tree(at)
 
     def make_whiteout(self, at: At) -> None:
-        """Put a whiteout at `at`, which must be free: one more link to a shared one (ovl_whiteout)."""
+        """Put a whiteout at `at`, which must be free: a link to a shared one (ovl_whiteout)."""
         if self._whiteout is not None:
             try:
                 syscalls.link(self._whiteout, at)
@@ -92,6 +96,14 @@ class Workdir:
         syscalls.mknod(shared, _WHITEOUT_MODE, 0)
         self._whiteout = shared
         syscalls.link(shared, at)
+
+    def removed_directory(self) -> int:
+        """Return a descriptor of a directory that has been removed, for who is in one that
+        vanished.
+        """
+        with self.preparing() as at:
+            syscalls.mkdir(at, 0o755)
+            return syscalls.open_path(at)
 
 
 def remove_tree(at: At) -> None:

@@ -1,8 +1,9 @@
 """Extended attributes: the overlay's own, and how the merged view hides and escapes them.
 
-The names and values are those of the kernel (fs/overlayfs/overlayfs.h, enum ovl_xattr). An attribute of
-that prefix that is set through the merged view belongs to a nested overlay: it is stored with
-``overlay.`` inserted after the prefix (ovl_xattr_escape_name, Linux 6.7) and shown without.
+The names and values are those of the kernel (fs/overlayfs/overlayfs.h, enum ovl_xattr). An
+attribute of that prefix that is set through the merged view belongs to a nested overlay: it is
+stored with ``overlay.`` inserted after the prefix (ovl_xattr_escape_name, Linux 6.7) and shown
+without.
 """
 
 from __future__ import annotations

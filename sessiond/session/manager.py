@@ -27,6 +27,8 @@ from sessiond.session.model import (
     SessionState,
     StorageKind,
     Uid,
+)
+from sessiond.session.model import (
     session_id as checked_session_id,
 )
 from sessiond.session.mounter import Mounter
@@ -170,7 +172,11 @@ class Manager:
         except BaseException:
             with trio.CancelScope(shield=True):
                 await session.end()
-                await self._remove(record)
+                try:
+                    await self._remove(record)
+                except SessiondError as undo:
+                    # At the next start it is removed as garbage, or served if it has a record.
+                    log.error("Session %s could not be undone: %s", record.id, undo)  # noqa: TRY400
             raise
 
     def _unused_id(self, account: Account, wanted: str | None) -> SessionId:
@@ -222,6 +228,7 @@ class Manager:
     def _add(self, session: Session) -> None:
         self._sessions[session.id] = session
         self._populated.set()
+        session.listed = True
         self._services.observers.tell(lambda observer: observer.session_added(session))
 
     # Sessions go
@@ -253,6 +260,7 @@ class Manager:
         del self._sessions[session.id]
         if not self._sessions:
             self._populated = trio.Event()
+        session.listed = False
         self._services.observers.tell(lambda observer: observer.session_removed(session))
 
     # The manager's own life

@@ -9,7 +9,6 @@ before the operation, or all that the operation was to throw away.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.session import mount_point
+from sessiond.session.attempts import Attempts
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
@@ -46,17 +46,16 @@ from sessiond.session.model import (
     snapshot_name,
 )
 from sessiond.session.mounter import Mount, MountRequest
+from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
 from sessiond.session.services import Services
-from sessiond.session.space import SpaceLevel, measure, next_level
+from sessiond.session.space import SpaceWatch, measure
 
 log = logging.getLogger(__name__)
 
 DESCRIPTION_LIMIT = 1000
 """Longest description of a snapshot, in characters."""
 
-_MOST_MOUNTS_AGAIN = 5
-_WITHIN_SECONDS = 60.0
 _PAUSE_SECONDS = 1.0
 
 
@@ -74,14 +73,15 @@ class Session:
         self.state = SessionState.STARTING
         self.failure = ""
         """Why the state is FAILED, as a sentence."""
+        self.listed = False
+        """Observers know of it; told only of sessions they know. Set by the manager."""
         self._image = image
         self._closing = False
         self._operation: str | None = None
         self._idle = trio.Event()
         self._job: Job | None = None
-        self._mounted_again: deque[float] = deque(maxlen=_MOST_MOUNTS_AGAIN)
-        self._space_level = SpaceLevel.NORMAL
-        self._last_usage = Usage(0, 0, 0, 0)
+        self._attempts = Attempts(most=5, seconds=60.0)
+        self._space = SpaceWatch()
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
 
@@ -133,18 +133,9 @@ class Session:
     @property
     def usage(self) -> Usage:
         """Bytes and inodes used now; of a session on disk, those of the whole file system."""
-        try:
-            space = measure(self.services.store.storage(self.record))
-        except OSError:  # it has just been closed
-            return self._last_usage
-        limited = self.storage is StorageKind.TMPFS
-        self._last_usage = Usage(
-            bytes_used=space.bytes_used,
-            bytes_limit=space.bytes_total if limited else 0,
-            inodes_used=space.inodes_used,
-            inodes_limit=space.inodes_total if limited else 0,
+        return self._space.usage(
+            self.services.store.storage(self.record), limited=self.storage is StorageKind.TMPFS
         )
-        return self._last_usage
 
     # What may be done to it
 
@@ -193,7 +184,7 @@ class Session:
                 layers=after.layers,
             )
             await self.switch(after.with_snapshots((*after.snapshots, snapshot)))
-        self.services.observers.tell(lambda observer: observer.snapshot_added(self, snapshot))
+        self._tell(lambda observer: observer.snapshot_added(self, snapshot))
         return snapshot
 
     async def delete_snapshot(self, name: str) -> None:
@@ -205,7 +196,7 @@ class Session:
             snapshot = self.record.snapshot(name)
             others = [other for other in self.record.snapshots if other is not snapshot]
             await self._write(self.record.with_snapshots(others))
-        self.services.observers.tell(lambda observer: observer.snapshot_removed(self, snapshot))
+        self._tell(lambda observer: observer.snapshot_removed(self, snapshot))
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
         """Give a snapshot another name.
@@ -223,8 +214,8 @@ class Session:
                     [new if other is old else other for other in self.record.snapshots]
                 )
             )
-        self.services.observers.tell(lambda observer: observer.snapshot_removed(self, old))
-        self.services.observers.tell(lambda observer: observer.snapshot_added(self, new))
+        self._tell(lambda observer: observer.snapshot_removed(self, old))
+        self._tell(lambda observer: observer.snapshot_added(self, new))
 
     async def changes(self) -> ChangeSummary:
         """Count what differs from the image. Raises `NoSuchSession`, `Failed`."""
@@ -291,14 +282,10 @@ class Session:
         except OSError as error:
             log.warning("The storage of session %s cannot be measured: %s", self.id, error)
             return
-        level = next_level(self._space_level, space.used_part)
-        if level is not self._space_level:
-            self._space_level = level
-            self.services.observers.tell(
-                lambda observer: observer.space_low(
-                    self, level, space.bytes_used, space.bytes_total
-                )
-            )
+        level = self._space.new_level(space)
+        if level is not None:
+            used, total = space.bytes_used, space.bytes_total
+            self._tell(lambda observer: observer.space_low(self, level, used, total))
 
     # Operations: one at a time
 
@@ -335,7 +322,11 @@ class Session:
     def _set_state(self, state: SessionState) -> None:
         if state is not self.state:
             self.state = state
-            self.services.observers.tell(lambda observer: observer.session_changed(self))
+            self._tell(lambda observer: observer.session_changed(self))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        if self.listed:
+            self.services.observers.tell(event)
 
     def _start_job(
         self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
@@ -344,7 +335,7 @@ class Session:
         number = next(self.services.job_numbers)
         job = Job(number, self.id, operation, started_by, self.services.observers)
         self._job = job
-        self.services.observers.tell(lambda observer: observer.job_added(job))
+        self._tell(lambda observer: observer.job_added(job))
         self._tasks.start_soon(self._run_job, job, body)
         return job
 
@@ -358,7 +349,7 @@ class Session:
 
     async def _reset(self, _: Job) -> None:
         await self.switch(self.record.reset(datetime.now(UTC)))
-        self.services.observers.tell(lambda observer: observer.reset_done(self))
+        self._tell(lambda observer: observer.reset_done(self))
 
     # Record and layers
 
@@ -401,7 +392,7 @@ class Session:
         unused = self.record.all_layers - after.all_layers
         self._delete_layers(unused)
         self.record = after
-        self.services.observers.tell(lambda observer: observer.session_changed(self))
+        self._tell(lambda observer: observer.session_changed(self))
 
     async def _write(self, after: SessionRecord) -> None:
         with trio.CancelScope(shield=True):
@@ -490,7 +481,7 @@ class Session:
                 await self._mount_again()
 
     async def _mount_again(self) -> None:
-        while self._may_mount_again():
+        while self._attempts.allowed():
             try:
                 await self._mount_view(self.record)
             except SessiondError as error:
@@ -502,14 +493,6 @@ class Session:
                 return
         self.failure += " Starting it again is given up; reset the session, or close it."
         log.error("%s", self.failure)
-
-    def _may_mount_again(self) -> bool:
-        now = trio.current_time()
-        mounted = self._mounted_again
-        if len(mounted) == _MOST_MOUNTS_AGAIN and now - mounted[0] < _WITHIN_SECONDS:
-            return False
-        mounted.append(now)
-        return True
 
     def require_mount(self) -> Mount:
         """Return the mount. Raises `NoSuchSession`, or `Failed` with why there is none."""

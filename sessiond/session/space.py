@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from sessiond.session.model import Usage
+
 _HYSTERESIS = 0.05
 """A level is left only when the storage is this much emptier than where it began."""
 
@@ -52,6 +54,39 @@ def measure(directory: Path) -> Space:
         inodes_used=found.f_files - found.f_ffree,
         inodes_total=found.f_files,
     )
+
+
+class SpaceWatch:
+    """Remembers what was found last, so that changes are told once."""
+
+    def __init__(self) -> None:
+        self._level = SpaceLevel.NORMAL
+        self._usage = Usage(0, 0, 0, 0)
+
+    def usage(self, directory: Path, *, limited: bool) -> Usage:
+        """What is used of the storage `directory`; when that is gone, what was used at last.
+
+        Where the session's storage is not `limited`, it shares a file system with others.
+        """
+        try:
+            space = measure(directory)
+        except OSError:
+            return self._usage
+        self._usage = Usage(
+            bytes_used=space.bytes_used,
+            bytes_limit=space.bytes_total if limited else 0,
+            inodes_used=space.inodes_used,
+            inodes_limit=space.inodes_total if limited else 0,
+        )
+        return self._usage
+
+    def new_level(self, space: Space) -> SpaceLevel | None:
+        """Return the level that `space` is at, if that is another one than the last time."""
+        level = next_level(self._level, space.used_part)
+        if level is self._level:
+            return None
+        self._level = level
+        return level
 
 
 def next_level(level: SpaceLevel, used_part: float) -> SpaceLevel:

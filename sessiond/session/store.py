@@ -180,8 +180,10 @@ class Store:
     def forget(self, record: SessionRecord) -> None:
         """Remove the record, and so the session; its files become garbage. Raises `Failed`."""
         file = self._record_file(record)
+        if not file.exists():
+            return
         with explained(f"remove the record of session {record.id}"):
-            file.unlink(missing_ok=True)
+            file.unlink()
             _fsync_directory(file.parent)
 
     def discard(self, session: SessionId, kind: StorageKind) -> tuple[Path, ...]:

@@ -15,8 +15,8 @@ from sessiond.errors import (
     NoSuchProfile,
     NoSuchSession,
     NoSuchSnapshot,
-    SessionExists,
     SessiondError,
+    SessionExists,
     SnapshotExists,
 )
 from sessiond.session.model import (
@@ -40,7 +40,14 @@ EPOCH = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 class FakeJob:
     """A job that the test moves on."""
 
-    def __init__(self, manager: FakeManager, number: int, session: FakeSession, operation: Operation, uid: Uid) -> None:
+    def __init__(
+        self,
+        manager: FakeManager,
+        number: int,
+        session: FakeSession,
+        operation: Operation,
+        uid: Uid,
+    ) -> None:
         self.id = number
         self.session = session.id
         self.operation = operation
@@ -182,7 +189,9 @@ class FakeManager:
         self.tell("session_added", session)
         return session
 
-    async def create(self, user: str, profile: str, *, session_id: str | None = None) -> FakeSession:
+    async def create(
+        self, user: str, profile: str, *, session_id: str | None = None
+    ) -> FakeSession:
         if profile == "broken":
             raise ZeroDivisionError("a fault, with secrets in it")
         if profile not in self.profiles:

@@ -412,9 +412,9 @@ def upper_of_its_own(lowers: Sequence[str], top: str) -> Iterator[Layers]:
 
 def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
     """Run one sequence from the mounts to the last remount."""
-    systems: tuple[FileSystem, ...] = (KernelOverlay(),)  # X
+    systems: tuple[FileSystem, ...] = (KernelOverlay(), SessiondOverlay())
     with ExitStack() as stack:
-        roots = [stack.enter_context(tempfile.TemporaryDirectory(dir=top)) for _ in (0,1,2)]
+        roots = [stack.enter_context(tempfile.TemporaryDirectory(dir=top)) for _ in range(3)]
         os.chmod(roots[2], 0o755)
         trees.build_flat(trees.merge(UPPER, MIDDLE, LOWEST), roots[2])
         uppers = [stack.enter_context(upper_of_its_own(lowers, top)) for _ in systems]

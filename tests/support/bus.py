@@ -67,7 +67,12 @@ def start_private_bus(
     log = directory / "bus.log"
     with open(log, "wb") as complaints:
         daemon = subprocess.Popen(
-            ["dbus-daemon", f"--config-file={configuration}", "--nofork", f"--print-address={told}"],
+            [
+                "dbus-daemon",
+                f"--config-file={configuration}",
+                "--nofork",
+                f"--print-address={told}",
+            ],
             pass_fds=[told],
             stderr=complaints,
             env={"PATH": os.environ["PATH"]},

@@ -1,0 +1,160 @@
+"""Who may do what, asked by processes of other users."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from sessiond.bus import names, service
+from sessiond.errors import Cancelled
+from tests.bus.fake_manager import FakeManager
+from tests.support.bus import start_private_bus
+
+pytestmark = pytest.mark.root
+
+OWNER, STRANGER = 65534, 65533
+POLICY = Path(__file__).parents[2] / "packaging/dbus/org.sessiond.Overlay1.conf"
+
+ROOT = names.ROOT_PATH
+SESSION = f"{ROOT}/session/live"
+SNAPSHOT = f"{SESSION}/snapshot/fresh"
+JOB = f"{ROOT}/job/1"
+
+QUERIES = [
+    (ROOT, names.MANAGER, "ListSessions", ()),
+    (ROOT, names.MANAGER, "GetSession", ("s", "live")),
+    (ROOT, names.MANAGER, "GetSessionByUser", ("u", "65534")),
+    (ROOT, names.OBJECT_MANAGER, "GetManagedObjects", ()),
+    (SESSION, names.PROPERTIES, "GetAll", ("s", names.SESSION)),
+    (SESSION, names.INTROSPECTABLE, "Introspect", ()),
+    (SESSION, names.PEER, "Ping", ()),
+]
+
+OWNERS_OPERATIONS = [
+    (ROOT, names.MANAGER, "ResetSession", ("sa{sv}", "live", "0")),
+    (ROOT, names.MANAGER, "SnapshotSession", ("ssa{sv}", "live", "more", "0")),
+    (ROOT, names.MANAGER, "PersistSession", ("sa{sv}", "live", "0")),
+    (ROOT, names.MANAGER, "CloseSession", ("sa{sv}", "live", "0")),
+    (SESSION, names.SESSION, "Reset", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "Snapshot", ("sa{sv}", "more", "0")),
+    (SESSION, names.SESSION, "Restore", ("sa{sv}", "fresh", "0")),
+    (SESSION, names.SESSION, "Persist", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "Close", ("a{sv}", "0")),
+    (SNAPSHOT, names.SNAPSHOT, "Rename", ("s", "stale")),
+    (SNAPSHOT, names.SNAPSHOT, "Delete", ()),
+]
+
+ROOTS_OPERATIONS = [
+    (ROOT, names.MANAGER, "CreateSession", ("ssa{sv}", "nobody", "live", "0")),
+]
+
+
+@pytest.fixture(autouse=True)
+async def guarded(
+    bus_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nursery: trio.Nursery,
+    manager: FakeManager,
+) -> Iterator[FakeManager]:
+    """A session with a snapshot, served on a bus with the policy that is shipped."""
+    await manager.sessions["live"].snapshot("fresh")
+    with start_private_bus(bus_directory, policy_file=POLICY) as address:
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
+        await nursery.start(service.serve, manager)
+        yield manager
+
+
+async def call(
+    uid: int, path: str, interface: str, member: str, arguments: tuple[str, ...]
+) -> tuple[int, str]:
+    """Call as another user; return the exit code and what busctl says."""
+    done = await trio.run_process(
+        ["busctl", "--no-pager", "call", names.BUS, path, interface, member, *arguments],
+        capture_stdout=True,
+        stderr=subprocess.STDOUT,
+        check=False,
+        user=uid,
+        group=uid,
+        extra_groups=[],
+    )
+    return done.returncode, done.stdout.decode()
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query[2])
+async def test_everyone_may_ask(query: tuple[str, str, str, tuple[str, ...]]) -> None:
+    code, said = await call(STRANGER, *query)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("operation", OWNERS_OPERATIONS, ids=lambda operation: operation[2])
+async def test_owners_may_change_what_is_theirs(
+    operation: tuple[str, str, str, tuple[str, ...]],
+) -> None:
+    code, said = await call(OWNER, *operation)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("operation", OWNERS_OPERATIONS, ids=lambda operation: operation[2])
+async def test_strangers_may_not(
+    operation: tuple[str, str, str, tuple[str, ...]], guarded: FakeManager
+) -> None:
+    code, said = await call(STRANGER, *operation)
+    assert code != 0
+    assert "As uid 65533 you may not" in said
+    assert "only root and its owner, uid 65534, may" in said
+    assert not guarded.jobs
+    assert list(guarded.sessions["live"].snapshots) == ["fresh"]
+
+
+@pytest.mark.parametrize("uid", [OWNER, STRANGER])
+@pytest.mark.parametrize("operation", ROOTS_OPERATIONS, ids=lambda operation: operation[2])
+async def test_only_root_may_create(
+    operation: tuple[str, str, str, tuple[str, ...]], uid: int, guarded: FakeManager
+) -> None:
+    code, said = await call(uid, *operation)
+    assert code != 0
+    assert f"As uid {uid} you may not create sessions; only root may" in said
+    assert list(guarded.sessions) == ["live"]
+
+
+@pytest.mark.parametrize(
+    "operation", OWNERS_OPERATIONS + ROOTS_OPERATIONS, ids=lambda operation: operation[2]
+)
+async def test_root_may_all(operation: tuple[str, str, str, tuple[str, ...]]) -> None:
+    code, said = await call(os.geteuid(), *operation)
+    assert code == 0, said
+
+
+async def test_jobs_are_cancelled_by_their_owners(guarded: FakeManager) -> None:
+    job = guarded.sessions["live"].reset(started_by=0)
+    code, said = await call(STRANGER, JOB, names.JOB, "Cancel", ())
+    assert code != 0
+    assert "you may not cancel a job of this session" in said
+    assert not job.finished
+    code, said = await call(OWNER, JOB, names.JOB, "Cancel", ())
+    assert code == 0, said
+    assert isinstance(job.error, Cancelled)
+
+
+async def test_whoever_started_a_job_is_told(guarded: FakeManager) -> None:
+    await call(OWNER, SESSION, names.SESSION, "Reset", ("a{sv}", "0"))
+    assert guarded.jobs[0].started_by == OWNER
+
+
+async def test_nobody_else_can_be_sessiond() -> None:
+    taken = await trio.run_process(
+        ["busctl", "call", names.DBUS, names.DBUS_PATH, names.DBUS, "RequestName"]
+        + ["su", names.BUS, "0"],
+        capture_stderr=True,
+        check=False,
+        user=STRANGER,
+    )
+    assert taken.returncode != 0
+    assert b"not allowed to own" in taken.stderr

@@ -1,0 +1,322 @@
+"""Each command, as a process of its own, against the real D-Bus service."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from functools import partial
+
+import pytest
+import trio
+
+from sessiond.bus.transport import ADDRESS_VARIABLE
+from sessiond.cli.exit_codes import ExitCode
+from sessiond.cli.main import main
+from sessiond.errors import NoSpace
+from sessiond.session.model import SessionState
+from tests.bus.fake_manager import FakeManager
+from tests.support.users import NOBODY
+from tests.support.waiting import until
+from tests.unit.cli.conftest import Sessionctl
+
+STRANGER = 1
+"""Another user who is on record; the bus does not speak with others."""
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's identity")
+
+
+async def test_list(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.add("other", "root", 0)
+    head, first, second = await sessionctl.lines("list")
+    assert head.split() == ["ID", "USER", "PROFILE", "STORAGE", "STATE", "MOUNT", "POINT", "USED"]
+    mount_point = "/run/sessiond/sessions/live/root"
+    used = "4.0 KiB of 1.0 TiB (0%)"
+    assert first.split() == [
+        "live",
+        "nobody",
+        "live",
+        "tmpfs",
+        "active",
+        mount_point,
+        *used.split(),
+    ]
+    assert second.split()[:2] == ["other", "root"]
+
+
+async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    assert await sessionctl.json("list") == [
+        {
+            "id": "live",
+            "user": "nobody",
+            "uid": 65534,
+            "profile": "live",
+            "image": "/images/root.squashfs",
+            "mount_point": "/run/sessiond/sessions/live/root",
+            "storage": "tmpfs",
+            "state": "active",
+            "bytes_used": 4096,
+            "bytes_limit": 1 << 40,
+            "inodes_used": 3,
+            "inodes_limit": 1000,
+            "created_at": "2024-05-06T07:08:09.123456Z",
+            "last_reset": None,
+        }
+    ]
+
+
+async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    await sessionctl("snapshot", "live", "good", "--description", "works")
+    lines = await sessionctl.lines("status", "live")
+    facts = dict(line.rstrip().split(maxsplit=1) for line in lines)
+    assert facts["Session"] == "live"
+    assert facts["User"] == "nobody (65534)"
+    assert facts["Inodes"] == "3 of 1000"
+    assert facts["Snapshots"] == "good"
+    assert facts["Changes"] == "1 added, 2 changed, 3 deleted; 1.0 TiB in files"
+    told = await sessionctl.json("status", "live")
+    assert isinstance(told, dict)
+    assert told["changes"] == {"added": 1, "changed": 2, "deleted": 3, "bytes": 1 << 40}
+    assert [snapshot["name"] for snapshot in told["snapshots"]] == ["good"]
+
+
+@as_root
+async def test_status_shows_strangers_no_changes(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    done = await sessionctl("status", "live", "--json", user=STRANGER)
+    assert json.loads(done.stdout)["changes"] is None
+    assert b"Changes" not in (await sessionctl("status", "live", user=STRANGER)).stdout
+    assert b"Changes" in (await sessionctl("status", "live", user=NOBODY)).stdout
+
+
+async def test_create(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    lines = await sessionctl.lines("create", "nobody", "live")
+    mount_point = "/run/sessiond/sessions/nobody-1/root"
+    assert lines == [f"Session nobody-1 of nobody is mounted at {mount_point}."]
+    told = await sessionctl.json("create", "nobody", "live", "--id", "second")
+    assert isinstance(told, dict)
+    assert told["id"] == "second"
+    assert set(manager.sessions) == {"live", "nobody-1", "second"}
+
+
+@pytest.mark.parametrize("arguments", [["reset", "live"], ["persist", "live"]])
+async def test_jobs_are_waited_for(
+    arguments: list[str], manager: FakeManager, sessionctl: Sessionctl, nursery: trio.Nursery
+) -> None:
+    result: list[subprocess.CompletedProcess[bytes]] = []
+
+    async def run() -> None:
+        result.append(await sessionctl(*arguments))
+
+    nursery.start_soon(run)
+    await until(lambda: manager.jobs)
+    manager.jobs[0].move(0.5)
+    assert not result
+    manager.jobs[0].finish()
+    await until(lambda: result)
+    assert (result[0].stdout, result[0].stderr) == (b"", b"")
+
+
+async def test_a_job_that_fails_gives_its_reason(
+    manager: FakeManager, sessionctl: Sessionctl, nursery: trio.Nursery
+) -> None:
+    nursery.start_soon(partial(sessionctl, "persist", "live", code=ExitCode.NO_SPACE))
+    await until(lambda: manager.jobs)
+    manager.jobs[0].finish(NoSpace("The disk is full."))
+
+
+async def test_an_interrupt_cancels_the_job(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    process = await trio.lowlevel.open_process(
+        sessionctl.command("reset", "live"), stderr=subprocess.PIPE, env=sessionctl.environment
+    )
+    await until(lambda: manager.jobs)
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == ExitCode.CANCELLED
+    assert manager.jobs[0].finished
+    assert process.stderr is not None
+    async with process.stderr as stream:
+        assert await stream.receive_some() == b"sessionctl: The reset was cancelled.\n"
+
+
+async def test_snapshots(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.jobs_finish_at_once = True
+    await sessionctl("snapshot", "live", "first", "--description", "all is well")
+    told = await sessionctl.json("snapshot", "live", "second")
+    assert isinstance(told, dict)
+    assert told["name"] == "second"
+    head, first, second = await sessionctl.lines("snapshots", "live")
+    assert head.split() == ["NAME", "CREATED", "DESCRIPTION"]
+    assert first.startswith("first")
+    assert first.rstrip().endswith("all is well")
+    assert second.startswith("second")
+    await sessionctl("restore", "live", "first")
+    await sessionctl("delete-snapshot", "live", "first")
+    listed = await sessionctl.json("snapshots", "live")
+    assert isinstance(listed, list)
+    assert [snapshot["name"] for snapshot in listed] == ["second"]
+
+
+DIFFERENCES = (
+    {"path": "/new\udcff\n", "kind": "added", "type": "file", "size": 2048},
+    {"path": "/etc", "kind": "metadata", "type": "directory", "size": 4096},
+    {"path": "/etc/motd", "kind": "contents", "type": "file", "size": 1},
+    {"path": "/etc/group", "kind": "deleted", "type": "file", "size": 500},
+)
+
+
+async def test_diff(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    body = b"".join(json.dumps(one).encode() + b"\n" for one in DIFFERENCES)
+    manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(target, body)
+    assert await sessionctl.lines("diff", "live") == [
+        "added     file          2.0 KiB  /new\\xff\\n",
+        "metadata  directory              /etc",
+        "contents  file              1 B  /etc/motd",
+        "deleted   file                   /etc/group",
+        "1 added, 2 changed, 1 deleted; 2.0 KiB in files",
+    ]
+    assert (await sessionctl("diff", "live", "--json")).stdout == body
+
+
+async def test_diff_of_a_pristine_session(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: None
+    assert await sessionctl.lines("diff", "live") == ["None: the session shows its image."]
+    assert (await sessionctl("diff", "live", "--json")).stdout == b""
+
+
+async def test_a_diff_that_breaks_off_is_a_failure(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(
+        target, b'{"path": "/half'
+    )
+    done = await sessionctl("diff", "live", code=ExitCode.FAILED)
+    assert b"ends in the middle of a line" in done.stderr
+
+
+async def test_a_reader_that_has_seen_enough_is_no_failure(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    body = b"".join(json.dumps(one).encode() + b"\n" for one in DIFFERENCES * 50)
+    manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(target, body)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as broken:
+        done = await trio.run_process(
+            sessionctl.command("diff", "live"),
+            stdout=broken,
+            capture_stderr=True,
+            check=False,
+            env=sessionctl.environment,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+async def test_close(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    await sessionctl("close", "live")
+    assert not manager.sessions
+    await sessionctl("close", "live", code=ExitCode.NOT_FOUND)
+
+
+async def test_monitor(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    """One line for each signal, at once, also into a pipe."""
+    process = await trio.lowlevel.open_process(
+        sessionctl.command("monitor", "--json"), stdout=subprocess.PIPE, env=sessionctl.environment
+    )
+    assert process.stdout is not None
+    seen = b""
+    number = 0
+    async with process.stdout as stream:
+        while not seen.endswith(b"\n"):
+            # Until it listens, it misses what happens.
+            number += 1
+            manager.add(f"new-{number}")
+            with trio.move_on_after(0.05):
+                seen += await stream.receive_some()
+        process.send_signal(signal.SIGINT)
+    assert await process.wait() == 128 + signal.SIGINT
+    assert len(seen) < 4096, "events are not kept back until a buffer is full"
+    event = json.loads(seen.splitlines()[0])
+    assert set(event) == {"time", "session", "path", "interface", "member", "arguments"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["status", "none"], ExitCode.NOT_FOUND),
+        (["reset", "none"], ExitCode.NOT_FOUND),
+        (["diff", "none"], ExitCode.NOT_FOUND),
+        (["snapshots", "none"], ExitCode.NOT_FOUND),
+        (["restore", "live", "none"], ExitCode.NOT_FOUND),
+        (["delete-snapshot", "live", "none"], ExitCode.NOT_FOUND),
+        (["create", "nobody", "none"], ExitCode.NOT_FOUND),
+        (["create", "nobody", "live", "--id", "live"], ExitCode.EXISTS),
+        (["create", "nobody", "live", "--id", "../etc"], ExitCode.USAGE),
+        (["create", "nobody", "broken"], ExitCode.FAILED),
+        (["snapshot", "live", "a/b"], ExitCode.USAGE),
+        (["snapshot", "live", "\x1b[31m"], ExitCode.USAGE),
+        (["status", "\n"], ExitCode.USAGE),
+        (["status", "a" * 100], ExitCode.USAGE),
+        (["status", "\udcff"], ExitCode.USAGE),
+    ],
+)
+async def test_failures_have_their_codes(
+    arguments: list[str],
+    code: ExitCode,
+    manager: FakeManager,
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(ADDRESS_VARIABLE, address)
+    assert await trio.to_thread.run_sync(main, arguments) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("sessionctl: ")
+    assert printed.err.count("\n") == 1, "one line says all"
+    assert "\x1b" not in printed.err
+
+
+async def test_a_busy_session(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    session = manager.sessions[next(iter(manager.sessions))]
+    session.persist(started_by=session.uid)
+    done = await sessionctl("reset", "live", code=ExitCode.BUSY)
+    assert b"persist" in done.stderr
+
+
+@as_root
+@pytest.mark.parametrize(
+    "arguments", [["reset", "live"], ["diff", "live"], ["create", "nobody", "live"]]
+)
+async def test_strangers_are_refused(
+    arguments: list[str], manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    await sessionctl(*arguments, code=ExitCode.NOT_AUTHORIZED, user=STRANGER)
+
+
+@as_root
+@pytest.mark.parametrize("arguments", [["shell", "live"], ["run", "live", "--", "id"]])
+async def test_entering_takes_root(
+    arguments: list[str], manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    await sessionctl(*arguments, code=ExitCode.NOT_AUTHORIZED, user=NOBODY)
+
+
+@as_root
+async def test_a_session_that_is_not_mounted_is_not_entered(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    manager.sessions[next(iter(manager.sessions))].state = SessionState.FAILED
+    done = await sessionctl("run", "live", "--", "id", code=ExitCode.FAILED)
+    assert done.stderr == b"sessionctl: Session live cannot be entered: it is failed.\n"
+
+
+async def test_without_a_daemon(sessionctl: Sessionctl) -> None:
+    done = await sessionctl("list", code=ExitCode.UNREACHABLE)
+    assert b"systemctl start sessiond" in done.stderr
+
+
+async def test_without_a_bus() -> None:
+    done = await Sessionctl("unix:path=/nonexistent/bus")("list", code=ExitCode.UNREACHABLE)
+    assert b"There is no message bus at unix:path=/nonexistent/bus" in done.stderr

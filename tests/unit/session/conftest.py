@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.sessions import World
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_logs(
+    caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
+) -> Iterator[None]:
+    """Fail a test in which something was logged, unless the test looks at the log itself."""
+    caplog.set_level(logging.WARNING)
+    yield
+    if "expect_log" not in request.fixturenames:
+        unexpected = [record for record in caplog.get_records("call")]
+        assert not unexpected, [record.getMessage() for record in unexpected]
+
+
+@pytest.fixture
+def expect_log(caplog: pytest.LogCaptureFixture) -> Callable[[str], None]:
+    """Check that something of that kind was logged; other warnings are allowed in that test."""
+
+    def check(text: str) -> None:
+        messages = [record.getMessage() for record in caplog.records]
+        assert any(text in message for message in messages), messages
+
+    return check
