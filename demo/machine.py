@@ -100,16 +100,18 @@ class Machine:
         """Start a bus and wait until it listens."""
         configuration = self._directory / "bus.conf"
         configuration.write_text(BUS_CONFIGURATION.format(socket=self._directory / "bus"))
-        bus = subprocess.Popen(
-            ["dbus-daemon", "--nofork", "--print-address", f"--config-file={configuration}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
+        log_name = self._directory / "bus.log"
+        with open(log_name, "wb") as log:
+            bus = subprocess.Popen(
+                ["dbus-daemon", "--nofork", "--print-address", f"--config-file={configuration}"],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
         self._cleanup.callback(stop, bus)
         assert bus.stdout is not None
-        with bus.stdout:
-            if not bus.stdout.readline():
-                raise DemoError("dbus-daemon does not start.")
+        if not bus.stdout.readline():
+            raise DemoError(f"dbus-daemon does not start. It says:\n{log_name.read_text()}")
 
     def start_daemon(self) -> None:
         """Start sessiond and wait until it says that it is ready."""

@@ -97,6 +97,8 @@ class Reply(_Message):
     errno: int = 0
     """Of the system call that failed; 0 without error, or if it was none."""
     changes: ChangeCounts | None = None
+    worker: int | None = None
+    """Process id, when it is ready."""
 
 
 _requests: TypeAdapter[Request] = TypeAdapter(Request)

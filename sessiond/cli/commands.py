@@ -32,11 +32,9 @@ async def list_sessions(client: Client, asked: Arguments) -> None:
     if asked.json:
         print_json([_session_json(session) for session in sessions])
         return
-    titles = ("ID", "USER", "PROFILE", "STORAGE", "STATE", "MOUNT POINT", "USED")
     print_table(
-        titles,
-        [(s.id, s.user, s.profile, s.storage, s.state, s.mount_point, _used(s)) for s in sessions],
-        numbers=1,
+        ("ID", "USER", "PROFILE", "STORAGE", "STATE", "USED", "MOUNT POINT"),
+        [(s.id, s.user, s.profile, s.storage, s.state, _used(s), s.mount_point) for s in sessions],
     )
 
 
@@ -63,7 +61,7 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Mount point", info.mount_point),
         ("Storage", info.storage),
         ("State", info.state),
-        ("Used", used_of(info.bytes_used, info.bytes_limit)),
+        ("Used", _used(info)),
         ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
         ("Created", when(info.created_at)),
         ("Last reset", when(info.last_reset)),

@@ -66,15 +66,11 @@ def print_line(text: str) -> None:
     print(printable(text))
 
 
-def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int = 0) -> None:
-    """Print `rows` in columns; the last `numbers` columns are aligned to the right.
-
-    Nothing is cut or wrapped where the output is not a terminal.
-    """
+def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print `rows` in columns. Nothing is cut or wrapped where the output is not a terminal."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for position, title in enumerate(titles):
-        right = position >= len(titles) - numbers
-        table.add_column(title, justify="right" if right else "left", overflow="fold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     _console().print(table)

@@ -84,8 +84,8 @@ def parse_options(text: str) -> Options:
             options.flags.discard(_CLEARED[option])
         elif option and not _FOR_MOUNT.fullmatch(option):
             raise UsageError(
-                f"unknown option '{option}'; known are lowerdir=, upperdir=, workdir=, allow_other, "
-                "userxattr, ro, rw, nosuid, nodev and noexec"
+                f"unknown option '{option}'; known are lowerdir=, upperdir=, workdir=, "
+                "allow_other, userxattr, ro, rw, nosuid, nodev and noexec"
             )
     return _checked(options)
 

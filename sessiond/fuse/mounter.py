@@ -80,11 +80,13 @@ class FuseMount:
         self._lifeline = lifeline
         self._turn = trio.Lock()
         self._died = trio.Event()
+        self.worker = 0
+        """Process id of the worker, once it is ready."""
 
     async def wait_ready(self) -> None:
         """Return when the worker serves. Raises `Failed`, `NoSpace`."""
         async with self._turn:
-            _checked(await self._reply())
+            self.worker = _checked(await self._reply()).worker or 0
 
     async def _ask(self, request: control.Request, descriptors: tuple[int, ...] = ()) -> Reply:
         async with self._turn:

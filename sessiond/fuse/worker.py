@@ -84,7 +84,7 @@ async def _run(layers: LayerStack, device: int, manager: socket.socket) -> None:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
-            await control.send(channel, Reply())
+            await control.send(channel, Reply(worker=os.getpid()))
             await _Controlled(operations, device, channel, nursery).run()
             nursery.cancel_scope.cancel()
     finally:

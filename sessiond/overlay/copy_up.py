@@ -219,7 +219,7 @@ def mark_impure(stack: Stack, directory: Node) -> None:
 
 
 def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
-    """Return ``st_nlink``: 1 of a merged directory, the count over all layers of an indexed file."""
+    """Return ``st_nlink``: 1 of a merged directory, counted over all layers for the index."""
     if node.gone:
         return 0
     if node.is_directory:

@@ -412,7 +412,7 @@ class Overlay:
     # The stack
 
     def swap(self, stack: Stack) -> list[int]:
-        """Serve `stack` instead of the present layers, which are closed; return the directories held.
+        """Serve `stack` instead of the present layers, which are closed; return directories held.
 
         Nodes find their new place when they are used next. Files that are open and not in the new
         layers go on as unlinked ones. The caller tells the kernel that its names and attributes are

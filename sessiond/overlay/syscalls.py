@@ -31,6 +31,7 @@ _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY = 0x1
 _MOUNT_ATTR_NOATIME = 0x10
+_MOUNT_ATTR__ATIME = 0x70
 _RESOLVE_NO_XDEV = 0x01
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
@@ -93,7 +94,9 @@ def clone_read_only(directory: int) -> int | None:
     clone = _libc.syscall(_SYS_OPEN_TREE, directory, b"", flags)
     if clone < 0:
         return None
-    attributes = struct.pack("QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, 0, 0, 0)
+    attributes = struct.pack(
+        "QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0
+    )
     if (
         _libc.syscall(_SYS_MOUNT_SETATTR, clone, b"", _AT_EMPTY_PATH, attributes, len(attributes))
         < 0

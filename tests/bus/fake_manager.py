@@ -19,6 +19,7 @@ from sessiond.errors import (
     SessionExists,
     SnapshotExists,
 )
+from sessiond.session import model
 from sessiond.session.model import (
     ChangeSummary,
     LayerNumber,
@@ -30,7 +31,6 @@ from sessiond.session.model import (
     StorageKind,
     Uid,
     Usage,
-    session_id,
     snapshot_name,
 )
 
@@ -76,13 +76,13 @@ class FakeJob:
 class FakeSession:
     """A session of the user with uid 65534, unless told otherwise."""
 
-    def __init__(self, manager: FakeManager, id: str, user: str, uid: int) -> None:
-        self.id = SessionId(id)
+    def __init__(self, manager: FakeManager, name: str, user: str, uid: int) -> None:
+        self.id = SessionId(name)
         self.user = user
         self.uid = Uid(uid)
         self.profile = "live"
         self.image = "/images/root.squashfs"
-        self.mount_point = Path(f"/run/sessiond/sessions/{id}/root")
+        self.mount_point = Path(f"/run/sessiond/sessions/{name}/root")
         self.storage = StorageKind.TMPFS
         self.state = SessionState.ACTIVE
         self.created_at = EPOCH
@@ -140,11 +140,10 @@ class FakeSession:
         self._manager.tell("snapshot_removed", self, record)
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
+        checked = snapshot_name(new_name)
         record = self._record(name)
         del self.snapshots[record.name]
-        self.snapshots[snapshot_name(new_name)] = record.model_copy(
-            update={"name": snapshot_name(new_name)}
-        )
+        self.snapshots[checked] = record.model_copy(update={"name": checked})
         self._manager.tell("session_changed", self)
 
     async def changes(self) -> ChangeSummary:
@@ -181,10 +180,10 @@ class FakeManager:
         for observer in self._observers:
             getattr(observer, event)(*arguments)
 
-    def add(self, id: str, user: str = "nobody", uid: int = 65534) -> FakeSession:
-        if id in self.sessions:
-            raise SessionExists(f"There is a session {id} already.")
-        session = FakeSession(self, id, user, uid)
+    def add(self, name: str, user: str = "nobody", uid: int = 65534) -> FakeSession:
+        if name in self.sessions:
+            raise SessionExists(f"There is a session {name} already.")
+        session = FakeSession(self, name, user, uid)
         self.sessions[session.id] = session
         self.tell("session_added", session)
         return session
@@ -196,13 +195,14 @@ class FakeManager:
             raise ZeroDivisionError("a fault, with secrets in it")
         if profile not in self.profiles:
             raise NoSuchProfile(f"There is no profile {profile!r}.")
-        return self.add(session_id_or(session_id, f"{user}-1"), user)
+        name = f"{user}-1" if session_id is None else session_id
+        return self.add(model.session_id(name), user)
 
-    def get(self, id: str) -> FakeSession:
+    def get(self, name: str) -> FakeSession:
         try:
-            return self.sessions[session_id(id)]
+            return self.sessions[model.session_id(name)]
         except KeyError:
-            raise NoSuchSession(f"There is no session {id!r}.") from None
+            raise NoSuchSession(f"There is no session {name!r}.") from None
 
     def by_uid(self, uid: Uid) -> FakeSession:
         for session in self.sessions.values():
@@ -210,14 +210,10 @@ class FakeManager:
                 return session
         raise NoSuchSession(f"Uid {uid} has no session.")
 
-    async def close(self, id: str) -> None:
-        session = self.get(id)
+    async def close(self, name: str) -> None:
+        session = self.get(name)
         for job in self.jobs:
             if job.session == session.id and not job.finished:
                 job.cancel()
         del self.sessions[session.id]
         self.tell("session_removed", session)
-
-
-def session_id_or(text: str | None, default: str) -> str:
-    return session_id(default if text is None else text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,21 +12,29 @@ import pytest
 import trio
 
 from sessiond.bus import names, service
+from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.errors import Cancelled
 from tests.bus.fake_manager import FakeManager
 from tests.support.bus import start_private_bus
 
 pytestmark = pytest.mark.root
 
-OWNER, STRANGER = 65534, 65533
+OWNER = pwd.getpwnam("nobody").pw_uid
+STRANGER = pwd.getpwnam("daemon").pw_uid
+"""A bus lets nobody in whom the user database does not know."""
 POLICY = Path(__file__).parents[2] / "packaging/dbus/org.sessiond.Overlay1.conf"
+
+BUSCTL_CALL = ["busctl", "--no-pager", "call"]
 
 ROOT = names.ROOT_PATH
 SESSION = f"{ROOT}/session/live"
 SNAPSHOT = f"{SESSION}/snapshot/fresh"
 JOB = f"{ROOT}/job/1"
 
-QUERIES = [
+Call = tuple[str, str, str, tuple[str, ...]]
+"""Path, interface, member, and the arguments as busctl takes them."""
+
+QUERIES: list[Call] = [
     (ROOT, names.MANAGER, "ListSessions", ()),
     (ROOT, names.MANAGER, "GetSession", ("s", "live")),
     (ROOT, names.MANAGER, "GetSessionByUser", ("u", "65534")),
@@ -35,7 +44,7 @@ QUERIES = [
     (SESSION, names.PEER, "Ping", ()),
 ]
 
-OWNERS_OPERATIONS = [
+OWNERS_OPERATIONS: list[Call] = [
     (ROOT, names.MANAGER, "ResetSession", ("sa{sv}", "live", "0")),
     (ROOT, names.MANAGER, "SnapshotSession", ("ssa{sv}", "live", "more", "0")),
     (ROOT, names.MANAGER, "PersistSession", ("sa{sv}", "live", "0")),
@@ -51,24 +60,25 @@ OWNERS_OPERATIONS = [
     (SNAPSHOT, names.SNAPSHOT, "Delete", ()),
 ]
 
-ROOTS_OPERATIONS = [
+ROOTS_OPERATIONS: list[Call] = [
     (ROOT, names.MANAGER, "CreateSession", ("ssa{sv}", "nobody", "live", "0")),
 ]
 
 
-@pytest.fixture(autouse=True)
-async def guarded(
-    bus_directory: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    nursery: trio.Nursery,
-    manager: FakeManager,
-) -> Iterator[FakeManager]:
-    """A session with a snapshot, served on a bus with the policy that is shipped."""
-    await manager.sessions["live"].snapshot("fresh")
+@pytest.fixture
+def guarded_bus(bus_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A bus with the policy that is shipped, as the system bus."""
     with start_private_bus(bus_directory, policy_file=POLICY) as address:
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        await nursery.start(service.serve, manager)
-        yield manager
+        monkeypatch.setenv(ADDRESS_VARIABLE, address)
+        yield
+
+
+@pytest.fixture
+async def guarded(guarded_bus: None, manager: FakeManager, nursery: trio.Nursery) -> FakeManager:
+    """A session with a snapshot, served on that bus."""
+    await manager.sessions["live"].snapshot("fresh")
+    await nursery.start(service.serve, manager)
+    return manager
 
 
 async def call(
@@ -76,7 +86,7 @@ async def call(
 ) -> tuple[int, str]:
     """Call as another user; return the exit code and what busctl says."""
     done = await trio.run_process(
-        ["busctl", "--no-pager", "call", names.BUS, path, interface, member, *arguments],
+        [*BUSCTL_CALL, names.BUS, path, interface, member, *arguments],
         capture_stdout=True,
         stderr=subprocess.STDOUT,
         check=False,
@@ -88,36 +98,30 @@ async def call(
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: query[2])
-async def test_everyone_may_ask(query: tuple[str, str, str, tuple[str, ...]]) -> None:
+async def test_everyone_may_ask(query: Call, guarded: FakeManager) -> None:
     code, said = await call(STRANGER, *query)
     assert code == 0, said
 
 
 @pytest.mark.parametrize("operation", OWNERS_OPERATIONS, ids=lambda operation: operation[2])
-async def test_owners_may_change_what_is_theirs(
-    operation: tuple[str, str, str, tuple[str, ...]],
-) -> None:
+async def test_owners_may_change_what_is_theirs(operation: Call, guarded: FakeManager) -> None:
     code, said = await call(OWNER, *operation)
     assert code == 0, said
 
 
 @pytest.mark.parametrize("operation", OWNERS_OPERATIONS, ids=lambda operation: operation[2])
-async def test_strangers_may_not(
-    operation: tuple[str, str, str, tuple[str, ...]], guarded: FakeManager
-) -> None:
+async def test_strangers_may_not(operation: Call, guarded: FakeManager) -> None:
     code, said = await call(STRANGER, *operation)
     assert code != 0
-    assert "As uid 65533 you may not" in said
-    assert "only root and its owner, uid 65534, may" in said
+    assert f"As uid {STRANGER} you may not" in said
+    assert f"only root and its owner, uid {OWNER}, may" in said
     assert not guarded.jobs
     assert list(guarded.sessions["live"].snapshots) == ["fresh"]
 
 
 @pytest.mark.parametrize("uid", [OWNER, STRANGER])
 @pytest.mark.parametrize("operation", ROOTS_OPERATIONS, ids=lambda operation: operation[2])
-async def test_only_root_may_create(
-    operation: tuple[str, str, str, tuple[str, ...]], uid: int, guarded: FakeManager
-) -> None:
+async def test_only_root_may_create(operation: Call, uid: int, guarded: FakeManager) -> None:
     code, said = await call(uid, *operation)
     assert code != 0
     assert f"As uid {uid} you may not create sessions; only root may" in said
@@ -127,7 +131,7 @@ async def test_only_root_may_create(
 @pytest.mark.parametrize(
     "operation", OWNERS_OPERATIONS + ROOTS_OPERATIONS, ids=lambda operation: operation[2]
 )
-async def test_root_may_all(operation: tuple[str, str, str, tuple[str, ...]]) -> None:
+async def test_root_may_all(operation: Call, guarded: FakeManager) -> None:
     code, said = await call(os.geteuid(), *operation)
     assert code == 0, said
 
@@ -148,13 +152,21 @@ async def test_whoever_started_a_job_is_told(guarded: FakeManager) -> None:
     assert guarded.jobs[0].started_by == OWNER
 
 
-async def test_nobody_else_can_be_sessiond() -> None:
+async def test_nobody_else_can_be_sessiond(guarded_bus: None) -> None:
     taken = await trio.run_process(
-        ["busctl", "call", names.DBUS, names.DBUS_PATH, names.DBUS, "RequestName"]
-        + ["su", names.BUS, "0"],
+        [
+            *BUSCTL_CALL,
+            names.DBUS,
+            names.DBUS_PATH,
+            names.DBUS,
+            "RequestName",
+            "su",
+            names.BUS,
+            "0",
+        ],
         capture_stderr=True,
         check=False,
         user=STRANGER,
     )
     assert taken.returncode != 0
-    assert b"not allowed to own" in taken.stderr
+    assert b"Access denied" in taken.stderr

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import trio
 
-from sessiond.bus import names
+from sessiond.bus import names, wire
 from sessiond.bus.client import Client
 from sessiond.bus.options import CreateOptions, NoOptions, SnapshotOptions, parse
-from sessiond.bus.wire import BusError, Variant
+from sessiond.bus.transport import Transport
+from sessiond.bus.wire import BusError, Kind, Message, Variant
 from sessiond.errors import (
     Failed,
     InvalidName,
@@ -82,15 +82,28 @@ async def test_a_name_too_long_for_any_bus(sessiond: Client) -> None:
     assert len(await sessiond.sessions()) == 1
 
 
-async def test_bytes_that_are_not_utf8_do_not_reach_us(serving: FakeManager) -> None:
-    # busctl itself refuses them, so they are sent by hand; the bus then hangs up on the sender.
-    done = await trio.run_process(
-        [b"busctl", b"call", names.BUS.encode(), names.ROOT_PATH.encode(), names.MANAGER.encode()]
-        + [b"GetSession", b"s", b"\xff"],
-        check=False,
-        capture_stderr=True,
+async def test_bytes_that_are_not_utf8_do_not_reach_us(
+    sessiond: Client, serving: FakeManager, private_bus: str
+) -> None:
+    body, _ = wire.pack("s", ["live"])
+    call = wire.encode(
+        Message(
+            kind=Kind.CALL,
+            serial=1,
+            destination=names.BUS,
+            path=names.ROOT_PATH,
+            interface=names.MANAGER,
+            member="GetSession",
+            signature="s",
+            body=body.replace(b"live", b"\xff\xfe\xfd\xfc"),
+        )
     )
-    assert done.returncode != 0
+    rude = await Transport.connect(private_bus)
+    await rude.send(call, ())
+    with pytest.raises((EOFError, OSError)):
+        await rude.receive()
+    rude.close()
+    assert len(await sessiond.sessions()) == 1
 
 
 async def test_one_of_each_that_does_not_exist_or_does(sessiond: Client) -> None:

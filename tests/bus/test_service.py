@@ -362,7 +362,7 @@ async def test_a_diff_of_busctl_is_a_descriptor(serving: FakeManager) -> None:
 
 
 async def test_another_service_is_not_pushed_aside(serving: FakeManager) -> None:
-    with pytest.raises(Failed, match="Another process is org.sessiond.Overlay1"):
+    with pytest.raises(Failed, match=r"Another process is org\.sessiond\.Overlay1"):
         await service.serve(FakeManager())
 
 
@@ -405,9 +405,11 @@ async def test_a_bus_without_our_policy_is_a_mistake_in_the_configuration(
 ) -> None:
     policy = bus_directory / "empty.conf"
     policy.write_text("<busconfig/>")
-    with start_private_bus(bus_directory, policy_file=policy) as address:
-        with pytest.raises(ConfigError, match=r"org\.sessiond\.Overlay1\.conf"):
-            await service.serve(FakeManager(), address=address)
+    with (
+        start_private_bus(bus_directory, policy_file=policy) as address,
+        pytest.raises(ConfigError, match=r"org\.sessiond\.Overlay1\.conf"),
+    ):
+        await service.serve(FakeManager(), address=address)
 
 
 async def test_errors_keep_their_sentence_whatever_is_in_it(

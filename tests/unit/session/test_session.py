@@ -113,9 +113,7 @@ async def test_when_the_swap_fails_all_is_as_before(world: World, operation: str
         with pytest.raises(Failed, match="cannot be opened"):
             await perform(session, operation)
         assert world.mount("s").stack == stack
-        assert session.record == before.model_copy(
-            update={"next_layer": session.record.next_layer}
-        )
+        assert session.record == before.model_copy(update={"next_layer": session.record.next_layer})
         assert session.record.next_layer > before.next_layer
         assert session.state is SessionState.ACTIVE
         await settled(world, session)

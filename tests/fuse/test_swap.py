@@ -1,0 +1,251 @@
+"""Reset, snapshot and restore as the merged view sees them, with files open and programs inside."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from sessiond.errors import Failed
+from sessiond.session.model import Stack, UpperDirectories
+from tests.fuse.conftest import Playground
+
+LARGE = 24 << 20
+
+
+async def test_reset_shows_the_image_again(playground: Playground) -> None:
+    (playground.image / "kept").write_text("image")
+    (playground.image / "deleted").write_text("image")
+    (playground.image / "directory").mkdir()
+    async with playground.mounted(playground.stack()) as mount:
+        root = playground.root
+        (root / "kept").write_text("changed")
+        (root / "deleted").unlink()
+        (root / "directory").rename(root / "moved")
+        (root / "added").write_text("new")
+        assert not (root / "directory").exists()
+        await mount.swap(playground.stack())
+        assert sorted(os.listdir(root)) == ["deleted", "directory", "kept"]
+        assert (root / "kept").read_text() == "image"
+        assert (root / "deleted").read_text() == "image"
+        assert (root / "directory").is_dir()
+        assert not (root / "added").exists()
+
+
+async def test_open_files_outlive_a_reset(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(playground.stack()) as mount:
+        root = playground.root
+        with open(root / "file", "r+b", buffering=0) as changed:
+            changed.write(b"chang")
+            with open(root / "new", "w+b", buffering=0) as added:
+                added.write(b"added")
+                await mount.swap(playground.stack())
+                assert os.pread(changed.fileno(), 9, 0) == b"chang"
+                assert os.pread(added.fileno(), 9, 0) == b"added"
+                added.write(b" more")
+                assert os.pread(added.fileno(), 99, 0) == b"added more"
+                assert os.fstat(added.fileno()).st_nlink == 0
+                assert os.fstat(added.fileno()).st_size == 10
+                os.ftruncate(added.fileno(), 2)
+                assert os.pread(added.fileno(), 99, 0) == b"ad"
+        assert (root / "file").read_text() == "image"
+        assert not (root / "new").exists()
+
+
+async def test_untouched_files_keep_their_inode_over_a_reset(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(playground.stack()) as mount:
+        path = playground.root / "file"
+        with open(path, "rb", buffering=0) as reader:
+            before = os.fstat(reader.fileno())
+            await mount.swap(playground.stack())
+            assert os.path.samestat(before, path.stat())
+            assert os.fstat(reader.fileno()).st_nlink == 1
+            path.write_text("later")
+            assert os.pread(reader.fileno(), 9, 0) == b"later"
+
+
+async def test_working_directories_outlive_a_reset(playground: Playground) -> None:
+    (playground.image / "home").mkdir()
+    async with playground.mounted(playground.stack()) as mount:
+        (playground.root / "home/file").write_text("x")
+        (playground.root / "gone").mkdir()
+        home = os.open(playground.root / "home", os.O_RDONLY)
+        gone = os.open(playground.root / "gone", os.O_RDONLY)
+        try:
+            await mount.swap(playground.stack())
+            assert os.listdir(home) == []
+            os.close(os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=home))
+            assert os.listdir(playground.root / "home") == ["new"]
+            # Like a directory that rmdir(2) has removed.
+            assert os.fstat(gone).st_nlink == 0
+            assert os.listdir(gone) == []
+            with pytest.raises(FileNotFoundError):
+                os.mkdir("new", dir_fd=gone)
+        finally:
+            os.close(home)
+            os.close(gone)
+
+
+async def test_a_running_program_goes_on_over_resets(playground: Playground) -> None:
+    program = "import os, sys\nfor line in sys.stdin: print(os.getcwd(), os.listdir(), flush=True)"
+    (playground.image / "home").mkdir()
+    async with playground.mounted(playground.stack()) as mount:
+        home = playground.root / "home"
+        inside = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert inside.stdin is not None
+        assert inside.stdout is not None
+        with inside:
+            for _ in range(3):
+                (home / "file").write_text("x")
+                await mount.swap(playground.stack())
+                inside.stdin.write("?\n")
+                answer = await trio.to_thread.run_sync(inside.stdout.readline)
+                assert answer == f"{home} []\n"
+            inside.stdin.close()
+        assert inside.returncode == 0
+
+
+async def test_a_snapshot_keeps_what_was_written_before(playground: Playground) -> None:
+    async with playground.mounted(first := playground.stack()) as mount:
+        root = playground.root
+        with open(root / "log", "wb", buffering=0) as log:
+            log.write(b"before")
+            second = playground.stack(first.upper.fs)
+            await mount.swap(second)
+            log.write(b" after")
+            assert (root / "log").read_bytes() == b"before after"
+        assert (first.upper.fs / "log").read_bytes() == b"before"
+        await mount.swap(playground.stack(first.upper.fs))
+        assert (root / "log").read_bytes() == b"before"
+
+
+async def test_st_ino_survives_copy_up_and_snapshot(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    (playground.image / "directory").mkdir()
+    async with playground.mounted(first := playground.stack()) as mount:
+        names = ("file", "directory")
+        before = [(playground.root / name).stat().st_ino for name in names]
+        (playground.root / "file").write_text("changed")
+        (playground.root / "directory/entry").write_text("")
+        await mount.swap(playground.stack(first.upper.fs))
+        assert [(playground.root / name).stat().st_ino for name in names] == before
+
+
+async def test_a_shared_mapping_of_a_snapshot_file_goes_on(playground: Playground) -> None:
+    (playground.image / "file").write_bytes(b"a" * 4096)
+    async with playground.mounted(first := playground.stack()) as mount:
+        with open(playground.root / "file", "r+b") as file, mmap.mmap(file.fileno(), 4096) as pages:
+            pages[0] = ord("b")
+            pages.flush()
+            await mount.swap(playground.stack(first.upper.fs))
+            pages[1] = ord("c")
+            pages.flush()
+            assert (playground.root / "file").read_bytes()[:3] == b"bca"
+        assert (first.upper.fs / "file").read_bytes()[:3] == b"baa"
+
+
+async def test_a_swap_that_cannot_be_leaves_all_as_it_was(playground: Playground) -> None:
+    async with playground.mounted(playground.stack()) as mount:
+        (playground.root / "file").write_text("x")
+        missing = Path("/nonexistent/fs")
+        with pytest.raises(Failed, match="does not exist"):
+            await mount.swap(Stack(UpperDirectories(missing, missing), (playground.image,)))
+        assert (playground.root / "file").read_text() == "x"
+        (playground.root / "file").write_text("y")
+
+
+async def test_frozen_holds_changes_back_and_lets_reads_pass(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(playground.stack()) as mount, trio.open_nursery() as nursery:
+        started, done = trio.Event(), trio.Event()
+
+        async def write() -> None:
+            started.set()
+            await trio.to_thread.run_sync((playground.root / "new").write_text, "x")
+            done.set()
+
+        async with mount.frozen():
+            nursery.start_soon(write)
+            await started.wait()
+            assert (playground.root / "file").read_text() == "image"
+            assert not os.path.exists(playground.root / "new")
+            assert not done.is_set()
+        await done.wait()
+        assert (playground.root / "new").read_text() == "x"
+
+
+async def test_a_swap_during_large_copy_ups_loses_no_write(playground: Playground) -> None:
+    for number in range(4):
+        (playground.image / f"file{number}").write_bytes(b"x" * LARGE)
+
+    def change(number: int) -> None:
+        with open(playground.root / f"file{number}", "r+b") as file:
+            file.write(b"changed")
+
+    async with playground.mounted(first := playground.stack()) as mount:
+        async with trio.open_nursery() as nursery:
+            for number in range(4):
+                nursery.start_soon(trio.to_thread.run_sync, change, number)
+            await mount.swap(playground.stack(first.upper.fs))
+        for number in range(4):
+            contents = (playground.root / f"file{number}").read_bytes()
+            assert contents == b"changed" + b"x" * (LARGE - 7)
+
+
+async def test_many_openers_of_one_large_file(playground: Playground) -> None:
+    (playground.image / "file").write_bytes(b"x" * LARGE)
+
+    def change(number: int) -> None:
+        fd = os.open(playground.root / "file", os.O_RDWR)
+        try:
+            os.pwrite(fd, b"%d" % number, number)
+        finally:
+            os.close(fd)
+
+    async with playground.mounted(stack := playground.stack()):
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(trio.to_thread.run_sync, change, number)
+        assert (playground.root / "file").read_bytes()[:9] == b"01234567x"
+    assert os.listdir(stack.upper.work / "work") == []
+
+
+async def test_image_is_never_written(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    os.utime(playground.image / "file", ns=(1, 1))
+    async with playground.mounted(playground.stack()):
+        (playground.root / "file").read_text()
+        with open(playground.root / "file", "a") as file:
+            file.write("more")
+        (playground.root / "file").chmod(0o600)
+    stat = (playground.image / "file").stat()
+    assert (stat.st_atime_ns, stat.st_mtime_ns) == (1, 1)
+    assert (playground.image / "file").read_text() == "image"
+
+
+async def test_unlinked_open_file_outlives_a_snapshot(playground: Playground) -> None:
+    async with playground.mounted(first := playground.stack()) as mount:
+        with open(playground.root / "file", "w+b", buffering=0) as file:
+            file.write(b"x")
+            (playground.root / "file").unlink()
+            await mount.swap(playground.stack(first.upper.fs))
+            file.write(b"y")
+            assert os.pread(file.fileno(), 9, 0) == b"xy"
+            with pytest.raises(OSError) as caught:
+                os.link(f"/proc/self/fd/{file.fileno()}", playground.root / "again")
+            assert caught.value.errno in {errno.ENOENT, errno.EXDEV}

@@ -1,0 +1,139 @@
+"""The worker as a process: what it reports, how it ends, and what it survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyfuse3
+import pytest
+import trio
+
+from sessiond.errors import Failed
+from sessiond.fuse.operations import OverlayOperations
+from sessiond.session.model import ChangeSummary, Stack, UpperDirectories
+from tests.fuse.conftest import Playground
+from tests.support.mounts import is_mounted
+
+
+async def test_changes_and_diff(playground: Playground) -> None:
+    (playground.image / "deleted").write_text("x")
+    (playground.image / "touched").write_text("same")
+    (playground.image / "changed").write_text("before")
+    (playground.image / "moved").mkdir()
+    (playground.image / "moved/inside").write_text("123")
+    async with playground.mounted(playground.stack()) as mount:
+        root = playground.root
+        (root / "deleted").unlink()
+        (root / "touched").write_text("same")
+        os.utime(root / "touched", ns=(5, (playground.image / "touched").stat().st_mtime_ns))
+        (root / "changed").write_text("after!")
+        (root / "moved").rename(root / "new")
+        (root / "b\udcffd").symlink_to("x")
+        assert await mount.changes() == ChangeSummary(added=3, changed=1, deleted=2, bytes=9)
+        read, write = os.pipe()
+        await mount.diff(write)
+        os.close(write)
+        with open(read) as lines:
+            listed = {
+                (line["path"], line["kind"], line["type"], line["size"])
+                for line in map(json.loads, lines)
+            }
+        assert listed == {
+            ("/deleted", "deleted", "file", 1),
+            ("/changed", "contents", "file", 6),
+            ("/moved", "deleted", "directory", 0),
+            ("/new", "added", "directory", 0),
+            ("/new/inside", "added", "file", 3),
+            ("/b\udcffd", "added", "symlink", 0),
+        }
+
+
+async def test_a_reader_that_never_reads_blocks_nobody(playground: Playground) -> None:
+    async with playground.mounted(first := playground.stack()) as mount:
+        for number in range(3000):
+            (playground.root / f"a-rather-long-name-to-fill-the-pipe-{number}").touch()
+        pipes = []
+        try:
+            with pytest.raises(Failed, match="too many"):
+                for _ in range(20):
+                    pipes.append(os.pipe())
+                    await mount.diff(pipes[-1][1])
+            await mount.swap(playground.stack(first.upper.fs))
+            assert (await mount.changes()).added == 3000
+        finally:
+            for read, write in pipes:
+                os.close(read)
+                os.close(write)
+
+
+async def test_death_of_the_worker_is_noticed(playground: Playground) -> None:
+    async with playground.mounted(playground.stack()) as mount:
+        os.kill(mount.worker, signal.SIGKILL)
+        await mount.wait_died()
+        with pytest.raises(Failed, match="gone"):
+            await mount.changes()
+    assert not is_mounted(str(playground.root))
+
+
+async def test_the_worker_ends_with_the_mount(playground: Playground) -> None:
+    async with playground.mounted(playground.stack()) as mount:
+        process = os.pidfd_open(mount.worker)
+        await mount.unmount()
+        with trio.fail_after(30):
+            await trio.lowlevel.wait_readable(process)
+        os.close(process)
+        await mount.wait_died()
+
+
+async def test_a_stack_that_cannot_be_served_is_refused(playground: Playground) -> None:
+    stack = playground.stack()
+    missing = Stack(UpperDirectories(stack.upper.fs, Path("/nonexistent")), stack.lowers)
+    with pytest.raises(Failed, match="/nonexistent: workdir does not exist"):
+        async with playground.mounted(missing):
+            pass
+    assert not is_mounted(str(playground.root))
+
+
+async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playground) -> None:
+    await trio.run_process(["mount", "-t", "tmpfs", "-o", "size=1m", "x", playground.image.parent])
+    try:
+        small = Playground(playground.image.parent, playground._mounter)
+        (small.image / "file").write_bytes(b"x" * 300_000)
+        async with small.mounted(small.stack()) as mount:
+            with (
+                pytest.raises(OSError, match="No space left"),
+                open(small.root / "big", "wb") as big,
+            ):
+                big.write(b"x" * (2 << 20))
+            with pytest.raises(OSError, match="No space left"), open(small.root / "file", "r+b"):
+                pass
+            assert (small.root / "file").read_bytes() == b"x" * 300_000
+            await mount.swap(small.stack())
+            assert os.listdir(small.root) == ["file"]
+    finally:
+        await trio.run_process(["umount", "-l", playground.image.parent])
+
+
+class _Broken:
+    """A core with a fault."""
+
+    nodes = SimpleNamespace(get=lambda number: None)
+
+    def node(self, number: int) -> None:
+        raise ValueError("a fault")
+
+
+async def test_an_unforeseen_exception_is_logged_once_and_answered_with_eio(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    operations = OverlayOperations(_Broken())  # type: ignore[arg-type]
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        await operations.unlink(7, b"na\xffme", None)  # type: ignore[arg-type]
+    assert os.strerror(caught.value.errno) == "Input/output error"
+    (record,) = caplog.records
+    assert record.getMessage() == "unlink of 'node 7/na\\udcffme' failed"
+    assert record.exc_info is not None
