@@ -89,6 +89,8 @@ class SessionInfo(_Info):
     mount_point: str
     storage: str
     state: str
+    failure: str
+    """Why the state is ``failed``."""
     bytes_used: int
     bytes_limit: int
     inodes_used: int

@@ -403,6 +403,11 @@ async def connect(
             except (Exception, KeyboardInterrupt) as error:
                 failure = error  # Carried past the nursery, which would wrap it into a group.
             nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # An interrupt hits whichever task runs, or this one while it waits for the others.
+        if group.split(KeyboardInterrupt)[1] is not None:
+            raise
+        failure = KeyboardInterrupt()
     finally:
         transport.close()
     failure = failure or connection.failure

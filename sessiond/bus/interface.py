@@ -38,6 +38,7 @@ class Change(StrEnum):
     """How a property changes; the values are those of the annotation EmitsChangedSignal."""
 
     SIGNALLED = "true"
+    SILENT = "false"
     NEVER = "const"
 
 

@@ -35,7 +35,7 @@ class ManagerObject(Interface):
     properties = (
         Property("Version", "s", Change.NEVER),
         Property("Features", "as"),
-        Property("Profiles", "as"),
+        Property("Profiles", "as", Change.SILENT),
         Property("Images", "as"),
     )
     signals = (SESSION_NEW, SESSION_REMOVED)
@@ -106,9 +106,10 @@ class SessionObject(Interface):
         Property("MountPoint", "s", Change.NEVER),
         Property("Storage", "s"),
         Property("State", "s"),
-        Property("BytesUsed", "t"),
+        Property("Failure", "s"),
+        Property("BytesUsed", "t", Change.SILENT),
         Property("BytesLimit", "t"),
-        Property("InodesUsed", "t"),
+        Property("InodesUsed", "t", Change.SILENT),
         Property("InodesLimit", "t"),
         Property("CreatedAt", "t", Change.NEVER),
         Property("LastReset", "t"),
@@ -122,7 +123,7 @@ class SessionObject(Interface):
 
     def property_values(self) -> dict[str, object]:
         session = self._session
-        snapshots = sorted(session.snapshots.values(), key=lambda record: record.created_at)
+        usage = session.usage
         return {
             "Id": session.id,
             "User": shown(session.user),
@@ -132,13 +133,14 @@ class SessionObject(Interface):
             "MountPoint": shown(str(session.mount_point)),
             "Storage": session.storage.value,
             "State": session.state.value,
-            "BytesUsed": session.usage.bytes_used,
-            "BytesLimit": session.usage.bytes_limit,
-            "InodesUsed": session.usage.inodes_used,
-            "InodesLimit": session.usage.inodes_limit,
+            "Failure": shown(session.failure),
+            "BytesUsed": usage.bytes_used,
+            "BytesLimit": usage.bytes_limit,
+            "InodesUsed": usage.inodes_used,
+            "InodesLimit": usage.inodes_limit,
             "CreatedAt": _microseconds(session.created_at),
             "LastReset": _microseconds(session.last_reset),
-            "Snapshots": [names.snapshot_path(session.id, record.name) for record in snapshots],
+            "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
         }
 
     @method("Reset", "a{sv} options", "o job")

@@ -25,9 +25,7 @@ class CreateOptions(NoOptions):
 class SnapshotOptions(NoOptions):
     """Options of Snapshot and SnapshotSession."""
 
-    description: str = Field(
-        "", max_length=1000, description="a string of at most 1000 characters, for people"
-    )
+    description: str = Field("", description="a string for people")
 
 
 _O = TypeVar("_O", bound=NoOptions)

@@ -64,10 +64,9 @@ class Service:
         self.tree.changed(names.ROOT_PATH)
 
     def session_changed(self, session: Session) -> None:
-        path = names.session_path(session.id)
-        if path in self.tree:
-            self._follow_snapshots(session)
-            self.tree.changed(path)
+        self._follow_snapshots(session)
+        self.tree.changed(names.session_path(session.id))
+        self.tree.changed(names.ROOT_PATH)
 
     def reset_done(self, session: Session) -> None:
         self.tree.emit(names.session_path(session.id), RESET_DONE)
@@ -85,12 +84,10 @@ class Service:
         self._publish(job)
 
     def job_changed(self, job: Job) -> None:
-        path = names.job_path(job.id)
-        if path in self.tree:
-            self.tree.changed(path)
+        self.tree.changed(names.job_path(job.id))
 
     def job_completed(self, job: Job) -> None:
-        path = self._publish(job)
+        path = names.job_path(job.id)
         self.tree.changed(path)
         error = shown(str(job.error)) if job.error else ""
         self.tree.emit(path, COMPLETED, job.error is None, error)

@@ -60,7 +60,7 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Image", info.image),
         ("Mount point", info.mount_point),
         ("Storage", info.storage),
-        ("State", info.state),
+        ("State", f"{info.state}: {info.failure}" if info.failure else info.state),
         ("Used", _used(info)),
         ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
         ("Created", when(info.created_at)),

@@ -51,7 +51,7 @@ def _run_inside(asked: Arguments) -> int:
         raise NotAuthorized("Entering a session's root takes root: use sudo or su.")
     info = trio.run(_look_up, asked.session)
     if info.state not in ("active", "busy"):
-        raise Failed(f"Session {info.id} cannot be entered: it is {info.state}.")
+        raise Failed(f"Session {info.id} cannot be entered, it is {info.state}. {info.failure}")
     account = Account.of(info.uid)
     if asked.command == "shell":
         program, arguments = account.shell, [f"-{os.path.basename(account.shell)}"]

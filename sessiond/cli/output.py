@@ -47,8 +47,12 @@ def size(count: int) -> str:
 
 
 def used_of(used: int, limit: int) -> str:
-    """Return used and allowed bytes in words; a limit of 0 is none."""
-    return size(used) if limit == 0 else f"{size(used)} of {size(limit)} ({used / limit:.0%})"
+    """Return used and allowed bytes in words; without a limit (0) it is the whole disk's use."""
+    return (
+        f"{size(used)} on its disk"
+        if limit == 0
+        else f"{size(used)} of {size(limit)} ({used / limit:.0%})"
+    )
 
 
 def when(moment: datetime | None) -> str:

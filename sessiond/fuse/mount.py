@@ -49,6 +49,8 @@ class Options:
     """What was asked for with -o."""
 
     lowers: list[bytes] = field(default_factory=list)
+    data: list[bytes] = field(default_factory=list)
+    """Data-only lowers: they only hold contents of metadata-only files above them."""
     upper: bytes | None = None
     work: bytes | None = None
     allow_other: bool = False
@@ -91,7 +93,7 @@ def parse_options(text: str) -> Options:
 
 
 def _checked(options: Options) -> Options:
-    if not options.lowers:
+    if not any(options.lowers):
         raise UsageError(
             "option lowerdir= is missing: name the read-only directories, topmost first"
         )
@@ -107,16 +109,39 @@ def _checked(options: Options) -> Options:
 
 
 def _set_directory(options: Options, name: str, value: str) -> None:
-    directories = [os.fsencode(_unescape(part)) for part in _split(value, ":")]
-    if not all(directories):
-        raise UsageError(f"option {name}= names no directory")
     if name == "lowerdir":
-        options.lowers = directories
+        _set_lowers(options, value)
         return
+    directory = os.fsencode(_unescape(value))
+    if not directory:
+        raise UsageError(f"option {name}= names no directory")
     if name == "upperdir":
-        options.upper = os.fsencode(_unescape(value))
+        options.upper = directory
     else:
-        options.work = os.fsencode(_unescape(value))
+        options.work = directory
+
+
+def _set_lowers(options: Options, value: str) -> None:
+    """Take ``A:B::C::D``: lowers A and B, data-only lowers C and D."""
+    lowers, *data = _split_twice(value)
+    if not all(lowers) or not all(len(part) == 1 and part[0] for part in data):
+        raise UsageError(
+            "option lowerdir= takes directories with ':' between them, and after '::' one "
+            "data-only directory"
+        )
+    options.lowers = lowers
+    options.data = [part[0] for part in data]
+
+
+def _split_twice(value: str) -> list[list[bytes]]:
+    """Split at ``::``, and the parts at ``:``."""
+    parts: list[list[bytes]] = [[]]
+    for directory in _split(value, ":"):
+        if directory or len(parts[-1]) == 0:
+            parts[-1].append(os.fsencode(_unescape(directory)))
+        else:
+            parts.append([])
+    return parts
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -173,7 +198,9 @@ def _mount(source: str, mount_point: Path, options: Options, *, foreground: bool
     _check_not_mounted_by_kernel(options)
     worker.prepare_process()
     stack_options = StackOptions(user_xattrs=options.user_xattrs)
-    stack = Stack.open(options.lowers, options.upper, options.work, stack_options)
+    stack = Stack.open(
+        options.lowers, options.upper, options.work, stack_options, data=options.data
+    )
     connection = _connect(source, mount_point, options)
     ready = None if foreground else _Fork()
     if ready is not None and ready.is_parent:

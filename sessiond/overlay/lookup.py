@@ -151,6 +151,21 @@ class _Search:
             elif (parent := parents.get(layer)) is not None:
                 at = At(layer.directory(parent.path), self.name)
                 self._visit(layer, at, join(parent.path, self.name), marked=parent.marked)
+        if self.metacopy and self.absolute is not None:
+            self._find_data(self.absolute)
+
+    def _find_data(self, path: bytes) -> None:
+        """Look for the contents of a metadata-only file in the data-only lowers."""
+        for layer in self.stack.data:
+            try:
+                stat = syscalls.stat_or_none(layer.at(path))
+            except FileNotFoundError:
+                continue
+            if stat is not None and modes.S_ISREG(stat.st_mode):
+                self.metacopy = False
+                self.lowers.append(Lower(layer, path))
+                self.stats.append(stat)
+                return
 
     def _visit_path(self, layer: Layer, path: bytes) -> None:
         """Visit the end of a redirect, minding whiteouts and opaque directories on the way."""
@@ -180,7 +195,8 @@ class _Search:
         ):
             self.done = True
             return
-        self.meet(layer, at, stat, last=layer is self.stack.lowers[-1])
+        last = layer is self.stack.lowers[-1] and not self.stack.data
+        self.meet(layer, at, stat, last=last)
         self.lowers.append(Lower(layer, path, self.marked))
         self.stats.append(stat)
 

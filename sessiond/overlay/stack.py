@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from sessiond.overlay import syscalls
@@ -37,9 +39,13 @@ class Stack:
         upper: Layer | None,
         work: Workdir | None,
         options: StackOptions,
+        *,
+        data: tuple[Layer, ...] = (),
         locks: tuple[int, ...] = (),
     ) -> None:
         self.lowers = lowers
+        self.data = data
+        """Data-only lowers: looked into only for the contents of metadata-only files."""
         self.upper = upper
         self.work = work
         self.options = options
@@ -52,10 +58,12 @@ class Stack:
     @classmethod
     def open(
         cls,
-        lowers: list[bytes],
+        lowers: Sequence[bytes],
         upper: bytes | None = None,
         work: bytes | None = None,
         options: StackOptions = StackOptions(),
+        *,
+        data: Sequence[bytes] = (),
     ) -> Stack:
         """Open directories as layers.
 
@@ -63,31 +71,21 @@ class Stack:
         when one is missing, when upper and workdir are not on one file system, or another mount
         uses them (EBUSY).
         """
-        opened: list[Layer] = []
-        locks: list[int] = []
-        try:
-            for path in lowers:  # not a comprehension: a failure has to close those opened so far
-                opened.append(_open_layer(path, "lower directory", writable=False))  # noqa: PERF401
+        with ExitStack() as undo:
+            below = tuple(_open_lower(path, undo) for path in lowers)
+            data_only = tuple(_open_lower(path, undo) for path in data)
             if upper is None or work is None:
-                return cls(tuple(opened), None, None, options)
-            upper_layer = _open_layer(upper, "upper directory", writable=True)
-            opened.append(upper_layer)
-            work_layer = _open_layer(work, "workdir", writable=True)
-            opened.append(work_layer)
-            _check_pair(upper_layer, upper, work_layer, work)
-            locks += [_lock(upper_layer, upper), _lock(work_layer, work)]
-            try:
-                workdir = Workdir(work_layer)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, work) from error
-            _check_renames(workdir, upper)
-            return cls(tuple(opened[:-2]), upper_layer, workdir, options, tuple(locks))
-        except BaseException:
-            for lock in locks:
-                syscalls.close(lock)
-            for layer in opened:
-                layer.close()
-            raise
+                stack = cls(below, None, None, options, data=data_only)
+            else:
+                upper_layer = _open_layer(upper, "upper directory", undo, writable=True)
+                work_layer = _open_layer(work, "workdir", undo, writable=True)
+                _check_pair(upper_layer, upper, work_layer, work)
+                locks = (_lock(upper_layer, upper, undo), _lock(work_layer, work, undo))
+                workdir = _open_workdir(work_layer, work)
+                _check_renames(workdir, upper)
+                stack = cls(below, upper_layer, workdir, options, data=data_only, locks=locks)
+            undo.pop_all()
+        return stack
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -96,10 +94,11 @@ class Stack:
     def copy(self) -> Stack:
         """Return the same layers for reading in another thread."""
         lowers = tuple(layer.copy() for layer in self.lowers)
-        return Stack(lowers, self.upper and self.upper.copy(), None, self.options)
+        data = tuple(layer.copy() for layer in self.data)
+        return Stack(lowers, self.upper and self.upper.copy(), None, self.options, data=data)
 
     def close(self) -> None:
-        for layer in self.layers:
+        for layer in (*self.layers, *self.data):
             layer.close()
         if self.work is not None:
             self.work.close()
@@ -112,15 +111,28 @@ class Stack:
             syscalls.syncfs(self.upper.root)
 
 
-def _open_layer(path: bytes, what: str, *, writable: bool) -> Layer:
+def _open_lower(path: bytes, undo: ExitStack) -> Layer:
+    return _open_layer(path, "lower directory", undo, writable=False)
+
+
+def _open_layer(path: bytes, what: str, undo: ExitStack, *, writable: bool) -> Layer:
     try:
-        return Layer.open(path, writable=writable)
+        layer = Layer.open(path, writable=writable)
     except OSError as error:
         reason = {
             errno.ENOENT: "does not exist",
             errno.ENOTDIR: "is not a directory",
         }.get(error.errno or 0, f"cannot be opened ({error.strerror})")
         raise OSError(error.errno, f"{what} {reason}", path) from error
+    undo.callback(layer.close)
+    return layer
+
+
+def _open_workdir(layer: Layer, path: bytes) -> Workdir:
+    try:
+        return Workdir(layer)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def _check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) -> None:
@@ -141,11 +153,13 @@ def _check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) 
         )
 
 
-def _lock(layer: Layer, path: bytes) -> int:
+def _lock(layer: Layer, path: bytes, undo: ExitStack) -> int:
     try:
-        return syscalls.lock(layer.root)
+        lock = syscalls.lock(layer.root)
     except BlockingIOError as error:
         raise OSError(errno.EBUSY, "in use by another mount of sessiond", path) from error
+    undo.callback(syscalls.close, lock)
+    return lock
 
 
 def _check_renames(work: Workdir, upper: bytes) -> None:

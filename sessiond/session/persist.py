@@ -98,6 +98,7 @@ class _Move:
         """Hold writers, copy the upper, and make the copies the session."""
         async with self._session.require_mount().frozen():
             await self._in_thread(self._copy_upper)
+            await trio.lowlevel.checkpoint_if_cancelled()
             target = self._target
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._store.write, target)

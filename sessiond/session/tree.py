@@ -185,21 +185,23 @@ class _Copier:
     def __init__(self, progress: Callable[[int], None], check: Check) -> None:
         self._progress = progress
         self._check = check
+        self._entry = ""  # what is being copied, for the error message
 
     def copy(self, source_path: Path, target_path: Path) -> None:
         levels: list[_Level] = []
         source = os.open(source_path, _DIRECTORY)
         target = os.open(target_path, _DIRECTORY)
         try:
-            levels.append(self._enter("", source, target))
+            levels.append(_Level("", os.fstat(source)))
+            self._copy_entries(levels[-1], source, target)
             while True:
-                level = levels[-1]
-                if level.subdirectories:
-                    name = level.subdirectories.pop()
+                if levels[-1].subdirectories:
+                    name = levels[-1].subdirectories.pop()
                     os.mkdir(name, 0o700, dir_fd=target)
                     source = _step(source, name)
                     target = _step(target, name)
-                    levels.append(self._enter(name, source, target))
+                    levels.append(_Level(name, os.fstat(source)))
+                    self._copy_entries(levels[-1], source, target)
                     continue
                 _copy_directory_metadata(source, target)
                 levels.pop()
@@ -209,25 +211,24 @@ class _Copier:
                 target = _step(target, "..")
                 _require_same(os.fstat(source), levels[-1].inode)
         except OSError as error:
-            path = os.path.join(source_path, *(level.name for level in levels))
-            if isinstance(error.filename, str):
-                path = os.path.join(path, os.path.basename(error.filename))
-            raise OSError(error.errno, error.strerror, path) from error
+            names = [level.name for level in levels if level.name] + [self._entry]
+            path = source_path.joinpath(*names)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(source)
             os.close(target)
 
-    def _enter(self, name: str, source: int, target: int) -> _Level:
-        """Copy all of a directory but its subdirectories, which are returned."""
-        level = _Level(name, os.fstat(source))
+    def _copy_entries(self, level: _Level, source: int, target: int) -> None:
+        """Copy all of a directory but its subdirectories, which are put into `level`."""
         with os.scandir(source) as entries:
             for entry in entries:
                 self._check()
                 if entry.is_dir(follow_symlinks=False):
                     level.subdirectories.append(entry.name)
                 else:
+                    self._entry = entry.name
                     self._copy_entry(entry.name, source, target)
-        return level
+        self._entry = ""
 
     def _copy_entry(self, name: str, source: int, target: int) -> None:
         inode = os.stat(name, dir_fd=source, follow_symlinks=False)

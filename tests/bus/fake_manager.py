@@ -85,6 +85,7 @@ class FakeSession:
         self.mount_point = Path(f"/run/sessiond/sessions/{name}/root")
         self.storage = StorageKind.TMPFS
         self.state = SessionState.ACTIVE
+        self.failure = ""
         self.created_at = EPOCH
         self.last_reset: datetime | None = None
         self.snapshots: dict[SnapshotName, SnapshotRecord] = {}

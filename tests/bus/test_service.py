@@ -75,7 +75,8 @@ async def test_busctl_shows_all_members(serving: FakeManager) -> None:
         r"\.Restore +method +sa\{sv\} +o",
         r"\.OpenDiff +method +a\{sv\} +h",
         r'\.Id +property +s +"live" +const',
-        r"\.BytesUsed +property +t +4096 +emits-change",
+        r"\.BytesUsed +property +t +4096 +-",
+        r"\.BytesLimit +property +t +\d+ +emits-change",
         r"\.SpaceLow +signal +stt +-",
     ):
         assert re.search(line, shown), line
@@ -193,12 +194,14 @@ async def test_changes_are_announced_and_nothing_else(
         serving.tell("session_changed", session)
         session.usage = Usage(8192, 1 << 40, 3, 1000)
         serving.tell("session_changed", session)
-        session.state = SessionState.BUSY
+        session.state, session.failure = SessionState.FAILED, "The worker died."
+        serving.tell("session_changed", session)
+        session.usage = Usage(8192, 0, 3, 0)
         serving.tell("session_changed", session)
         changes = [(await anext(heard)).values() for _ in range(2)]
     assert changes == [
-        (names.SESSION, {"BytesUsed": 8192}, []),
-        (names.SESSION, {"State": "busy"}, []),
+        (names.SESSION, {"State": "failed", "Failure": "The worker died."}, []),
+        (names.SESSION, {"BytesLimit": 0, "InodesLimit": 0}, []),
     ]
 
 

@@ -48,8 +48,9 @@ class Sessionctl:
         return done
 
     async def lines(self, *arguments: str) -> list[str]:
-        """Return the lines for people."""
-        return (await self(*arguments)).stdout.decode().splitlines()
+        """Return the lines for people, without what is blank at their ends."""
+        printed = (await self(*arguments)).stdout.decode()
+        return [line.rstrip() for line in printed.splitlines()]
 
     async def json(self, *arguments: str) -> object:
         """Return what it tells programs."""

@@ -30,7 +30,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user's ide
 async def test_list(manager: FakeManager, sessionctl: Sessionctl) -> None:
     manager.add("other", "root", 0)
     head, first, second = await sessionctl.lines("list")
-    assert head.split() == ["ID", "USER", "PROFILE", "STORAGE", "STATE", "MOUNT", "POINT", "USED"]
+    assert head.split() == ["ID", "USER", "PROFILE", "STORAGE", "STATE", "USED", "MOUNT", "POINT"]
     mount_point = "/run/sessiond/sessions/live/root"
     used = "4.0 KiB of 1.0 TiB (0%)"
     assert first.split() == [
@@ -39,8 +39,8 @@ async def test_list(manager: FakeManager, sessionctl: Sessionctl) -> None:
         "live",
         "tmpfs",
         "active",
-        mount_point,
         *used.split(),
+        mount_point,
     ]
     assert second.split()[:2] == ["other", "root"]
 
@@ -56,6 +56,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "mount_point": "/run/sessiond/sessions/live/root",
             "storage": "tmpfs",
             "state": "active",
+            "failure": "",
             "bytes_used": 4096,
             "bytes_limit": 1 << 40,
             "inodes_used": 3,
@@ -69,7 +70,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
 async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
     await sessionctl("snapshot", "live", "good", "--description", "works")
     lines = await sessionctl.lines("status", "live")
-    facts = dict(line.rstrip().split(maxsplit=1) for line in lines)
+    facts = dict(line.split(maxsplit=1) for line in lines)
     assert facts["Session"] == "live"
     assert facts["User"] == "nobody (65534)"
     assert facts["Inodes"] == "3 of 1000"
@@ -149,7 +150,7 @@ async def test_snapshots(manager: FakeManager, sessionctl: Sessionctl) -> None:
     head, first, second = await sessionctl.lines("snapshots", "live")
     assert head.split() == ["NAME", "CREATED", "DESCRIPTION"]
     assert first.startswith("first")
-    assert first.rstrip().endswith("all is well")
+    assert first.endswith("all is well")
     assert second.startswith("second")
     await sessionctl("restore", "live", "first")
     await sessionctl("delete-snapshot", "live", "first")
@@ -307,9 +308,11 @@ async def test_entering_takes_root(
 async def test_a_session_that_is_not_mounted_is_not_entered(
     manager: FakeManager, sessionctl: Sessionctl
 ) -> None:
-    manager.sessions[next(iter(manager.sessions))].state = SessionState.FAILED
+    session = manager.sessions[next(iter(manager.sessions))]
+    session.state, session.failure = SessionState.FAILED, "The image is gone."
     done = await sessionctl("run", "live", "--", "id", code=ExitCode.FAILED)
-    assert done.stderr == b"sessionctl: Session live cannot be entered: it is failed.\n"
+    assert b"Session live cannot be entered, it is failed. The image is gone.\n" in done.stderr
+    assert "State        failed: The image is gone." in await sessionctl.lines("status", "live")
 
 
 async def test_without_a_daemon(sessionctl: Sessionctl) -> None:

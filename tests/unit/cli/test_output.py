@@ -45,7 +45,7 @@ def test_sizes(count: int, shown: str) -> None:
 
 
 def test_use_of_storage() -> None:
-    assert output.used_of(1024, 0) == "1.0 KiB"
+    assert output.used_of(1024, 0) == "1.0 KiB on its disk"
     assert output.used_of(1024, 4096) == "1.0 KiB of 4.0 KiB (25%)"
 
 

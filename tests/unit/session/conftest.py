@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sessiond.session.mounts import SystemMounts
 from tests.support.sessions import World
 
 
@@ -22,8 +24,7 @@ def no_unexpected_logs(
     caplog.set_level(logging.WARNING)
     yield
     if "expect_log" not in request.fixturenames:
-        unexpected = [record for record in caplog.get_records("call")]
-        assert not unexpected, [record.getMessage() for record in unexpected]
+        assert [record.getMessage() for record in caplog.get_records("call")] == []
 
 
 @pytest.fixture
@@ -35,3 +36,14 @@ def expect_log(caplog: pytest.LogCaptureFixture) -> Callable[[str], None]:
         assert any(text in message for message in messages), messages
 
     return check
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Iterator[Path]:
+    """A directory in which file systems may be mounted for real; nothing stays mounted there."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    yield tmp_path
+    mounts = SystemMounts()
+    for target in mounts.mounted_below(tmp_path):
+        mounts.detach(target)

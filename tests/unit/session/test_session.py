@@ -394,8 +394,8 @@ async def test_the_death_of_a_worker_fails_the_job(world: World, expect_log: Exp
         dead.die()
         with pytest.raises(Failed, match=r"worker of session s (ended|is gone)"):
             await job.wait()
+        await until(lambda: world.mount("s") is not dead)
         await until(lambda: session.state is SessionState.ACTIVE)
-        assert world.mount("s") is not dead
         assert session.storage == "tmpfs"
         await settled(world, session)
     expect_log("ended unexpectedly")
@@ -425,15 +425,15 @@ async def test_space_is_watched_while_there_are_sessions(
     from sessiond.session import session as module
     from sessiond.session.space import Space
 
-    part = 50
-    monkeypatch.setattr(module, "measure", lambda _: Space(part, 100, 0, 0))
+    used = 50
+    monkeypatch.setattr(module, "measure", lambda _: Space(used, 100, 0, 0))
     async with world.manager() as manager:
         await create(manager)
 
         def levels() -> list[str]:
             return [event for event in world.recorder.events if event.startswith("space")]
 
-        for part, level in ((85, "warning"), (96, "critical"), (10, "normal")):
+        for used, level in ((85, "warning"), (96, "critical"), (10, "normal")):  # noqa: B007
             await until(lambda level=level: levels()[-1:] == [f"space s {level}"])  # type: ignore[misc]
         await trio.sleep(60)
         assert len(levels()) == 3

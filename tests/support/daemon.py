@@ -1,0 +1,207 @@
+"""The whole daemon on a bus of its own, below one directory; started as often as a test wants."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.bus import start_private_bus
+from tests.support.mounts import detach
+
+BOUND = 60.0
+"""Seconds within which a program starts, ends or answers, or else the test fails."""
+
+MANAGER = (
+    "org.sessiond.Overlay1",
+    "/org/sessiond/Overlay1",
+    "org.sessiond.Overlay1.Manager",
+)
+
+
+class Daemon:
+    """sessiond with its directories, its bus and its clients."""
+
+    def __init__(self, directory: Path, address: str) -> None:
+        self.directory = directory
+        self.runtime = directory / "run"
+        self.state = directory / "state"
+        self.configuration = directory / "sessiond.toml"
+        self.environment = os.environ | {
+            "DBUS_SYSTEM_BUS_ADDRESS": address,
+            "LC_ALL": "C.UTF-8",
+        }
+        self._sessionctl = (sys.executable, "-m", "sessiond.cli.main")
+        self._log = directory / "log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def configure(self, tables: Mapping[str, Mapping[str, str | int]]) -> None:
+        """Write the configuration: tables by their full names, such as ``profile.guest``."""
+        directories = {
+            "state_directory": str(self.state),
+            "runtime_directory": str(self.runtime),
+        }
+        lines = []
+        for name, table in {"daemon": directories, **tables}.items():
+            lines.append(f"[{name}]")
+            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        self.configuration.write_text("\n".join(lines) + "\n")
+
+    def start(self) -> None:
+        """Start it and wait until it is ready."""
+        ready = self.directory / "ready"
+        ready.unlink(missing_ok=True)
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications,
+            open(self._log, "ab") as log,
+        ):
+            notifications.bind(str(ready))
+            self._process = subprocess.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                env=self.environment | {"NOTIFY_SOCKET": str(ready)},
+            )
+            self._wait_ready(self._process, notifications)
+
+    def command(self) -> list[str]:
+        """Return the command line of the daemon."""
+        return [sys.executable, "-m", "sessiond.daemon", "--config", str(self.configuration)]
+
+    def _wait_ready(self, process: subprocess.Popen[bytes], notifications: socket.socket) -> None:
+        ended = os.pidfd_open(process.pid)
+        messages = notifications.fileno()
+        try:
+            while True:
+                readable, _, _ = select.select([messages, ended], [], [], BOUND)
+                assert messages in readable, f"sessiond did not start: {self.log()}"
+                if b"READY=1" in notifications.recv(4096).split(b"\n"):
+                    return
+        finally:
+            os.close(ended)
+
+    def stop(self) -> None:
+        """End it as systemd does; it has to end well."""
+        code = self._end(signal.SIGTERM)
+        assert code == 0, f"sessiond ended with code {code}: {self.log()}"
+
+    def kill(self) -> None:
+        """End it without a chance to do anything."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None
+        process, self._process = self._process, None
+        process.send_signal(number)
+        return process.wait(BOUND)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        """Return what it has said so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def root(self, session: str) -> Path:
+        """Return where the merged view of a session is."""
+        return self.runtime / "sessions" / session / "root"
+
+    def sessionctl(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run sessionctl, which has to end with `code`."""
+        done = subprocess.run(
+            [*self._sessionctl, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            env=self.environment,
+            timeout=BOUND,
+        )
+        assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
+        return done
+
+    def run(self, session: str, script: str, *, code: int = 0) -> str:
+        """Run a shell script in a session, and return what it printed."""
+        return self.sessionctl("run", session, "--", "sh", "-euc", script, code=code).stdout
+
+    @contextmanager
+    def inside(self, session: str, script: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Have a shell script run in a session, with pipes to its input and output."""
+        process = subprocess.Popen(
+            [*self._sessionctl, "run", session, "--", "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=self.environment,
+        )
+        with process:
+            try:
+                yield process
+            finally:
+                process.terminate()
+
+    def differences(self, session: str) -> dict[str, str]:
+        """Return how each path differs from the image."""
+        lines = self.sessionctl("diff", session, "--json").stdout.splitlines()
+        return {one["path"]: one["kind"] for one in map(json.loads, lines)}
+
+    def sessions(self) -> dict[str, dict[str, object]]:
+        """Return the sessions by their ids."""
+        listed = json.loads(self.sessionctl("list", "--json").stdout)
+        return {session["id"]: session for session in listed}
+
+    def busctl(self, *arguments: str, code: int = 0) -> str:
+        """Call busctl, and return what it printed."""
+        done = subprocess.run(
+            ["busctl", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=self.environment,
+            timeout=BOUND,
+        )
+        assert done.returncode == code, (arguments, done.stdout, done.stderr)
+        return done.stdout + done.stderr
+
+    def mounts(self) -> list[str]:
+        """Return what is mounted below its directory."""
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+            points = [line.split(" ")[4] for line in table]
+        return [point for point in points if Path(point).is_relative_to(self.directory)]
+
+    def clean_up(self) -> None:
+        """End it, and undo whatever is left mounted."""
+        if self._process is not None:
+            self._end(signal.SIGKILL)
+        for mount_point in reversed(self.mounts()):
+            detach(mount_point)
+
+
+@contextmanager
+def own_daemon() -> Iterator[Daemon]:
+    """Yield a daemon that is neither configured nor started yet; leave no trace of it."""
+    # On disk, where persistent sessions belong; and open to users, as pytest's directories are not.
+    directory = Path(tempfile.mkdtemp(prefix="sessiond-test-", dir="/var/tmp"))
+    directory.chmod(0o711)
+    with start_private_bus(directory) as address:
+        daemon = Daemon(directory, address)
+        try:
+            yield daemon
+        finally:
+            daemon.clean_up()
+    assert daemon.mounts() == []
+    shutil.rmtree(directory)

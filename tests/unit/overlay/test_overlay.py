@@ -1,0 +1,241 @@
+"""The core's own promises: identity, numbers, swaps, and what stays in the workdir."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+import pytest
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.diff import ChangeKind, changes
+from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.stack import Stack
+from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
+
+pytestmark = pytest.mark.root
+
+
+def test_numbers_survive_copy_up_and_reopening(bench: Bench) -> None:
+    (bench.layer("low") / "file").write_text("low")
+    overlay = bench.overlay("low")
+    number = find(overlay, "file").number
+    overlay.chmod(find(overlay, "file"), 0o600)
+    assert find(overlay, "file").number == number
+    bench.close()
+    assert find(bench.overlay("low"), "file").number == number
+
+
+def test_a_held_file_and_its_successor_have_different_numbers(bench: Bench) -> None:
+    overlay = bench.overlay("low")
+    first, _ = overlay.create_file(overlay.root, b"file", new_file())
+    overlay.unlink(overlay.root, b"file")
+    second, _ = overlay.create_file(overlay.root, b"file", new_file())
+    assert first.number != second.number
+    overlay.write(first, b"old", 0)
+    assert overlay.read(first, 9, 0) == b"old"
+    assert overlay.read(second, 9, 0) == b""
+
+
+def test_broken_hard_links_of_one_origin_stay_apart(bench: Bench) -> None:
+    """Without an index, the kernel copies each name of a lower file up on its own."""
+    (bench.layer("low") / "a").write_text("low")
+    os.link(bench.layer("low") / "a", bench.layer("low") / "b")
+    overlay = bench.overlay("low")
+    overlay.chmod(find(overlay, "a"), 0o600)
+    bench.close()
+    upper = bench.layer("upper")
+    origin = os.getxattr(upper / "a", "trusted.overlay.origin")
+    (upper / "b").write_text("other")
+    os.setxattr(upper / "b", "trusted.overlay.origin", origin)
+    overlay = bench.overlay("low")
+    assert contents(overlay, "b") == b"other"
+    first, second = find(overlay, "a"), find(overlay, "b")
+    assert first is not second
+    overlay.refer(first)
+    overlay.refer(second)
+    assert first.number != second.number
+
+
+def test_one_lower_file_with_several_names_stays_one_file(bench: Bench) -> None:
+    (bench.layer("low") / "a").write_text("low")
+    os.link(bench.layer("low") / "a", bench.layer("low") / "b")
+    overlay = bench.overlay("low")
+    node = find(overlay, "a")
+    overlay.refer(node)
+    assert find(overlay, "b") is node
+    overlay.open_file(node, write=True)
+    overlay.write(node, b"new", 0)
+    overlay.release_file(node)
+    assert contents(overlay, "b") == b"new"
+    assert overlay.link_count(node, overlay.stat(node)) == 2
+    overlay.unlink(overlay.root, b"a")
+    assert overlay.link_count(node, overlay.stat(node)) == 1
+    overlay.unlink(overlay.root, b"b")
+    assert overlay.link_count(node, overlay.stat(node)) == 0
+    assert os.listdir(bench.layer("upper-work") / "index") == []
+
+
+def test_nothing_is_kept_of_what_nobody_holds(bench: Bench) -> None:
+    (bench.layer("low") / "a/b/c").mkdir(parents=True)
+    overlay = bench.overlay("low")
+    node = find(overlay, "a/b/c")
+    overlay.refer(node)
+    assert len(overlay.nodes.all()) == 4
+    overlay.forget(node, 1)
+    assert overlay.nodes.all() == [overlay.root]
+
+
+def test_names_that_are_too_long(bench: Bench) -> None:
+    overlay = bench.overlay("low")
+    with pytest.raises(OSError) as caught:
+        overlay.lookup(overlay.root, b"x" * 256)
+    assert caught.value.errno == errno.ENAMETOOLONG
+
+
+def test_a_failed_copy_up_leaves_nothing_behind(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bench.layer("low") / "file").write_text("low")
+    overlay = bench.overlay("low")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(syscalls, "rename", full)
+    with pytest.raises(OSError) as caught:
+        overlay.chmod(find(overlay, "file"), 0o600)
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    assert os.listdir(bench.layer("upper-work") / "work") == []
+    assert os.listdir(bench.layer("upper")) == []
+    overlay.chmod(find(overlay, "file"), 0o600)
+    assert stat.S_IMODE((bench.layer("upper") / "file").stat().st_mode) == 0o600
+
+
+def test_leftovers_of_a_crash_are_removed_at_opening(bench: Bench) -> None:
+    deep = bench.layer("upper-work") / "work"
+    deep.mkdir()
+    (deep / "#1/a/b").mkdir(parents=True)
+    (deep / "#2").write_text("half a copy")
+    bench.overlay("low")
+    assert os.listdir(deep) == []
+
+
+def test_the_upper_of_a_crashed_volatile_mount_is_refused(bench: Bench) -> None:
+    (bench.layer("upper-work") / "work/incompat/volatile").mkdir(parents=True)
+    with pytest.raises(OSError, match="volatile") as caught:
+        bench.stack("low")
+    assert caught.value.errno == errno.EUCLEAN
+
+
+def test_an_upper_is_used_once(bench: Bench) -> None:
+    bench.overlay("low")
+    with pytest.raises(OSError, match="in use"):
+        bench.stack("low")
+
+
+def test_upper_and_workdir_are_apart(bench: Bench) -> None:
+    upper = os.fsencode(bench.layer("upper"))
+    inside = os.path.join(upper, b"work")
+    os.mkdir(inside)
+    with pytest.raises(OSError, match="separate"):
+        Stack.open([os.fsencode(bench.layer("low"))], upper, inside)
+
+
+def test_a_view_without_upper_is_read_only(bench: Bench) -> None:
+    (bench.layer("low") / "file").write_text("low")
+    overlay = Overlay(Stack.open([os.fsencode(bench.layer("low"))]))
+    for change in (
+        lambda: overlay.chmod(find(overlay, "file"), 0),
+        lambda: overlay.unlink(overlay.root, b"file"),
+        lambda: overlay.create(overlay.root, b"new", new_directory()),
+    ):
+        with pytest.raises(OSError) as caught:
+            change()
+        assert caught.value.errno == errno.EROFS
+    overlay.close()
+
+
+def test_a_directory_becomes_empty_before_it_is_replaced(bench: Bench) -> None:
+    (bench.layer("low") / "target").mkdir()
+    (bench.layer("low") / "target/file").write_text("")
+    overlay = bench.overlay("low")
+    overlay.unlink(find(overlay, "target"), b"file")
+    overlay.create(overlay.root, b"source", new_directory())
+    overlay.create_file(find(overlay, "source"), b"inside", new_file())
+    overlay.rename((overlay.root, b"source"), (overlay.root, b"target"))
+    assert names(overlay) == ["target"]
+    assert names(overlay, "target") == ["inside"]
+    bench.close()
+    assert names(bench.overlay("low"), "target") == ["inside"]
+
+
+def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
+    (bench.layer("low") / "kept").write_text("low")
+    (bench.layer("low") / "directory").mkdir()
+    overlay = bench.overlay("low")
+    kept, directory = find(overlay, "kept"), find(overlay, "directory")
+    added, _ = overlay.create_file(directory, b"added", new_file())
+    for node in (kept, directory, added):
+        overlay.refer(node)
+    directories = overlay.swap(bench.stack("low", upper="second"))
+    assert set(directories) == {overlay.root.number, directory.number}
+    assert overlay.node(kept.number) is kept
+    assert overlay.node(directory.number) is directory
+    assert overlay.names(directory) == []
+    overlay.write(added, b"still", 0)
+    assert overlay.read(overlay.node(added.number), 9, 0) == b"still"
+    assert overlay.link_count(added, overlay.stat(added)) == 0
+    overlay.release_file(added)
+    overlay.forget(added, 1)
+    with pytest.raises(OSError) as caught:
+        overlay.node(added.number)
+    assert caught.value.errno == errno.ESTALE
+
+
+def test_own_xattrs_are_hidden_and_others_like_them_escaped(bench: Bench) -> None:
+    overlay = bench.overlay("low")
+    node, _ = overlay.create(overlay.root, b"d", new_directory())
+    overlay.setxattr(node, b"trusted.overlay.opaque", b"y")
+    assert overlay.listxattr(node) == [b"trusted.overlay.opaque"]
+    assert overlay.getxattr(node, b"trusted.overlay.opaque") == b"y"
+    stored = os.listxattr(bench.layer("upper") / "d")
+    assert stored == ["trusted.overlay.overlay.opaque"]
+    overlay.removexattr(node, b"trusted.overlay.opaque")
+    assert overlay.listxattr(node) == []
+
+
+def test_differences_follow_changes_and_not_copies(bench: Bench) -> None:
+    low = bench.layer("low")
+    for name in ("same", "contents", "metadata", "type", "deleted"):
+        (low / name).write_text("low")
+    (low / "directory").mkdir()
+    (low / "directory/inside").write_text("low")
+    overlay = bench.overlay("low")
+    for name in ("same", "contents"):
+        node = find(overlay, name)
+        overlay.open_file(node, write=True)
+        overlay.write(node, b"low" if name == "same" else b"new", 0)
+        overlay.utime(node, 1, (low / name).stat().st_mtime_ns)
+        overlay.release_file(node)
+    overlay.chmod(find(overlay, "metadata"), 0o600)
+    overlay.unlink(overlay.root, b"type")
+    overlay.create(overlay.root, b"type", new_directory())
+    overlay.unlink(overlay.root, b"deleted")
+    overlay.unlink(find(overlay, "directory"), b"inside")
+    overlay.rmdir(overlay.root, b"directory")
+    overlay.create(overlay.root, b"directory", new_directory())
+    copy = overlay.stack.copy()
+    try:
+        found = {(change.path, change.kind) for change in changes(copy)}
+    finally:
+        copy.close()
+    assert found == {
+        (b"contents", ChangeKind.CONTENTS),
+        (b"metadata", ChangeKind.METADATA),
+        (b"type", ChangeKind.TYPE),
+        (b"deleted", ChangeKind.DELETED),
+        (b"directory/inside", ChangeKind.DELETED),
+    }
