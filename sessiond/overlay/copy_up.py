@@ -38,6 +38,17 @@ def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
         copy.publish()
 
 
+def _copy_up_parents(stack: Stack, node: Node) -> None:
+    """Get the directories above `node` into the upper, from the top down."""
+    missing: list[Node] = []
+    while node.links and not node.parent.upper:
+        node = node.parent
+        missing.append(node)
+    while missing:
+        with CopyUp(stack, missing.pop()) as copy:
+            copy.publish()
+
+
 def copy_up_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Get `node`, and that name of it, into the upper: for a name that is about to be removed or
     moved.
@@ -59,7 +70,7 @@ class CopyUp:
         """Set from another thread to make `copy_data` raise ECANCELED."""
         self._source_fd = self._target_fd = -1
         if node.linked:
-            copy_up(stack, node.parent)
+            _copy_up_parents(stack, node)
         elif node.anchor < 0:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         self._source = At(node.anchor, b"") if node.anchor >= 0 else node.lowers[0].at()
@@ -150,7 +161,7 @@ def _publish(stack: Stack, node: Node, prepared: At) -> None:
     """Move the prepared copy to where the node's name is, unnoticed by the parent's times."""
     assert stack.upper is not None
     ((parent, name),) = node.links
-    copy_up(stack, parent)
+    _copy_up_parents(stack, node)
     directory = At(stack.upper.directory(parent.path), b".")
     times = syscalls.stat(directory)
     mark_impure(stack, parent)

@@ -41,6 +41,7 @@ class Node:
         "anchor",
         "children",
         "fd",
+        "fd_upper",
         "fd_writable",
         "generation",
         "gone",
@@ -68,6 +69,8 @@ class Node:
         self.anchor = -1
         self.fd = -1
         """Open while `opens` is not 0: the file's contents."""
+        self.fd_upper = False
+        """Whether `fd` is the file in the upper; after a copy-up, not before it is used next."""
         self.fd_writable = False
         self.opens = 0
         self.impure = False

@@ -86,7 +86,14 @@ class Overlay:
             node = parents[0][0]
 
     def _refresh(self, node: Node) -> None:
-        """Find out where a node of earlier layers is in the present ones."""
+        """Find out where a node of earlier layers, and so its parents, are in the present ones."""
+        stale = [node]
+        while stale[-1].links and stale[-1].parent.generation != self._generation:
+            stale.append(stale[-1].parent)
+        while stale:
+            self._find_again(stale.pop())
+
+    def _find_again(self, node: Node) -> None:
         if node.is_root:
             node.bind(self._root_entry(), self._generation)
             return
@@ -113,7 +120,8 @@ class Overlay:
         self.nodes.rebind(node, entry, self._generation)
         node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
         if not node.upper:
-            node.fd_writable = False  # a snapshot holds the file now: the next write copies it up
+            # A snapshot holds the file now: the next write has to copy it up.
+            node.fd_upper = node.fd_writable = False
 
     def _abandon(self, node: Node) -> None:
         """The new layers do not have this node: who has it open goes on as after rm(1)."""
@@ -204,7 +212,6 @@ class Overlay:
     def resize(self, node: Node, size: int) -> None:
         """Set the size of a regular file, in bytes."""
         copy_up(self.stack, node, size)
-        self._sync_descriptor(node)
         if node.fd_writable:
             syscalls.truncate(node.fd, size)
             return
@@ -275,7 +282,7 @@ class Overlay:
         node, stat, fd = self._create(parent, name, new)
         if node.fd >= 0:
             syscalls.close(node.fd)
-        node.fd, node.fd_writable = fd, True
+        node.fd, node.fd_upper, node.fd_writable = fd, True, True
         node.opens += 1
         return node, stat
 
@@ -357,9 +364,7 @@ class Overlay:
         if write or truncate:
             copy_up(self.stack, node, 0 if truncate else None)
         if node.fd < 0:
-            flags = os.O_RDWR if write else os.O_RDONLY
-            node.fd = syscalls.open_file(self._data(node), flags)
-            node.fd_writable = write
+            self._open_data(node, write=write)
         node.opens += 1
         if truncate:
             self.resize(node, 0)
@@ -372,32 +377,26 @@ class Overlay:
             node.fd = -1
             self._collect(node)
 
-    def _data(self, node: Node) -> At:
-        if node.metacopy:
-            return node.data_lower().at()
-        return locate(self.stack, node)
-
-    def _sync_descriptor(self, node: Node) -> None:
-        """Move an open file to the upper after a copy-up: all who have it open read what is
-        written.
-        """
-        if node.fd < 0 or node.fd_writable or not node.upper:
-            return
-        fd = syscalls.open_file(locate(self.stack, node), os.O_RDWR)
-        syscalls.close(node.fd)
-        node.fd, node.fd_writable = fd, True
+    def _open_data(self, node: Node, *, write: bool) -> None:
+        """Open the contents where they are now, in place of an earlier descriptor."""
+        at = node.data_lower().at() if node.metacopy else locate(self.stack, node)
+        fd = syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
+        if node.fd >= 0:
+            syscalls.close(node.fd)
+        node.fd, node.fd_writable = fd, write
+        node.fd_upper = node.upper and not node.metacopy
 
     def read(self, node: Node, size: int, offset: int) -> bytes:
-        """Read from an open file."""
-        if node.upper and not node.fd_writable and not node.metacopy:
-            self._sync_descriptor(node)
+        """Read from an open file. All who have it open read what was written after a copy-up."""
+        if node.upper and not (node.fd_upper or node.metacopy or node.gone):
+            self._open_data(node, write=False)
         return syscalls.read(node.fd, size, offset)
 
     def write(self, node: Node, data: bytes, offset: int) -> int:
         """Write all of `data` to an open file. Raises ENOSPC, EROFS."""
         if not node.fd_writable:
             copy_up(self.stack, node)
-            self._sync_descriptor(node)
+            self._open_data(node, write=True)
         return syscalls.write(node.fd, data, offset)
 
     def fsync(self, node: Node, *, data_only: bool) -> None:
@@ -406,7 +405,7 @@ class Overlay:
             if node.upper and node.linked:
                 assert self.stack.upper is not None
                 syscalls.fsync_directory(self.stack.upper.directory(node.path))
-        elif node.fd_writable:
+        elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
 
     # The stack

@@ -203,13 +203,16 @@ def _digest(kind: str, *facts: object) -> str:
 
 
 def _identify(path: Path, head: bytes) -> tuple[str, int]:
-    """Return the kind of file system by its superblock, and the bytes it needs."""
+    """Return the kind of file system by its superblock, and the bytes it needs.
+
+    A block size that makes no sense is for the kernel to refuse.
+    """
     if head[:4] == b"hsqs" and len(head) >= 96:
         (used,) = struct.unpack_from("<Q", head, 40)
         return "squashfs", used
     if head[1024:1028] == b"\xe2\xe1\xf5\xe0" and len(head) >= 1152:
         (blocks,) = struct.unpack_from("<I", head, 1024 + 36)
-        return "erofs", blocks << head[1024 + 12]
+        return "erofs", blocks << min(head[1024 + 12], 16)
     if head[1080:1082] == b"\x53\xef" and len(head) >= 2048:
         (blocks,) = struct.unpack_from("<I", head, 1024 + 4)
         (shift,) = struct.unpack_from("<I", head, 1024 + 24)

@@ -12,7 +12,7 @@
 A session exists from the moment its record is written, and no longer once that is removed. What no
 record knows is garbage, and is removed at start: so a crash between any two steps needs no repair.
 
-Functions block; for one session they are called by one thread at a time.
+Functions block; for one session they are called by one thread at a time, except for `fill_reserve`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import errno
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class Store:
     def __init__(self, runtime: Path, state: Path, mounts: Mounts) -> None:
         self._bases = {StorageKind.TMPFS: runtime, StorageKind.PERSISTENT: state}
         self._mounts = mounts
+        self._reserves = threading.Lock()
 
     def prepare(self) -> None:
         """Make the directories that hold all others. Raises `Failed`, `NoSpace`.
@@ -213,7 +215,7 @@ class Store:
     def fill_reserve(self, record: SessionRecord) -> None:
         """Set inodes and bytes aside, as far as there are any. Raises `Failed`."""
         reserve = self.storage(record) / "reserve"
-        with explained(f"make the reserve of session {record.id}"):
+        with explained(f"make the reserve of session {record.id}"), self._reserves:
             try:
                 reserve.mkdir(mode=0o700, exist_ok=True)
                 for number in range(_RESERVE_INODES):
@@ -232,8 +234,9 @@ class Store:
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            remove_tree(self.storage(record) / "reserve")
-            action()
+            with self._reserves:
+                remove_tree(self.storage(record) / "reserve")
+                action()
 
     # At start
 

@@ -10,7 +10,7 @@ from errno import ENXIO
 import pytest
 
 from tests.support import trees
-from tests.support.posix import append, names, opened, read, write
+from tests.support.posix import append, fails, names, opened, read, write
 from tests.support.trees import Device, Dir, Fifo, File, Symlink, Tree, acl
 from tests.support.views import Merge, View
 
@@ -124,8 +124,8 @@ def test_holes_stay_holes(merge: Merge) -> None:
         assert os.pread(file, 4096, 1 << 20) == bytes(4096)
 
 
-@pytest.mark.parametrize("hole", [(5 << 30) - 1])
-def test_more_than_four_gib(merge: Merge, hole: int) -> None:
+def test_more_than_four_gib(merge: Merge) -> None:
+    hole = (5 << 30) - 1
     view = merge({"huge": File(b"tail", hole=hole)})
     with opened(view / "huge", os.O_RDWR) as file:
         assert os.pread(file, 8, hole - 4) == b"\0\0\0\0tail"
@@ -137,6 +137,9 @@ def test_more_than_four_gib(merge: Merge, hole: int) -> None:
         assert os.fstat(file).st_blocks * 512 < 1 << 20
     view.remount()
     assert os.stat(view / "huge").st_size == hole + 2
+    # Reading all of it, as is done with whatever a case leaves, takes half a minute where SEEK_DATA
+    # finds no holes.
+    os.unlink(view / "huge")
 
 
 def test_seek_hole_and_data(merge: Merge) -> None:
@@ -144,13 +147,11 @@ def test_seek_hole_and_data(merge: Merge) -> None:
     view = merge({"sparse": File(b"x" * 4096, hole=size)})
     for flags in (os.O_RDONLY, os.O_RDWR):
         with opened(view / "sparse", flags) as file:
-            assert os.lseek(file, 0, os.SEEK_HOLE) == 0
-            # A file system without SEEK_DATA of its own may call everything data.
-            assert os.lseek(file, 0, os.SEEK_DATA) in (0, size)
+            # A file system that keeps no book of holes may call everything data.
+            found = os.lseek(file, 0, os.SEEK_DATA), os.lseek(file, 0, os.SEEK_HOLE)
+            assert found in ((size, 0), (0, size + 4096))
             assert os.lseek(file, size, os.SEEK_HOLE) == size + 4096
-            with (
-                pytest.raises(OSError, match=os.strerror(ENXIO)),
-            ):
+            with fails(ENXIO):
                 os.lseek(file, size + 4096, os.SEEK_DATA)
 
 
@@ -231,7 +232,7 @@ def test_readers_across_copy_up(merge: Merge) -> None:
         if view.descriptors_follow_changes:
             assert os.pread(old, 20, 0) == b"after!more"
             assert os.fstat(old).st_size == 10
-            assert os.path.sameopenfile(old, os.open(view / "file", os.O_RDONLY))
+            assert os.path.samestat(os.fstat(old), os.stat(view / "file"))
 
 
 def test_readers_and_writers_opened_in_any_order(merge: Merge) -> None:

@@ -85,9 +85,7 @@ def test_creation_while_listing(merge: Merge) -> None:
 
 
 def test_listed_inode_numbers(merge: Merge) -> None:
-    view = merge(
-        {"d": {"low": b"", "copied": b"", "sub": {}}}, upper={"d": {"up": b"", "sub": {}}}
-    )
+    view = merge({"d": {"low": b"", "copied": b"", "sub": {}}}, upper={"d": {"up": b"", "sub": {}}})
     os.chmod(view / "d/copied", 0o600)
     view.remount()
     with stream(view / "d") as directory:

@@ -142,27 +142,39 @@ def test_in_the_background(layers: Layers, root: str) -> None:
         assert read(f"{root}/a") == b"lower+"
 
 
-def test_through_mount(layers: Layers, root: str, fast: str) -> None:
-    """mount(8) runs mount.fuse3, which runs the part of the type after ``fuse.`` from PATH."""
-    os.mkdir(f"{fast}/bin")
-    program = f"{fast}/bin/sessiond-overlay"
-    write(program, f'#!/bin/sh\nexec {sys.executable} -m sessiond.fuse.mount "$@"\n'.encode())
+@contextmanager
+def installed(directory: str) -> Iterator[None]:
+    """Have `sessiond-overlay` in /usr/local/sbin, as this process sees it.
+
+    mount(8) runs mount.fuse3, which runs the part of the type after ``fuse.``. mount(8) takes PATH out
+    of the environment, so that the shell's default, the system's directories, is where that is found.
+    """
+    os.mkdir(f"{directory}/bin")
+    program = f"{directory}/bin/sessiond-overlay"
+    command = f'PYTHONPATH={REPOSITORY} exec {sys.executable} -m sessiond.fuse.mount "$@"'
+    write(program, f"#!/bin/sh\n{command}\n".encode())
     os.chmod(program, 0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{fast}/bin:{os.environ['PATH']}",
-        "PYTHONPATH": REPOSITORY,
-    }
-    command = ["mount", "-t", "fuse.sessiond-overlay", "-o", f"{layers.options()},allow_other"]
-    with orphans_adopted():
+    libc.mount(f"{directory}/bin", "/usr/local/sbin", "", libc.MS_BIND)
+    try:
+        yield
+    finally:
+        libc.umount("/usr/local/sbin")
+
+
+def mount(options: str, source: str, mount_point: str) -> subprocess.CompletedProcess[str]:
+    """Run mount(8)."""
+    return subprocess.run(
+        ["mount", "-t", "fuse.sessiond-overlay", "-o", options, source, mount_point],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_through_mount(layers: Layers, root: str, fast: str) -> None:
+    with installed(fast), orphans_adopted():
         try:
-            done = subprocess.run(
-                [*command, "the-source", root],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            done = mount(f"{layers.options()},allow_other", "the-source", root)
             assert (done.returncode, done.stderr) == (0, "")
             with open("/proc/self/mountinfo") as table:
                 line = next(line for line in table if f" {root} " in line)
@@ -176,14 +188,10 @@ def test_through_mount(layers: Layers, root: str, fast: str) -> None:
 
 
 def test_failure_through_mount_is_reported(root: str, fast: str) -> None:
-    done = subprocess.run(
-        ["mount", "-t", "fuse.sessiond-overlay", "-o", "lowerdir=/nowhere", "source", root],
-        env={**os.environ, "PATH": f"{fast}:/usr/bin:/bin:/usr/sbin:/sbin"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with installed(fast):
+        done = mount("lowerdir=/nowhere", "source", root)
     assert done.returncode != 0
+    assert "/nowhere" in done.stderr
     assert not is_mounted(root)
 
 
@@ -214,7 +222,9 @@ def test_read_only(layers: Layers, root: str) -> None:
             os.open(f"{root}/a", os.O_WRONLY)
         with fails(EROFS):
             os.mkdir(f"{root}/new")
-    trees.assert_same(before, trees.snapshot(layers.upper or ""), "a read-only mount changed its upper")
+    trees.assert_same(
+        before, trees.snapshot(layers.upper or ""), "a read-only mount changed its upper"
+    )
 
 
 def test_mount_flags(layers: Layers, root: str) -> None:

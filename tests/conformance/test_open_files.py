@@ -8,7 +8,18 @@ import os
 import shutil
 import struct
 import subprocess
-from errno import EACCES, EAGAIN, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTDIR, EOPNOTSUPP, ETXTBSY
+from errno import (
+    EACCES,
+    EAGAIN,
+    EEXIST,
+    EINVAL,
+    EISDIR,
+    ELOOP,
+    ENOENT,
+    ENOTDIR,
+    EOPNOTSUPP,
+    ETXTBSY,
+)
 
 from tests.support import libc
 from tests.support.posix import append, fails, names, opened, read, write

@@ -152,12 +152,8 @@ def test_default_acls_are_inherited(merge: Merge) -> None:
 
 
 def test_acls_are_enforced_and_follow_the_mode(merge: Merge) -> None:
-    access = acl(
-        ("u", None, 6), ("u", SOMEBODY, 6), ("g", None, 0), ("m", None, 6), ("o", None, 0)
-    )
-    denied = acl(
-        ("u", None, 6), ("u", SOMEBODY, 0), ("g", None, 4), ("m", None, 4), ("o", None, 4)
-    )
+    access = acl(("u", None, 6), ("u", SOMEBODY, 6), ("g", None, 0), ("m", None, 6), ("o", None, 0))
+    denied = acl(("u", None, 6), ("u", SOMEBODY, 0), ("g", None, 4), ("m", None, 4), ("o", None, 4))
     view = merge(
         {
             "granted": File(b"1", mode=0o660, xattrs={"system.posix_acl_access": access}),

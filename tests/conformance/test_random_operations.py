@@ -360,9 +360,9 @@ operations = st.one_of(
 )
 
 # Hypothesis draws lists of half a dozen on average: lists of lists are longer, and shrink as well.
-scripts = st.lists(
-    st.lists(operations, min_size=1, max_size=12), min_size=1, max_size=12
-).map(lambda parts: [operation for part in parts for operation in part])
+scripts = st.lists(st.lists(operations, min_size=1, max_size=12), min_size=1, max_size=12).map(
+    lambda parts: [operation for part in parts for operation in part]
+)
 
 
 def outcome(operation: Operation, tree: Contestant) -> Outcome | str:

@@ -67,9 +67,7 @@ def test_directory_onto_nothing(merge: Merge, where: str, target: str) -> None:
 def test_directory_onto_empty_directory(merge: Merge, where: str, onto: str) -> None:
     """An emptied directory still has whiteouts in the upper; they must not hide what moves there."""
     emptied: tuple[str, Tree] = (LOWER, {"x": b"to be removed", "only-lower": b""})
-    lower, upper = layers_with(
-        d=(where, TREE), empty=emptied if onto == "emptied" else (onto, {})
-    )
+    lower, upper = layers_with(d=(where, TREE), empty=emptied if onto == "emptied" else (onto, {}))
     view = merge(lower, upper=upper)
     if onto == "emptied":
         os.unlink(view / "empty/x")
@@ -196,7 +194,9 @@ def swapped(p: Snapshot, q: Snapshot) -> tuple[Snapshot, Snapshot]:
             if path == name or path.startswith(name + b"/")
         }
 
-    return moved(q, b"other", b"one") | {b".": p[b"."]}, moved(p, b"one", b"other") | {b".": q[b"."]}
+    return moved(q, b"other", b"one") | {b".": p[b"."]}, moved(p, b"one", b"other") | {
+        b".": q[b"."]
+    }
 
 
 def test_exchange_keeps_hidden_things_hidden(merge: Merge) -> None:

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -164,6 +165,10 @@ class Daemon:
         listed = json.loads(self.sessionctl("list", "--json").stdout)
         return {session["id"]: session for session in listed}
 
+    def wait_idle(self, session: str) -> None:
+        """Wait until no job runs on a session."""
+        wait_until(lambda: self.sessions()[session]["state"] == "active")
+
     def busctl(self, *arguments: str, code: int = 0) -> str:
         """Call busctl, and return what it printed."""
         done = subprocess.run(
@@ -189,6 +194,13 @@ class Daemon:
             self._end(signal.SIGKILL)
         for mount_point in reversed(self.mounts()):
             detach(mount_point)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Return once `condition` holds; each attempt has to take its time, as calls of programs do."""
+    deadline = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come about"
 
 
 @contextmanager

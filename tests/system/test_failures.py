@@ -54,11 +54,11 @@ def test_a_missing_image(idle_daemon: Daemon) -> None:
     assert "/nonexistent.squashfs" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "", "new\nline", "-dash", "größe", "x" * 65])
-def test_malformed_ids_over_the_bus(daemon: Daemon, name: str) -> None:
-    arguments = ("ssa{sv}", "root", "guest", "1", "id", "s", name)
-    said = daemon.busctl("call", "--", *MANAGER, "CreateSession", *arguments, code=1)
-    assert "session id" in said
+def test_malformed_ids_over_the_bus(daemon: Daemon) -> None:
+    for name in ("a/b", "..", "", "new\nline", "-dash", "größe", "x" * 65):
+        arguments = ("ssa{sv}", "root", "guest", "1", "id", "s", name)
+        said = daemon.busctl("call", "--", *MANAGER, "CreateSession", *arguments, code=1)
+        assert "session id" in said
     assert daemon.sessions() == {}
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.support import trees
-from tests.support.daemon import BOUND, MANAGER, Daemon
+from tests.support.daemon import MANAGER, Daemon, wait_until
 
 
 def change(root: Path) -> None:
@@ -131,12 +129,6 @@ def workers(daemon: Daemon) -> list[int]:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come about"
 
 
 def test_a_reload_makes_newly_configured_sessions(daemon: Daemon) -> None:

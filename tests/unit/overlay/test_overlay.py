@@ -239,3 +239,38 @@ def test_differences_follow_changes_and_not_copies(bench: Bench) -> None:
         (b"deleted", ChangeKind.DELETED),
         (b"directory/inside", ChangeKind.DELETED),
     }
+
+
+def test_trees_deeper_than_the_python_stack(bench: Bench) -> None:
+    depth = 1200
+    directory = os.open(bench.layer("low"), os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=directory)
+        below = os.open("d", os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = below
+    os.close(directory)
+    overlay = bench.overlay("low")
+    node = overlay.root
+    for _ in range(depth):
+        node, _ = overlay.lookup(node, b"d")
+        overlay.refer(node)
+    overlay.swap(bench.stack("low", upper="second"))
+    assert overlay.node(node.number) is node
+    overlay.create(node, b"new", new_directory())
+    assert overlay.names(node) == [b"new"]
+
+
+def test_a_reader_follows_a_copy_up_without_write_access(bench: Bench) -> None:
+    """A file of the upper that nobody may write, not even root, can be read."""
+    overlay = bench.overlay("low")
+    overlay.create_file(overlay.root, b"file", new_file())
+    path = bench.layer("upper") / "file"
+    path.write_text("fixed")
+    node = find(overlay, "file")
+    overlay.release_file(node)
+    try:
+        os.system(f"chattr +i {path}")
+        assert contents(overlay, "file") == b"fixed"
+    finally:
+        os.system(f"chattr -i {path}")
