@@ -38,6 +38,8 @@ class Swap(_Message):
 
     kind: Literal["swap"] = "swap"
     stack: LayerStack
+    moved: bool
+    """The layers are copies of those served: files that are open go on in them."""
 
 
 class Freeze(_Message):

@@ -59,7 +59,10 @@ class _Info(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One path that differs from the image; bytes that are not UTF-8 are surrogate escapes."""
+    """One path that differs from the image.
+
+    `path` begins at the merged root; bytes that are not UTF-8 are surrogate escapes.
+    """
 
     path: str
     kind: str

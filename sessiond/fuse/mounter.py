@@ -119,9 +119,9 @@ class FuseMount:
         self._died.set()
         return Failed(f"The worker of session {self._request.session} is gone.")
 
-    async def swap(self, stack: Stack) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
         """See `Mount.swap`."""
-        await self._ask(control.Swap(stack=_layers(stack)))
+        await self._ask(control.Swap(stack=_layers(stack), moved=moved))
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:

@@ -113,10 +113,10 @@ class OverlayOperations(pyfuse3.Operations):
         finally:
             self._open.set()
 
-    def swap(self, stack: Stack) -> list[int]:
+    def swap(self, stack: Stack, *, moved: bool) -> list[int]:
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
-        return self.overlay.swap(stack)
+        return self.overlay.swap(stack, moved=moved)
 
     def describe(self, args: Sequence[object]) -> str:
         """Return the path, or as much as is known, of what a handler was called for."""

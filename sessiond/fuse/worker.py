@@ -140,7 +140,7 @@ class _Controlled:
         try:
             match request:
                 case control.Swap():
-                    await self._swap(request.stack)
+                    await self._swap(request.stack, moved=request.moved)
                 case control.Freeze():
                     await self._freeze()
                 case control.Thaw():
@@ -185,13 +185,13 @@ class _Controlled:
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
-    async def _swap(self, layers: LayerStack) -> None:
+    async def _swap(self, layers: LayerStack, *, moved: bool) -> None:
         stack = open_stack(layers, self._operations.overlay.stack.options)
         if self._is_frozen:
-            directories = self._operations.swap(stack)
+            directories = self._operations.swap(stack, moved=moved)
         else:
             async with self._operations.frozen():
-                directories = self._operations.swap(stack)
+                directories = self._operations.swap(stack, moved=moved)
         overlay = self._operations.overlay
         await trio.to_thread.run_sync(invalidate, self._device, overlay, directories)
 

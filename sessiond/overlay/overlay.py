@@ -34,6 +34,8 @@ class Overlay:
         self.stack = stack
         self.nodes = NodeTable()
         self._generation = 0
+        self._moving = False
+        """The layers are being replaced by copies of them."""
         self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
         self.root.references = 1
 
@@ -107,21 +109,23 @@ class Overlay:
                     return
         self._abandon(node)
 
-    @staticmethod
-    def _continues(node: Node, entry: Entry) -> bool:
+    def _continues(self, node: Node, entry: Entry) -> bool:
         """Say whether `entry`, found in new layers, is what the node was in the old ones."""
-        if node.is_directory:
-            return entry.is_directory
+        if node.is_directory or self._moving:
+            return modes.S_IFMT(entry.stat.st_mode) == node.kind
         return (entry.stat.st_dev, entry.stat.st_ino) == node.real
 
     def _rebind(self, node: Node, entry: Entry, parent: Node, name: bytes) -> None:
         for link in list(node.links):
             node.drop_link(*link)
+        moved = (entry.stat.st_dev, entry.stat.st_ino) != node.real
         self.nodes.rebind(node, entry, self._generation)
         node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
         if not node.upper:
             # A snapshot holds the file now: the next write has to copy it up.
             node.fd_upper = node.fd_writable = False
+        if moved and node.fd >= 0:
+            self._open_data(node, write=False)
 
     def _abandon(self, node: Node) -> None:
         """The new layers do not have this node: who has it open goes on as after rm(1)."""
@@ -410,15 +414,25 @@ class Overlay:
 
     # The stack
 
-    def swap(self, stack: Stack) -> list[int]:
+    def swap(self, stack: Stack, *, moved: bool = False) -> list[int]:
         """Serve `stack` instead of the present layers, which are closed; return directories held.
 
         Nodes find their new place when they are used next. Files that are open and not in the new
-        layers go on as unlinked ones. The caller tells the kernel that its names and attributes are
-        out of date.
+        layers go on as unlinked ones. `moved`: the new layers are copies of the present ones, so
+        files that are open go on in them. The caller tells the kernel that its names and attributes
+        are out of date.
         """
+        opened = [node for node in self.nodes.all() if node.opens] if moved else []
+        for node in opened:
+            self.node(node.number)
         old, self.stack = self.stack, stack
         self._generation += 1
         old.close()
         self._refresh(self.root)
+        self._moving = True
+        try:
+            for node in opened:
+                self.node(node.number)
+        finally:
+            self._moving = False
         return [node.number for node in self.nodes.all() if node.is_directory]

@@ -20,7 +20,9 @@ def explained(action: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        where = "" if error.filename is None else f" ({os.fsdecode(error.filename)})"
+        # Calls with a descriptor have its number for a name.
+        named = isinstance(error.filename, str | bytes)
+        where = f" ({os.fsdecode(error.filename)})" if named else ""
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpace(
                 f"Could not {action}: its storage is full{where}; delete files, reset the session "

@@ -36,7 +36,7 @@ class MemoryMount:
         self._held = trio.Lock()
         self._dead = trio.Event()
 
-    async def swap(self, stack: Stack) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
         await trio.lowlevel.checkpoint()
         self._mounter.raise_injected("swap")
         self._require_alive()

@@ -28,13 +28,14 @@ class MountRequest:
 class Mount(Protocol):
     """One live mount. Calls may come from several tasks; they are served one after another."""
 
-    async def swap(self, stack: Stack) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
         """Serve `stack` from now on, in place of the layers served so far.
 
         Atomic for everyone inside: a system call sees either the old layers or the new. The new
         upper has to be empty or to have been written by this overlay. Files open across the swap
-        keep their contents where the new stack no longer has them. Raises `Failed`, with the old
-        stack still served, when a layer cannot be opened.
+        keep their contents where the new stack no longer has them. With `moved`, the new layers
+        hold copies of what the old ones hold, and open files go on in these. Raises `Failed`, with
+        the old stack still served, when a layer cannot be opened.
         """
 
     def frozen(self) -> AbstractAsyncContextManager[None]:

@@ -103,7 +103,7 @@ class _Move:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._store.write, target)
                 self._recorded = True
-                await self._session.serve(target)
+                await self._session.serve(target, moved=True)
                 self._volatile = self._session.record
                 self._session.adopt(target)
 

@@ -420,17 +420,17 @@ class Session:
 
     # Mount, and mount again
 
-    async def serve(self, record: SessionRecord) -> None:
+    async def serve(self, record: SessionRecord, *, moved: bool = False) -> None:
         """Switch the merged view over to the layers of `record`; mount it if it is not.
 
-        Only within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served
+        `moved`: they are copies of those served, and files that are open go on in them. Only within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served
         before is served still then.
         """
         image = await self._require_image()
         if self.mount is None:
             await self._mount_view(record)
         else:
-            await self.mount.swap(self._stack(record, image))
+            await self.mount.swap(self._stack(record, image), moved=moved)
 
     def _stack(self, record: SessionRecord, image: Image) -> Stack:
         store = self.services.store

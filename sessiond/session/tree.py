@@ -322,8 +322,18 @@ def _is_not_overlayfs_own(xattr: str) -> bool:
     return not own or xattr.startswith("trusted.overlay.overlay.")
 
 
+def _xattrs(source: str | int, *, follow_symlinks: bool = True) -> list[str]:
+    """Return the names; none where the file system, such as an image's, has no support."""
+    try:
+        return os.listxattr(source, follow_symlinks=follow_symlinks)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:
+            return []
+        raise
+
+
 def _copy_xattrs(source: str, target: str, keep: Callable[[str], bool]) -> None:
-    for name in os.listxattr(source, follow_symlinks=False):
+    for name in _xattrs(source, follow_symlinks=False):
         if keep(name):
             value = os.getxattr(source, name, follow_symlinks=False)
             os.setxattr(target, name, value, follow_symlinks=False)
@@ -348,7 +358,7 @@ def _copy_directory_metadata(
     inode = os.fstat(source)
     os.chown(target, inode.st_uid, inode.st_gid)
     os.chmod(target, stat.S_IMODE(inode.st_mode))
-    for name in os.listxattr(source):
+    for name in _xattrs(source):
         if keep(name):
             os.setxattr(target, name, os.getxattr(source, name))
     os.utime(target, ns=(inode.st_atime_ns, inode.st_mtime_ns))

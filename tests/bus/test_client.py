@@ -134,8 +134,8 @@ def write_lines(*lines: object) -> object:
 
 async def test_differences_are_listed(sessiond: Client, serving: FakeManager) -> None:
     expected = [
-        client.Difference("etc/a\udcff\n", "added", "file", 5),
-        client.Difference("usr", "metadata", "directory", 0),
+        client.Difference("/etc/a\udcff\n", "added", "file", 5),
+        client.Difference("/usr", "metadata", "directory", 0),
     ]
     serving.sessions["live"].diff_body = write_lines(
         *({"path": d.path, "kind": d.kind, "type": d.type, "size": d.size} for d in expected)

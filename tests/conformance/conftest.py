@@ -1,7 +1,7 @@
 """Fixtures of the conformance suite: one body, many file systems.
 
-All mounts are made in a mount namespace of this process's own, so that none outlives it, and no other
-process can hold one open. The lower layers are on ext4 and the upper on tmpfs, as on a live CD.
+All mounts are made in a mount namespace of this process's own, so that none outlives it, and no
+other process can hold one open. Lower layers are on ext4 and the upper on tmpfs, as on a live CD.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def test_private_mapping_leaves_the_file_alone(merge: Merge) -> None:
 
 
 def test_readers_across_copy_up(merge: Merge) -> None:
-    """A read-only descriptor from before a copy-up keeps working; overlayfs alone may show old data."""
+    """A read-only descriptor from before a copy-up goes on; on overlayfs it may show old data."""
     view = merge({"file": b"before"})
     with opened(view / "file") as old:
         assert os.pread(old, 10, 0) == b"before"

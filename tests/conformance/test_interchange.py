@@ -1,4 +1,4 @@
-"""An upper is the kernel's overlayfs's as much as ours: written by either, shown the same by both."""
+"""An upper is the kernel's as much as ours: written by either, shown the same by both."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ KERNEL, SESSIOND = KernelOverlay(), SessiondOverlay()
 def test_written_by_one_read_by_the_other(
     writers: tuple[FileSystem, ...], reader: FileSystem, storage: str, disk: str, fast: str
 ) -> None:
-    """Each workload begins where another file system left off; a plain directory says what is right."""
+    """Each workload begins where another file system left off; a plain directory is the oracle."""
     layers = make_layers((LOWER, LOWEST), {}, disk, disk if storage == "one-disk" else fast)
     plain, root = f"{fast}/plain", f"{fast}/root"
     os.mkdir(plain)

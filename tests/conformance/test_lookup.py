@@ -132,7 +132,7 @@ def test_removing_what_hides(merge: Merge) -> None:
 
 
 def test_creation_over_a_whiteout(merge: Merge) -> None:
-    lower: Tree = {name: b"lower" for name in ("file", "directory", "symlink", "fifo", "link")}
+    lower: Tree = dict.fromkeys(("file", "directory", "symlink", "fifo", "link"), b"lower")
     view = merge(lower, upper={"other": b"other", **dict.fromkeys(lower, Whiteout())})
     write(view / "file", b"new")
     os.mkdir(view / "directory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EACCES, ENOSPC, EROFS
 
@@ -16,7 +16,7 @@ from tests.support.kernel_overlay import KernelOverlay
 from tests.support.mounts import Layers, detach, is_mounted
 from tests.support.posix import append, fails, names, read, write
 from tests.support.sessiond_overlay import REPOSITORY, SessiondOverlay, run
-from tests.support.trees import Dir, File
+from tests.support.trees import Dir, File, Tree
 from tests.support.users import NOBODY, acting_as
 from tests.support.views import make_layers
 
@@ -146,8 +146,8 @@ def test_in_the_background(layers: Layers, root: str) -> None:
 def installed(directory: str) -> Iterator[None]:
     """Have `sessiond-overlay` in /usr/local/sbin, as this process sees it.
 
-    mount(8) runs mount.fuse3, which runs the part of the type after ``fuse.``. mount(8) takes PATH out
-    of the environment, so that the shell's default, the system's directories, is where that is found.
+    mount(8) runs mount.fuse3, which has a shell run the part of the type after ``fuse.``. mount(8)
+    takes PATH out of the environment, so the shell looks in the system's directories only.
     """
     os.mkdir(f"{directory}/bin")
     program = f"{directory}/bin/sessiond-overlay"
@@ -239,7 +239,7 @@ def test_mount_flags(layers: Layers, root: str) -> None:
 
 def test_user_xattrs(disk: str, fast: str, root: str) -> None:
     """The same marks under user.overlay., as the kernel reads them with userxattr."""
-    lower = {"d": {"hidden": b""}, "gone": {"x": b""}, "file": b"1"}
+    lower: Tree = {"d": {"hidden": b""}, "gone": {"x": b""}, "file": b"1"}
     layers = make_layers((lower,), {}, disk, fast)
     trees.build({"d": Dir({"seen": b""}, opaque=True)}, layers.upper or "", xattr_namespace="user")
     with SESSIOND.mounted(layers, root, "userxattr", "allow_other"):
@@ -272,7 +272,7 @@ def test_separators_in_names(disk: str, fast: str, root: str) -> None:
 
 
 def test_relative_directories(layers: Layers, root: str) -> None:
-    """A worker in the background leaves its working directory; names are of where it was started."""
+    """Names are relative to where the program is started, as of any other."""
     lower = os.path.relpath(layers.lowers[0], REPOSITORY)
     with SESSIOND.mounted(Layers([lower]), root):
         assert read(f"{root}/a") == b"lower"
@@ -284,17 +284,17 @@ def test_full_upper(disk: str, fast: str, root: str) -> None:
     os.mkdir(small)
     libc.mount("small", small, "tmpfs", data="size=1m,nr_inodes=64")
     try:
-        lower = {"big": File(b"x" * (2 << 20)), "small": b"s", "d": {}}
+        lower: Tree = {"big": File(b"x" * (2 << 20)), "small": b"s", "d": {}}
         layers = make_layers((lower,), {}, disk, small)
         with SESSIOND.mounted(layers, root, "allow_other"):
-            with fails(ENOSPC), open(f"{root}/new", "wb", buffering=0) as file:
-                while True:
-                    file.write(b"y" * 65536)
-            for attempt in (
+            with fails(ENOSPC):
+                write(f"{root}/new", b"y" * (2 << 20))
+            attempts: tuple[Callable[[], object], ...] = (
                 lambda: append(f"{root}/big", b"+"),
                 lambda: append(f"{root}/new", b"z" * 65536),
                 lambda: os.truncate(f"{root}/big", (2 << 20) - 1),
-            ):
+            )
+            for attempt in attempts:
                 with fails(ENOSPC):
                     attempt()
             assert read(f"{root}/big") == b"x" * (2 << 20)

@@ -165,8 +165,8 @@ def test_anonymous_files(merge: Merge) -> None:
     try:
         file = os.open(view.root, os.O_TMPFILE | os.O_RDWR, 0o640)
     except OSError as error:
-        assert error.errno == EOPNOTSUPP
-        assert view.file_system is not None
+        if error.errno != EOPNOTSUPP or view.file_system is None:
+            raise
         return
     os.write(file, b"anonymous")
     assert os.fstat(file).st_nlink == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Callable
 from errno import EACCES, EPERM
 
 import pytest
@@ -113,11 +114,12 @@ def test_sticky_directories(merge: Merge) -> None:
     theirs, others = File(b"", uid=NOBODY), File(b"", uid=SOMEBODY, mode=0o666)
     view = merge({"tmp": Dir({"theirs": theirs, "others": others, "z": others}, mode=0o1777)})
     with acting_as(NOBODY):
-        for attempt in (
+        attempts: tuple[Callable[[], object], ...] = (
             lambda: os.unlink(view / "tmp/others"),
             lambda: os.rename(view / "tmp/others", view / "tmp/x"),
             lambda: os.rename(view / "tmp/theirs", view / "tmp/others"),
-        ):
+        )
+        for attempt in attempts:
             with fails(EPERM):
                 attempt()
         append(view / "tmp/others", b"allowed")
@@ -274,12 +276,13 @@ def test_times(merge: Merge) -> None:
 
 def test_change_time_never_goes_back(merge: Merge) -> None:
     view = merge({"file": b""})
-    for change in (
+    changes: tuple[Callable[[], object], ...] = (
         lambda: os.chmod(view / "file", 0o600),
         lambda: os.setxattr(view / "file", "user.x", b""),
         lambda: os.link(view / "file", view / "link"),
         lambda: os.unlink(view / "link"),
-    ):
+    )
+    for change in changes:
         before = os.stat(view / "file").st_ctime_ns
         change()
         assert os.stat(view / "file").st_ctime_ns >= before

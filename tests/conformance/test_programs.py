@@ -164,7 +164,7 @@ def test_tar(merge: Merge, below: Tree, fast: str) -> None:
     run("tar", "cf", archive, "--xattrs", "--sparse", "--sort=name", ".", cwd=source)
     view = merge({"target": below})
     run("tar", "xpf", archive, "--xattrs", "--xattrs-include=*", cwd=view / "target")
-    # Times in this format of archive are whole seconds; the root of the target is not an entry of ours.
+    # The archive's format knows whole seconds only.
     expected = whole_seconds(trees.snapshot(source))
     trees.assert_same(expected, whole_seconds(trees.snapshot(view / "target")))
     view.remount()

@@ -1,8 +1,8 @@
 """The same random operations on `sessiond-overlay`, the kernel's overlayfs and a plain directory.
 
-After each operation its outcome (value or errno) and the whole tree have to be the same on all three;
-in the end also after a remount, and with the upper that `sessiond-overlay` wrote under the kernel's
-overlayfs. SESSIOND_EXAMPLES sets how many sequences are tried; they are other ones each time then.
+After each operation its outcome (value or errno) and the whole tree have to be the same on all
+three; in the end also after a remount, and with the upper that `sessiond-overlay` wrote under the
+kernel's overlayfs. SESSIOND_EXAMPLES sets how many sequences are tried, other ones each time then.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -287,8 +288,8 @@ class RemoveAttribute(Operation):
 class Hold(Operation):
     """Open a file and keep it open.
 
-    For writing, always: a descriptor opened for reading only does not follow a copy-up on the kernel's
-    overlayfs, as it documents.
+    For writing, always: one that was opened for reading only does not follow a copy-up on the
+    kernel's overlayfs, as it documents.
     """
 
     def run(self, tree: Contestant) -> Outcome:
@@ -386,7 +387,9 @@ class Contest:
         expected = outcome(operation, self.plain)
         for tree in self.overlays:
             found = outcome(operation, tree)
-            assert found == expected, f"{tree.name}: {operation} gave {found}, expected {expected}"
+            assert found == expected, (
+                f"{tree.name}: {operation} gave {found!r}, expected {expected!r}"
+            )
         self.compare(f"after {operation}")
 
     def compare(self, when: str) -> None:
@@ -436,6 +439,7 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
             assert_kernel_shows(shown, layers, tree.root)
 
 
+@pytest.mark.timeout(max(120, 5 * EXAMPLES))
 @settings(
     max_examples=EXAMPLES,
     derandomize="SESSIOND_EXAMPLES" not in os.environ,

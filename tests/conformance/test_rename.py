@@ -65,7 +65,7 @@ def test_directory_onto_nothing(merge: Merge, where: str, target: str) -> None:
 @pytest.mark.parametrize("where", [LOWER, UPPER, MERGED])
 @pytest.mark.parametrize("onto", [LOWER, UPPER, "emptied"])
 def test_directory_onto_empty_directory(merge: Merge, where: str, onto: str) -> None:
-    """An emptied directory still has whiteouts in the upper; they must not hide what moves there."""
+    """An emptied directory has whiteouts in the upper; they must not hide what moves there."""
     emptied: tuple[str, Tree] = (LOWER, {"x": b"to be removed", "only-lower": b""})
     lower, upper = layers_with(d=(where, TREE), empty=emptied if onto == "emptied" else (onto, {}))
     view = merge(lower, upper=upper)

@@ -159,6 +159,34 @@ async def test_a_shared_mapping_of_a_snapshot_file_goes_on(playground: Playgroun
         assert (first.upper.fs / "file").read_bytes()[:3] == b"baa"
 
 
+async def test_open_files_go_on_in_copies_of_their_layers(playground: Playground) -> None:
+    (playground.image / "lower").write_text("image")
+    async with playground.mounted(first := playground.stack()) as mount:
+        root = playground.root
+        with (
+            open(root / "upper", "w+b", buffering=0) as upper,
+            open(root / "lower", "rb", buffering=0) as lower,
+            open(root / "unlinked", "w+b", buffering=0) as unlinked,
+        ):
+            upper.write(b"before")
+            unlinked.write(b"before")
+            (root / "unlinked").unlink()
+            second = playground.stack()
+            async with mount.frozen():
+                for source in first.upper.fs.iterdir():
+                    await trio.run_process(["cp", "-a", source, second.upper.fs])
+                await mount.swap(second, moved=True)
+            upper.write(b" after")
+            unlinked.write(b" after")
+            assert (second.upper.fs / "upper").read_bytes() == b"before after"
+            assert (first.upper.fs / "upper").read_bytes() == b"before"
+            assert os.pread(upper.fileno(), 99, 0) == b"before after"
+            assert os.pread(unlinked.fileno(), 99, 0) == b"before after"
+            assert os.path.samestat(os.fstat(upper.fileno()), (root / "upper").stat())
+            (root / "lower").write_text("changed")
+            assert os.pread(lower.fileno(), 99, 0) == b"changed"
+
+
 async def test_a_swap_that_cannot_be_leaves_all_as_it_was(playground: Playground) -> None:
     async with playground.mounted(playground.stack()) as mount:
         (playground.root / "file").write_text("x")

@@ -215,5 +215,7 @@ def own_daemon() -> Iterator[Daemon]:
             yield daemon
         finally:
             daemon.clean_up()
+            print(daemon.log())  # pytest shows it when the test fails
     assert daemon.mounts() == []
+    assert "Traceback" not in daemon.log()
     shutil.rmtree(directory)

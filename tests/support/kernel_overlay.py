@@ -1,4 +1,4 @@
-"""The kernel's overlayfs as a file system under test: the peer whose on-disk format is the contract."""
+"""The kernel's overlayfs as a file system under test: its format on disk is the contract."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class KernelOverlay:
     name = "kernel"
     descriptors_follow_changes = False
 
-    # Without these, rename(2) of a lower directory gives EXDEV, a copy-up breaks hard links, and inode
-    # numbers differ in st_dev from layer to layer.
+    # Without these, rename(2) of a lower directory gives EXDEV, a copy-up breaks hard links, and
+    # st_dev differs from layer to layer.
     _OPTIONS = ("redirect_dir=on", "index=on", "metacopy=off", "xino=on")
 
     @contextmanager

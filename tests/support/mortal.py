@@ -1,7 +1,7 @@
 """``python -m tests.support.mortal MODULE ARGUMENTS``: run a module that never outlives its test.
 
-A worker that does not answer keeps its client, the test, in a wait that only the worker's death ends,
-and that no time limit within the client can interrupt: the alarm is what fails such a test.
+A worker that does not answer keeps its client, the test, in a wait that only the worker's death
+ends, and that no time limit within the client can interrupt: the alarm is what fails such a test.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from tests.support import libc
 
 LIFE_SECONDS = 110
-"""A little less than what a test may take, so that the test still gets to report what it waited for."""
+"""A little less than a test may take, so that it still gets to report what it waited for."""
 
 if __name__ == "__main__":
     libc.die_with_parent(signal.SIGKILL)

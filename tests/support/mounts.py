@@ -14,7 +14,7 @@ from tests.support import libc
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Directories to be merged: `lowers` topmost first; without an upper the merged view is read-only."""
+    """Directories to be merged: `lowers` topmost first; without an upper, for reading only."""
 
     lowers: Sequence[str]
     upper: str | None = None
@@ -39,10 +39,10 @@ class FileSystem(Protocol):
     def mounted(
         self, layers: Layers, mount_point: str, *options: str
     ) -> AbstractContextManager[None]:
-        """Mount the merged view while the context is open; raises `OSError` or `MountFailed`."""
+        """Mount the merged view while the context is open; raises `OSError` or `MountError`."""
 
 
-class MountFailed(Exception):
+class MountError(Exception):
     """The mount helper ended without a mount; the message is what it printed."""
 
 
@@ -74,6 +74,6 @@ def wait_mounted(mount_point: str, process: int, seconds: float = 30) -> bool:
 
 
 def detach(mount_point: str) -> None:
-    """Unmount whatever is mounted at `mount_point`, used or not; nothing being mounted is no error."""
+    """Unmount whatever is mounted at `mount_point`, used or not; nothing there is no error."""
     while is_mounted(mount_point):
         libc.umount(mount_point, libc.MNT_DETACH)

@@ -1,6 +1,6 @@
 """Trees of files: built from a compact description, merged as an overlay would, compared as values.
 
-A tree is a mapping of names to nodes; ``bytes`` stand for a regular file and a mapping for a directory::
+A tree is a mapping of names to nodes; ``bytes`` stand for a file, a mapping for a directory::
 
     build({"etc": {"hosts": b"::1 localhost\n"}, "run": Symlink("/run")}, path)
 
@@ -9,6 +9,7 @@ Names are `str`; bytes that are not UTF-8 come as surrogate escapes, as from `os
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -19,14 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeAlias
 
 MTIME_NS = 1_234_567_890_123_456_789
-"""Modification and access time of nodes that name none: in the past, with all nine digits in use."""
+"""Modification and access time of nodes that name none: past, with all nine digits in use."""
 
 _BLOCK = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """What all kinds of files have. Times are in nanoseconds; xattrs include ``system.posix_acl_*``."""
+    """What all files have. Times are in nanoseconds; xattrs include ``system.posix_acl_*``."""
 
     mode: int = 0o644
     uid: int = 0
@@ -99,7 +100,7 @@ FlatTree: TypeAlias = dict[str, Node]
 def acl(*entries: tuple[str, int | None, int]) -> bytes:
     """Return a POSIX ACL as the value of ``system.posix_acl_access`` or ``…_default``.
 
-    Each entry is a tag (``u``, ``g``, ``m`` or ``o``), an id or None for the owner, and a mode of 0 to 7.
+    Each entry is a tag (``u``, ``g``, ``m`` or ``o``), an id or None for the owner, and a mode.
     """
     tags = {
         ("u", False): 1,
@@ -135,7 +136,7 @@ def _walk(tree: Tree, parent: str) -> Iterator[tuple[str, Node]]:
 
 
 def _node(value: Node | bytes | Tree) -> Node:
-    """Return a node of this path alone: what the same constant describes elsewhere is another file."""
+    """Return a node of this path alone: one constant may describe several files."""
     if isinstance(value, Node):
         return replace(value)
     return File(value) if isinstance(value, bytes) else Dir(value)
@@ -164,7 +165,8 @@ def _remove(tree: FlatTree, path: str) -> None:
 def build(tree: Tree, root: str, *, xattr_namespace: str = "trusted") -> None:
     """Create `tree` in the existing directory `root`.
 
-    Layers keep overlay's marks in `xattr_namespace`. Raises `OSError`. The root's own time becomes `MTIME_NS`.
+    Layers keep overlay's marks in `xattr_namespace`. The root's own time becomes `MTIME_NS`.
+    Raises `OSError`.
     """
     build_flat(flatten(tree), root, xattr_namespace=xattr_namespace)
 
@@ -208,7 +210,7 @@ def _create(node: Node, path: str) -> None:
 
 
 def bind_socket(path: str) -> None:
-    """Leave a socket at `path`, however long that is: addresses of sockets are at most 107 bytes long."""
+    """Leave a socket at `path`, which may be longer than the 107 bytes of a socket's address."""
     parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY)
     try:
         with socket.socket(socket.AF_UNIX) as server:
@@ -228,7 +230,7 @@ def _describe(node: Node, path: str, xattr_namespace: str) -> None:
 
 
 class Entry(NamedTuple):
-    """What is compared of one file. Sizes and link counts of directories are each file system's own affair."""
+    """What is compared of one file. Of directories, neither sizes nor link counts mean anything."""
 
     kind: str
     mode: int
@@ -265,8 +267,8 @@ _KINDS = {
 def snapshot(root: str, *, recent_ns: int | None = None) -> Snapshot:
     """Read the tree, or the single file, at `root` as a value.
 
-    Times at or after `recent_ns` become `RECENT`: trees that were changed one after another can then be
-    compared by whether, not when. Extended attributes are all those that the file system lists.
+    Times at or after `recent_ns` become `RECENT`: trees that were changed one after another can
+    then be compared by whether, not when. Xattrs are all those that the file system lists.
     """
     top = os.fsencode(root)
     entries: Snapshot = {}
@@ -300,7 +302,7 @@ def _paths(top: bytes, path: bytes) -> Iterator[bytes]:
 def _entry(path: bytes, status: os.stat_result, recent_ns: int | None) -> Entry:
     regular, directory = stat.S_ISREG(status.st_mode), stat.S_ISDIR(status.st_mode)
     recent = recent_ns is not None and status.st_mtime_ns >= recent_ns
-    names = sorted(os.listxattr(path, follow_symlinks=False))
+    names = _xattr_names(path)
     return Entry(
         kind=_KINDS[stat.S_IFMT(status.st_mode)],
         mode=stat.S_IMODE(status.st_mode),
@@ -317,8 +319,17 @@ def _entry(path: bytes, status: os.stat_result, recent_ns: int | None) -> Entry:
     )
 
 
+def _xattr_names(path: bytes) -> list[str]:
+    try:
+        return sorted(os.listxattr(path, follow_symlinks=False))
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:  # a squashfs without any, for one
+            return []
+        raise
+
+
 def digest(path: bytes | str) -> str:
-    """Return a digest of a file's contents in which holes and zeros are the same, and holes cost nothing."""
+    """Return a digest of a file's contents, to which holes and zeros are the same."""
     summary = hashlib.blake2b(digest_size=8)
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -337,7 +348,7 @@ def digest(path: bytes | str) -> str:
 
 
 def diff(expected: Snapshot, found: Snapshot) -> str:
-    """Return one line for each path and fact in which the trees differ; empty if they are the same."""
+    """Return a line for each path and fact in which the trees differ; empty if they do not."""
     lines = []
     for path in sorted(expected.keys() | found.keys()):
         name = os.fsdecode(path)

@@ -14,7 +14,7 @@ SOMEBODY = 12345
 def acting_as(uid: int, gid: int | None = None, groups: Sequence[int] = ()) -> Iterator[None]:
     """Have this process act on files as `uid`, without capabilities, while the context is open.
 
-    `gid` is the same number unless given. Only the effective ids change; they are what file systems ask for.
+    `gid` is the same number unless given. Only the effective ids change: file systems ask for them.
     """
     own_groups = os.getgroups()
     os.setgroups(list(groups))

@@ -101,7 +101,7 @@ def make_layers(
 
 
 def assert_kernel_shows(expected: trees.Snapshot, layers: Layers, mount_point: str) -> None:
-    """Fail unless the kernel's overlayfs shows `expected` in `layers`: the format on disk is its own."""
+    """Fail unless the kernel's overlayfs shows `expected` in `layers`."""
     with KernelOverlay().mounted(layers, mount_point):
         shown = trees.snapshot(mount_point)
     trees.assert_same(expected, shown, "the kernel's overlayfs shows another tree in these layers")

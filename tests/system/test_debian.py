@@ -46,7 +46,7 @@ def debian(request: pytest.FixtureRequest) -> Path:
             pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
         with open(archive, "rb") as tar:
             made.unlink(missing_ok=True)
-            pack = ["sqfstar", "-quiet", "-no-progress", "-comp", "zstd", str(made)]
+            pack = ["sqfstar", "-quiet", "-no-progress", "-root-mode", "755", str(made)]
             subprocess.run(pack, stdin=tar, check=True, capture_output=True)
         archive.unlink()
         made.rename(image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def make_deep(top: Path, *, leaf: bool = True) -> None:
     if leaf:
         os.symlink("target", "leaf", dir_fd=here)
     os.close(here)
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A directory for deep trees, which pytest itself could not delete."""
+    (tmp_path / "deep").mkdir()
+    yield tmp_path / "deep"
+    remove_tree(tmp_path / "deep")
 
 
 def test_plain_files_are_copied(tmp_path: Path) -> None:
@@ -128,12 +137,12 @@ def test_more_links_to_a_whiteout_than_the_disk_can_have(real: Path) -> None:
     assert len(os.listdir(target / "fs")) == 66_000
 
 
-def test_deep_trees_are_measured_copied_and_deleted(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    make_deep(tmp_path / "a" / "fs")
-    assert tree_bytes(tmp_path / "a") >= 0
-    copy(tmp_path / "a", tmp_path / "b", "fs")
-    here = os.open(tmp_path / "b" / "fs", os.O_RDONLY)
+def test_deep_trees_are_measured_copied_and_deleted(deep: Path) -> None:
+    (deep / "a").mkdir()
+    make_deep(deep / "a" / "fs")
+    assert tree_bytes(deep / "a") >= 0
+    copy(deep / "a", deep / "b", "fs")
+    here = os.open(deep / "b" / "fs", os.O_RDONLY)
     for _ in range(DEEP):
         below = os.open("d", os.O_RDONLY, dir_fd=here)
         os.close(here)
@@ -141,8 +150,8 @@ def test_deep_trees_are_measured_copied_and_deleted(tmp_path: Path) -> None:
     assert os.readlink("leaf", dir_fd=here) == "target"
     os.close(here)
     for tree in ("a", "b"):
-        remove_tree(tmp_path / tree)
-        assert not (tmp_path / tree).exists()
+        remove_tree(deep / tree)
+        assert not (deep / tree).exists()
 
 
 def test_tree_bytes_counts_what_is_stored(tmp_path: Path) -> None:
@@ -236,19 +245,17 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
+def test_no_descriptor_is_left_open(deep: Path) -> None:
     before = descriptors()
-    (tmp_path / "a").mkdir()
-    make_deep(tmp_path / "a" / "fs")
-    copy(tmp_path / "a", tmp_path / "b", "fs")
+    (deep / "a").mkdir()
+    make_deep(deep / "a" / "fs")
+    copy(deep / "a", deep / "b", "fs")
     with pytest.raises(FileExistsError):
-        copy_trees(
-            tmp_path / "a", tmp_path / "b", ("fs",), progress=lambda _: None, check=unchecked
-        )
+        copy_trees(deep / "a", deep / "b", ("fs",), progress=lambda _: None, check=unchecked)
     with pytest.raises(FileNotFoundError):
-        copy_root(tmp_path / "missing", tmp_path / "b")
-    remove_tree(tmp_path / "a")
-    remove_tree(tmp_path / "b")
+        copy_root(deep / "missing", deep / "b")
+    remove_tree(deep / "a")
+    remove_tree(deep / "b")
     assert descriptors() == before
 
 
