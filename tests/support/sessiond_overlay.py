@@ -21,8 +21,8 @@ _MORTAL = (sys.executable, "-m", "tests.support.mortal", "sessiond.fuse.mount")
 _LONGEST_END_SECONDS = 30
 
 _ABORTED = re.compile(r".*fuse_release\(\): fuse_reply_\* failed with No such file or directory\n")
-"""The kernel sends RELEASE in the background, and gives up those under way when a mount goes; pyfuse3
-logs that its answer comes too late."""
+"""The kernel sends RELEASE in the background, and gives up those under way when a mount goes;
+pyfuse3 logs that its answer comes too late."""
 
 
 class SessiondOverlay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench = Bench(tmp_path)
     yield bench
     bench.close()
+    # Deeper than what Python's own tree removal, and so pytest's, can take.
+    subprocess.run(["rm", "-rf", tmp_path], check=True)
 
 
 def find(overlay: Overlay, path: str) -> Node:

@@ -13,7 +13,7 @@ import trio
 from sessiond.errors import Cancelled, Failed, NoSpace
 from sessiond.session import persist as module
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState
+from sessiond.session.model import SessionState, Stack
 from sessiond.session.store import Store
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
@@ -115,10 +115,10 @@ async def test_when_the_mount_fails_the_session_stays_volatile(world: World, cal
         if call == "second swap":
             swap = type(world.mount("s")).swap
 
-            async def fail_on_disk(stack: object) -> None:
+            async def fail_on_disk(stack: Stack, *, moved: bool = False) -> None:
                 if world.mount("s").frozen_times:
                     raise Failed("The worker refuses.")
-                await swap(world.mount("s"), stack)  # type: ignore[arg-type]
+                await swap(world.mount("s"), stack, moved=moved)
 
             world.mount("s").swap = fail_on_disk  # type: ignore[method-assign,assignment]
         else:
