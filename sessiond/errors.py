@@ -22,7 +22,7 @@ class NoSuchProfile(SessiondError):
 
 
 class SessionExists(SessiondError):
-    """There is a session of that id, or the user already has one of that profile."""
+    """There is a session of that id, or at that mount point."""
 
 
 class SnapshotExists(SessiondError):

@@ -93,17 +93,8 @@ class Connection:
         Raises `BusError` when it answers with an error, `Unreachable` when it does not answer
         within `timeout` seconds, `WireError` when `values` do not fit `signature`.
         """
-        body, descriptors = wire.pack(signature, values)
-        message = Message(
-            kind=Kind.CALL,
-            serial=self._next_serial(),
-            destination=destination,
-            path=path,
-            interface=interface,
-            member=member,
-            signature=signature,
-            body=body,
-            descriptors=descriptors,
+        message = self._message(
+            Kind.CALL, path, interface, member, signature, values, destination=destination
         )
         pending = self._pending[message.serial] = _Pending()
         try:
@@ -175,25 +166,13 @@ class Connection:
             self._listeners.remove(listener)
             listener.close()
             for rule in rules:
-                self._post_removal(rule)
+                self._remove_match(rule)
 
     def emit(
         self, path: str, interface: str, member: str, signature: str = "", *values: object
     ) -> None:
         """Send a signal to all who listen, behind what was sent before. Raises `WireError`."""
-        body, descriptors = wire.pack(signature, values)
-        self._post(
-            Message(
-                kind=Kind.SIGNAL,
-                serial=self._next_serial(),
-                path=path,
-                interface=interface,
-                member=member,
-                signature=signature,
-                body=body,
-                descriptors=descriptors,
-            )
-        )
+        self._post(self._message(Kind.SIGNAL, path, interface, member, signature, values))
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
         """Run a task, which must not raise, for as long as the connection."""
@@ -215,21 +194,33 @@ class Connection:
             raise Unreachable(f"{name} is not on the bus: {error.text}") from error
         return str(owner)
 
-    def _post_removal(self, rule: str) -> None:
-        body, descriptors = wire.pack("s", [rule])
-        self._post(
-            Message(
-                kind=Kind.CALL,
-                serial=self._next_serial(),
-                flags=wire.NO_REPLY_EXPECTED,
-                destination=names.DBUS,
-                path=names.DBUS_PATH,
-                interface=names.DBUS,
-                member="RemoveMatch",
-                signature="s",
-                body=body,
-                descriptors=descriptors,
-            )
+    def _remove_match(self, rule: str) -> None:
+        message = self._message(
+            Kind.CALL, names.DBUS_PATH, names.DBUS, "RemoveMatch", "s", [rule], names.DBUS
+        )
+        self._post(replace(message, flags=wire.NO_REPLY_EXPECTED))
+
+    def _message(
+        self,
+        kind: Kind,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str,
+        values: Sequence[object],
+        destination: str = "",
+    ) -> Message:
+        body, descriptors = wire.pack(signature, values)
+        return Message(
+            kind=kind,
+            serial=self._next_serial(),
+            destination=destination,
+            path=path,
+            interface=interface,
+            member=member,
+            signature=signature,
+            body=body,
+            descriptors=descriptors,
         )
 
     def _next_serial(self) -> int:

@@ -216,12 +216,9 @@ def decode(data: bytes, descriptors: Sequence[int] = ()) -> Message:
     """
     big_endian = data[0] == _BIG
     order = ">" if big_endian else "<"
-    body_size, serial, _fields_size = struct.unpack_from(f"{order}III", data, 4)
-    header = data[: len(data) - body_size]
-    (pairs,) = _decode(_types("a(yv)"), header, _HEADER_FIELDS_AT, big_endian)
-    if not isinstance(pairs, list):
-        raise WireError("The header of a message is malformed.")
-    fields: dict[int, object] = dict(pairs)
+    body_size, serial = struct.unpack_from(f"{order}II", data, 4)
+    body_at = len(data) - body_size
+    fields = _header_fields(data[:body_at], big_endian)
 
     def text(field: _Field) -> str:
         value = fields.get(field, "")
@@ -232,12 +229,8 @@ def decode(data: bytes, descriptors: Sequence[int] = ()) -> Message:
     reply_serial = fields.get(_Field.REPLY_SERIAL, 0)
     if not isinstance(reply_serial, int):
         raise WireError("Header field REPLY_SERIAL has the wrong type.")
-    try:
-        kind = Kind(data[1])
-    except ValueError as error:
-        raise WireError(f"Messages of type {data[1]} are unknown.") from error
     return Message(
-        kind=kind,
+        kind=_kind(data[1]),
         serial=serial,
         flags=data[2],
         path=text(_Field.PATH),
@@ -248,10 +241,24 @@ def decode(data: bytes, descriptors: Sequence[int] = ()) -> Message:
         destination=text(_Field.DESTINATION),
         sender=text(_Field.SENDER),
         signature=text(_Field.SIGNATURE),
-        body=data[len(data) - body_size :],
+        body=data[body_at:],
         big_endian=big_endian,
         descriptors=tuple(descriptors),
     )
+
+
+def _kind(number: int) -> Kind:
+    try:
+        return Kind(number)
+    except ValueError as error:
+        raise WireError(f"Messages of type {number} are unknown.") from error
+
+
+def _header_fields(header: bytes, big_endian: bool) -> dict[int, object]:
+    (pairs,) = _decode(_types("a(yv)"), header, _HEADER_FIELDS_AT, big_endian)
+    if not isinstance(pairs, list):
+        raise WireError("The header of a message is malformed.")
+    return dict(pairs)
 
 
 def shown(text: str) -> str:

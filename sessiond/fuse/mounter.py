@@ -131,7 +131,8 @@ class FuseMount:
             yield
         finally:
             if not self._died.is_set():
-                await self._ask(control.Thaw())
+                with trio.CancelScope(shield=True):  # cancelled or not, programs may write again
+                    await self._ask(control.Thaw())
 
     async def changes(self) -> ChangeSummary:
         """See `Mount.changes`."""

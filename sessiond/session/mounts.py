@@ -173,6 +173,9 @@ def run(command: list[str]) -> None:
         )
     except FileNotFoundError:
         raise OSError(errno.ENOENT, f"the program {command[0]} is not installed") from None
+    except OSError as error:
+        reason = f"the program {command[0]} cannot be run: {error.strerror}"
+        raise OSError(error.errno, reason) from error
     if result.returncode != 0:
         said = [line.strip() for line in result.stdout.splitlines() if line.strip()]
         said = [line for line in said if not line.startswith("dmesg(1) may have")]

@@ -423,8 +423,9 @@ class Session:
     async def serve(self, record: SessionRecord, *, moved: bool = False) -> None:
         """Switch the merged view over to the layers of `record`; mount it if it is not.
 
-        `moved`: they are copies of those served, and files that are open go on in them. Only within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served
-        before is served still then.
+        With `moved`, they are copies of those served, and files that are open go on in them. Only
+        within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served before
+        is served still then.
         """
         image = await self._require_image()
         if self.mount is None:

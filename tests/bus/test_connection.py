@@ -305,10 +305,13 @@ async def test_the_body_ends_with_the_bus(bus_directory: Path) -> None:
         await outlive_the_bus()
 
 
-async def test_an_error_of_the_body_comes_out_unwrapped(private_bus: str) -> None:
-    with pytest.raises(LookupError):
+@pytest.mark.parametrize("error", [LookupError, KeyboardInterrupt])
+async def test_an_error_of_the_body_comes_out_unwrapped(
+    private_bus: str, error: type[BaseException]
+) -> None:
+    with pytest.raises(error):
         async with connect():
-            raise LookupError
+            raise error
 
 
 async def test_peers_are_known_by_uid(private_bus: str) -> None:

@@ -10,7 +10,7 @@ from errno import EACCES, EPERM
 
 import pytest
 
-from tests.support import trees
+from tests.support import libc, trees
 from tests.support.posix import append, fails, names, opened, read, umask, write
 from tests.support.trees import Dir, File, Symlink, Tree, Whiteout, acl
 from tests.support.users import NOBODY, SOMEBODY, acting_as
@@ -272,6 +272,24 @@ def test_times(merge: Merge) -> None:
             os.utime(view / "free", ns=(5, 6))
     assert os.stat(view / "file").st_mtime_ns == 6
     assert os.stat(view / "free").st_mtime_ns > trees.MTIME_NS
+
+
+def test_one_time_alone(merge: Merge) -> None:
+    view = merge({"omit": b"", "now": File(b"", mode=0o666)})
+    libc.utimensat(view / "omit", (5, 6), (0, libc.UTIME_OMIT))
+    status = os.stat(view / "omit")
+    assert (status.st_atime_ns, status.st_mtime_ns) == (5_000_000_006, trees.MTIME_NS)
+    libc.utimensat(view / "omit", (0, libc.UTIME_OMIT), (7, 8))
+    status = os.stat(view / "omit")
+    assert (status.st_atime_ns, status.st_mtime_ns) == (5_000_000_006, 7_000_000_008)
+    with acting_as(NOBODY):
+        libc.utimensat(view / "now", (0, libc.UTIME_NOW), (0, libc.UTIME_NOW))
+        with fails(EPERM):
+            libc.utimensat(view / "now", (0, libc.UTIME_OMIT), (0, libc.UTIME_NOW))
+        libc.utimensat(view / "omit", (0, libc.UTIME_OMIT), (0, libc.UTIME_OMIT))
+    assert os.stat(view / "now").st_mtime_ns > trees.MTIME_NS
+    view.remount()
+    assert os.stat(view / "omit").st_mtime_ns == 7_000_000_008
 
 
 def test_change_time_never_goes_back(merge: Merge) -> None:

@@ -8,8 +8,10 @@ import os
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
+UTIME_NOW = (1 << 30) - 1
+UTIME_OMIT = (1 << 30) - 2
+
 MS_RDONLY = 0x1
-MS_NOSUID = 0x2
 MS_NOATIME = 0x400
 MS_BIND = 0x1000
 MS_REC = 0x4000
@@ -24,19 +26,16 @@ _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _check(result: int, *names: str) -> None:
+def _check(result: int, path: str | None = None, other: str | None = None) -> None:
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), *names)
+        raise OSError(error, os.strerror(error), path, None, other)
 
 
 def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
     """mount(2); raises `OSError` naming `target`."""
-    arguments = (source.encode(), os.fsencode(target), kind.encode(), flags, os.fsencode(data))
-    _check(
-        _libc.mount(arguments[0], arguments[1], arguments[2], ctypes.c_ulong(flags), arguments[4]),
-        target,
-    )
+    names = (os.fsencode(source), os.fsencode(target), kind.encode())
+    _check(_libc.mount(*names, ctypes.c_ulong(flags), os.fsencode(data)), target)
 
 
 def umount(target: str, flags: int = 0) -> None:
@@ -63,14 +62,15 @@ def renameat2(source: str, target: str, flags: int) -> None:
     )
 
 
+def utimensat(path: str, access: tuple[int, int], modification: tuple[int, int]) -> None:
+    """utimensat(2). Times are seconds and nanoseconds; or UTIME_* in place of the latter."""
+    times = (ctypes.c_long * 4)(*access, *modification)
+    _check(_libc.utimensat(_AT_FDCWD, os.fsencode(path), times, 0), path)
+
+
 def syncfs(descriptor: int) -> None:
     """syncfs(2)."""
     _check(_libc.syncfs(descriptor))
-
-
-def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2), offsets and lengths in bytes."""
-    _check(_libc.fallocate(descriptor, mode, ctypes.c_long(offset), ctypes.c_long(length)))
 
 
 def die_with_parent(signal: int) -> None:

@@ -46,7 +46,9 @@ def debian(request: pytest.FixtureRequest) -> Path:
             pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
         with open(archive, "rb") as tar:
             made.unlink(missing_ok=True)
-            pack = ["sqfstar", "-quiet", "-no-progress", "-root-mode", "755", str(made)]
+            # With file handles, as mksquashfs makes images: they keep hard links together.
+            options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
+            pack = ["sqfstar", *options, str(made)]
             subprocess.run(pack, stdin=tar, check=True, capture_output=True)
         archive.unlink()
         made.rename(image)
@@ -67,6 +69,7 @@ def mounted(image: Path, directory: Path) -> Iterator[Path]:
 def build_package(directory: Path) -> Path:
     """Build a Debian package that does what packages do."""
     tree = directory / "sessiond-example"
+    tree.mkdir()
     trees.build(
         {
             "DEBIAN": {
@@ -104,11 +107,11 @@ def test_a_package_is_installed_and_a_reset_leaves_nothing_of_it(
     (root / "root/example.deb").write_bytes(build_package(tmp_path).read_bytes())
     idle_daemon.run("live", "dpkg --install /root/example.deb")
     assert idle_daemon.run("live", "sessiond-example") == "works\n"
-    idle_daemon.run("live", "dpkg --force-remove-essential --force-depends --purge mount")
-    idle_daemon.sessionctl("run", "live", "--", "mount", code=127)
+    idle_daemon.run("live", "dpkg --force-remove-essential --force-depends --purge diffutils")
+    idle_daemon.sessionctl("run", "live", "--", "cmp", code=127)
     differences = idle_daemon.differences("live")
     assert differences["/var/lib/sessiond-example"] == "added"
-    assert differences["/usr/bin/mount"] == "deleted"
+    assert differences["/usr/bin/cmp"] == "deleted"
     assert differences["/var/lib/dpkg/status"] == "contents"
 
     with subprocess.Popen(["cat"], cwd=root / "var/lib", stdin=subprocess.PIPE) as bystander:

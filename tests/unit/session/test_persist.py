@@ -120,7 +120,7 @@ async def test_when_the_mount_fails_the_session_stays_volatile(world: World, cal
                     raise Failed("The worker refuses.")
                 await swap(world.mount("s"), stack, moved=moved)
 
-            world.mount("s").swap = fail_on_disk  # type: ignore[method-assign,assignment]
+            world.mount("s").swap = fail_on_disk  # type: ignore[method-assign]
         else:
             world.mounter.injected[call] = [Failed("The worker refuses.")]
         with pytest.raises(Failed, match="The worker refuses"):

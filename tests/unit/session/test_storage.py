@@ -64,7 +64,7 @@ async def test_reset_works_when_the_storage_is_full(real: Path, what: str) -> No
             assert mounter.mounts[SessionId("s")].stack.upper.fs != upper
             reserve = session.services.store.storage(session.record) / "reserve"
             await until(lambda upper=upper: not upper.exists())  # type: ignore[misc]
-            await until(lambda: len(os.listdir(reserve)) == 16)  # noqa: B023
+            await until(lambda reserve=reserve: len(list(reserve.glob("*"))) == 16)  # type: ignore[misc]
 
 
 def fill(directory: Path, what: str) -> None:
@@ -196,5 +196,5 @@ def test_what_a_tool_says_becomes_the_error() -> None:
     assert caught.value.strerror == "last"
     with pytest.raises(OSError, match="false ended with status 1"):
         run(["false"])
-    with pytest.raises(OSError, match="no-such-tool is not installed"):
+    with pytest.raises(OSError, match=r"no-such-tool (is not installed|cannot be run)"):
         run(["no-such-tool"])

@@ -15,7 +15,8 @@ from sessiond.session.tree import copy_root, copy_trees, remove_tree, tree_bytes
 from tests.support import trees
 from tests.support.trees import Device, Dir, Fifo, File, Link, Socket, Symlink, Whiteout
 
-DEEP = 3000
+DEEP = 1500
+"""More directories than Python's stack, or a path, can hold."""
 
 
 def copy(source: Path, target: Path, *names: str) -> int:
@@ -27,12 +28,11 @@ def copy(source: Path, target: Path, *names: str) -> int:
 
 
 def make_deep(top: Path, *, leaf: bool = True) -> None:
-    """A chain of directories too deep for any path to its end."""
     top.mkdir()
     here = os.open(top, os.O_RDONLY)
     for level in range(DEEP):
-        os.mkdir("d", dir_fd=here)
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.mkdir("dir", dir_fd=here)
+        below = os.open("dir", os.O_RDONLY, dir_fd=here)
         os.close(here)
         here = below
         if level % 1000 == 0:
@@ -144,7 +144,7 @@ def test_deep_trees_are_measured_copied_and_deleted(deep: Path) -> None:
     copy(deep / "a", deep / "b", "fs")
     here = os.open(deep / "b" / "fs", os.O_RDONLY)
     for _ in range(DEEP):
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        below = os.open("dir", os.O_RDONLY, dir_fd=here)
         os.close(here)
         here = below
     assert os.readlink("leaf", dir_fd=here) == "target"
@@ -165,7 +165,7 @@ def test_tree_bytes_counts_what_is_stored(tmp_path: Path) -> None:
 
 def test_wide_trees_are_deleted(tmp_path: Path) -> None:
     top = tmp_path / "top"
-    for outer in range(30):
+    for outer in range(10):
         (top / str(outer) / "below").mkdir(parents=True)
         for inner in range(100):
             (top / str(outer) / "below" / str(inner)).touch()

@@ -1,0 +1,262 @@
+"""The daemon as a process: how it starts, reloads, ends, and says why it cannot."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from sessiond.session.mounts import SystemMounts
+from sessiond.session.tree import remove_tree
+from tests.support.bus import start_private_bus
+
+BOUND = 30.0
+"""Seconds after which what is waited for counts as never happening."""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that other users can look into, as they cannot into pytest's."""
+    directory = Path(tempfile.mkdtemp(prefix="sessiond-daemon-"))
+    directory.chmod(0o755)
+    (directory / "image" / "etc").mkdir(parents=True)
+    configure(directory, "")
+    yield directory
+    if os.geteuid() == 0:
+        for target in SystemMounts().mounted_below(directory):
+            SystemMounts().detach(target)
+    remove_tree(directory)
+
+
+@pytest.fixture
+def bus(place: Path) -> Iterator[str]:
+    with start_private_bus(place) as address:
+        yield address
+
+
+def configure(place: Path, more: str) -> None:
+    (place / "sessiond.toml").write_text(
+        f"""
+        [daemon]
+        state_directory = "{place}/state"
+        runtime_directory = "{place}/run"
+        [profile.p]
+        image = "{place}/image"
+        size = "16M"
+        {more}
+        """
+    )
+
+
+def command(place: Path, *options: str) -> list[str]:
+    program = [sys.executable, "-m", "sessiond.daemon"]
+    return [*program, "--config", str(place / "sessiond.toml"), *options]
+
+
+def run(place: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(place, *options),
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=BOUND,
+    )
+
+
+class Systemd:
+    """The end of sd_notify at which systemd listens."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(BOUND)
+        self.address = str(path)
+
+    def receive(self) -> str:
+        return self._socket.recv(4096).decode()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextmanager
+def daemon(place: Path, bus: str) -> Iterator[tuple[subprocess.Popen[str], Systemd]]:
+    """A daemon that is ready; killed if the test does not end it."""
+    with suppress(FileNotFoundError):
+        (place / "notify").unlink()
+    systemd = Systemd(place / "notify")
+    environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus, "NOTIFY_SOCKET": systemd.address}
+    process = subprocess.Popen(
+        command(place), env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert systemd.receive() == "READY=1"
+        yield process, systemd
+    finally:
+        systemd.close()
+        process.kill()
+        process.communicate()
+
+
+def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=BOUND)
+    assert process.returncode == 0
+    return stderr
+
+
+def test_check(place: Path) -> None:
+    result = run(place, "--check")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == f"{place}/sessiond.toml: the configuration is valid.\n"
+
+
+def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
+    configure(place, 'storage = "disk"\ncolour = 1')
+    for options in ((), ("--check",)):
+        result = run(place, *options)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"sessiond: {place}/sessiond.toml: profile.p.storage: input should be 'tmpfs' or "
+            "'persistent'.\n"
+            f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: image, "
+            "verity_root_hash, verity_hash_device, storage, size, inodes, mount_point, nosuid, "
+            "nodev.\n"
+        )
+
+
+def test_drop_ins_from_elsewhere(place: Path) -> None:
+    (place / "more").mkdir()
+    (place / "more" / "1.toml").write_text("x = 1")
+    result = run(place, "--check", "--config-directory", str(place / "more"))
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"sessiond: {place}/more/1.toml: x: is unknown")
+
+
+def test_no_configuration(place: Path) -> None:
+    (place / "sessiond.toml").unlink()
+    result = run(place)
+    assert result.returncode == 2
+    assert re.fullmatch(r"sessiond: .*: cannot be read: No such file .*--config\.\n", result.stderr)
+
+
+@pytest.mark.root
+def test_not_root(place: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+    result = subprocess.run(
+        command(place), user=65534, capture_output=True, text=True, check=False, timeout=BOUND
+    )
+    assert result.returncode == 1
+    assert re.fullmatch(r"sessiond: .* run as root; .*\n", result.stderr)
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("as_root")
+class TestAsRoot:
+    def test_no_bus(self, place: Path) -> None:
+        result = run(place, DBUS_SYSTEM_BUS_ADDRESS=f"unix:path={place}/no-bus")
+        assert result.returncode == 1
+        assert result.stderr.count("\n") == 1
+        assert "no-bus" in result.stderr
+        assert SystemMounts().mounted_below(place) == []
+
+    def test_one_line_without_dev_fuse(self, place: Path, bus: str) -> None:
+        script = 'mount -t tmpfs none /dev && exec "$@"'
+        result = subprocess.run(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "-", *command(place)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=BOUND,
+        )
+        assert result.returncode == 1
+        assert re.fullmatch(r"sessiond: /dev/fuse cannot be opened: .*modprobe.*\n", result.stderr)
+
+    def test_ready_reloading_stopping(self, place: Path, bus: str) -> None:
+        configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
+        root = place / "run" / "sessions" / "kiosk" / "root"
+        with daemon(place, bus) as (process, systemd):
+            # READY is not told before the configured sessions are mounted.
+            assert SystemMounts().file_system(root) == "fuse.sessiond"
+            configure(place, '[session.second]\nuser = "nobody"\nprofile = "p"')
+            process.send_signal(signal.SIGHUP)
+            assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", systemd.receive())
+            assert systemd.receive() == "READY=1"
+            assert SystemMounts().file_system(root.parents[1] / "second" / "root") is not None
+            configure(place, "colour = 1")
+            process.send_signal(signal.SIGHUP)
+            assert systemd.receive().startswith("RELOADING=1")
+            assert systemd.receive() == "READY=1"
+            stderr = end(process)
+            assert systemd.receive() == "STOPPING=1"
+        assert "colour: is unknown" in stderr
+        assert "The configuration is kept as it was" in stderr
+        assert SystemMounts().mounted_below(place) == []
+
+    def test_a_second_daemon_touches_nothing(self, place: Path, bus: str) -> None:
+        configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
+        with daemon(place, bus) as (process, _):
+            before = SystemMounts().mounted_below(place)
+            result = run(place, DBUS_SYSTEM_BUS_ADDRESS=bus)
+            assert result.returncode == 1
+            assert re.fullmatch(r"sessiond: Another sessiond uses .*\n", result.stderr)
+            assert SystemMounts().mounted_below(place) == before
+            end(process, signal.SIGINT)
+
+    def test_a_killed_daemon_is_succeeded(self, place: Path, bus: str) -> None:
+        configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
+        root = place / "run" / "sessions" / "kiosk" / "root"
+        with daemon(place, bus):
+            (root / "etc" / "file").write_text("kept")
+        with daemon(place, bus) as (process, _):
+            assert (root / "etc" / "file").read_text() == "kept"
+            end(process)
+
+    def test_a_missing_image_stops_nothing_else(self, place: Path, bus: str) -> None:
+        configure(
+            place,
+            f"""
+            [profile.broken]
+            image = "{place}/missing.squashfs"
+            [session.broken]
+            user = "nobody"
+            profile = "broken"
+            [session.kiosk]
+            user = "nobody"
+            profile = "p"
+            """,
+        )
+        with daemon(place, bus) as (process, _):
+            assert (place / "run" / "sessions" / "kiosk" / "root" / "etc").is_dir()
+            stderr = end(process)
+        assert "Session broken is not created: Image" in stderr
+
+    def test_lines_for_the_journal_have_priorities(self, place: Path, bus: str) -> None:
+        log = place / "log"
+        with log.open("w") as stream:
+            inode = os.fstat(stream.fileno())
+            environment = {
+                "JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}",
+                "DBUS_SYSTEM_BUS_ADDRESS": f"unix:path={place}/no-bus",
+            }
+            subprocess.run(
+                command(place), env=os.environ | environment, stderr=stream, timeout=BOUND
+            )
+        assert re.fullmatch(r"<2>.*no-bus.*\n", log.read_text())
