@@ -58,6 +58,7 @@ def _serve(channel: socket.socket) -> None:
     status = 0
     try:
         os.setsid()  # an interrupt at the terminal is for the manager
+        _name_process("sessiond-fork")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: nobody waits for workers
         from sessiond.fuse import worker  # noqa: F401  (for its imports)
 
@@ -77,6 +78,12 @@ def _serve(channel: socket.socket) -> None:
     finally:
         logging.shutdown()
         os._exit(status)
+
+
+def _name_process(name: str) -> None:
+    """Tell it from the manager in ps(1) and the journal; at most 15 characters (proc(5), comm)."""
+    with open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write(name)
 
 
 def _receive(channel: socket.socket) -> tuple[LayerStack, int, socket.socket, int] | None:
@@ -99,6 +106,7 @@ def _become_worker(layers: LayerStack, device: int, control: socket.socket) -> N
 
     status = 0
     try:
+        _name_process("sessiond-worker")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         worker.run(layers, device, control)
     except BaseException:

@@ -27,8 +27,9 @@ def find_account(user: str) -> Account:
     Raises `InvalidName` when there is no such user.
     """
     try:
+        user.encode()
         found = pwd.getpwnam(user)
-    except (KeyError, ValueError):  # ValueError: it holds NUL, or is not Unicode
+    except (KeyError, ValueError):  # ValueError: it holds NUL, or bytes that are not UTF-8
         raise InvalidName(
             f"There is no user {quoted(user)} on this machine; 'getent passwd' lists them."
         ) from None

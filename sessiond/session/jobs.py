@@ -106,6 +106,14 @@ class Job:
 
     def finish(self) -> None:
         """Let everyone know of the outcome."""
+        outcome = "is done" if self.error is None else f"is not done: {self.error}"
+        log.info(
+            "The %s of session %s for uid %d %s",
+            self.operation,
+            self.session,
+            self.started_by,
+            outcome,
+        )
         if self.error is None:
             self.progress, self.progress_valid = 1.0, True
         self.finished = True

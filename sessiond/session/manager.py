@@ -296,7 +296,7 @@ class Manager:
         self._config = config
         for session in tuple(self._sessions.values()):
             if session.state is SessionState.FAILED:
-                await self._serve_again(session)
+                await self._start(session)
         await self._create_configured()
 
     async def shut_down(self) -> None:
@@ -318,12 +318,16 @@ class Manager:
         self._drop(session)
 
     async def _serve_again(self, session: Session) -> None:
-        record = session.record
+        target = session.mount_point
         try:
-            with explained(f"detach what is mounted at {record.mount_point}"):
-                await trio.to_thread.run_sync(
-                    _detach_stale_view, self._services.mounts, record.mount_point
-                )
+            with explained(f"detach what is mounted at {target}"):
+                await trio.to_thread.run_sync(_detach_stale_view, self._services.mounts, target)
+        except SessiondError as error:
+            log.error("%s", error)  # noqa: TRY400
+        await self._start(session)
+
+    async def _start(self, session: Session) -> None:
+        try:
             await session.start()
         except SessiondError as error:
             log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400

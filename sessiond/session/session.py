@@ -241,11 +241,13 @@ class Session:
             self._ended.set()
 
     async def start(self) -> None:
-        """Mount the merged view of a session that is STARTING or FAILED.
+        """Mount the merged view, if it is not mounted.
 
         Raises what prevents it; the state is FAILED then.
         """
         await self._become_idle()
+        if self.mount is not None:
+            return
         with self._operating("it is being mounted", self.state):
             try:
                 await self._mount_view(self.record)
@@ -271,6 +273,7 @@ class Session:
             if self.mount is not None:
                 await self.mount.unmount()
                 self.mount = None
+                log.info("Session %s is unmounted.", self.id)
             if self._image is not None:
                 await self.services.images.release(self._image)
                 self._image = None
@@ -465,6 +468,7 @@ class Session:
             )
         )
         self.failure = ""
+        log.info("Session %s is mounted at %s.", record.id, record.mount_point)
         self._tasks.start_soon(self._supervise, self.mount)
 
     async def _supervise(self, mount: Mount) -> None:

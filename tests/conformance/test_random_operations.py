@@ -8,6 +8,7 @@ kernel's overlayfs. SESSIOND_EXAMPLES sets how many sequences are tried, other o
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 import time
@@ -44,11 +45,10 @@ LOWEST: Tree = {
     "g": {"a": b"hidden"},
 }
 
-NAMES = ("a", "b", "c", "d", "e", "f", "g")
+# Few, so that operations meet: all that is in the layers, and room for what moves.
 PATHS = (
-    *NAMES,
-    *(f"{parent}/{name}" for parent in ("d", "e", "f", "g") for name in ("a", "b", "c", "d", "e")),
-    *("d/e/a", "d/e/b", "d/e/c", "d/e/d", "d/e/d/a", "e/d/a", "f/d/a", "g/e/d", "g/e/d/a"),
+    *("a", "b", "c", "d", "e", "f", "g"),
+    *("d/a", "d/b", "d/c", "d/e", "d/e/a", "e/a", "e/c", "e/d", "e/d/a", "f/b", "g/a"),
 )
 
 Outcome: TypeAlias = "int | bytes | tuple[object, ...] | None"
@@ -155,6 +155,16 @@ class RemoveDirectory(Operation):
     def run(self, tree: Contestant) -> Outcome:
         """See `Operation`."""
         os.rmdir(f"{tree.root}/{self.path}")
+        return None
+
+
+@dataclass(frozen=True)
+class RemoveTree(Operation):
+    """What rm -r does."""
+
+    def run(self, tree: Contestant) -> Outcome:
+        """See `Operation`."""
+        shutil.rmtree(f"{tree.root}/{self.path}")
         return None
 
 
@@ -333,30 +343,36 @@ class List(Operation):
 paths = st.sampled_from(PATHS)
 modes = st.sampled_from([0o600, 0o644, 0o755, 0o1777, 0o2755, 0o4711])
 contents = st.binary(max_size=12)
-sizes = st.integers(0, 20)
+sizes = st.sampled_from([0, 1, 8, 9, 10, 20])
 attributes = st.sampled_from(["user.x", "user.y", "trusted.z", "trusted.overlay.opaque"])
 rename_flags = st.sampled_from([0, 0, 0, libc.RENAME_NOREPLACE, libc.RENAME_EXCHANGE])
 open_flags = st.sampled_from([0, os.O_EXCL, os.O_TRUNC, os.O_APPEND])
+kinds = st.sampled_from([stat.S_IFCHR, stat.S_IFIFO, stat.S_IFREG])
+ids = st.integers(-1, 3)
 
+rename = st.builds(Rename, paths, paths, rename_flags)
+make_directory = st.builds(MakeDirectory, paths, modes)
+remove_tree = st.builds(RemoveTree, paths)
+unlink = st.builds(Unlink, paths)
+make_link = st.builds(MakeLink, paths, paths)
+use_held = st.builds(UseHeld, paths, st.integers(0, 5), contents, sizes)
+
+# What changes the shape of the tree comes more often: that is where layers matter.
 operations = st.one_of(
+    *(rename, rename, rename, rename, make_directory, make_directory, remove_tree, remove_tree),
+    *(unlink, unlink, make_link, make_link, use_held, use_held),
+    st.builds(RemoveDirectory, paths),
     st.builds(Create, paths, open_flags, modes, contents),
     st.builds(Write, paths, st.sampled_from([0, os.O_TRUNC, os.O_APPEND]), sizes, contents),
     st.builds(Truncate, paths, sizes),
-    st.builds(MakeDirectory, paths, modes),
-    st.builds(RemoveDirectory, paths),
-    st.builds(Unlink, paths),
-    st.builds(Rename, paths, paths, rename_flags),
-    st.builds(Rename, paths, paths, rename_flags),
-    st.builds(MakeLink, paths, paths),
     st.builds(MakeSymlink, paths, st.sampled_from(["a", "d/e", "../a", "nowhere"])),
-    st.builds(MakeNode, paths, st.sampled_from([stat.S_IFCHR, stat.S_IFIFO, stat.S_IFREG]), modes),
+    st.builds(MakeNode, paths, kinds, modes),
     st.builds(ChangeMode, paths, modes),
-    st.builds(ChangeOwner, paths, st.integers(-1, 3), st.integers(-1, 3)),
+    st.builds(ChangeOwner, paths, ids, ids),
     st.builds(ChangeTimes, paths, st.integers(0, 10**18)),
     st.builds(SetAttribute, paths, attributes, contents, st.sampled_from([0, 0, 1, 2])),
     st.builds(RemoveAttribute, paths, attributes),
     st.builds(Hold, paths),
-    st.builds(UseHeld, paths, st.integers(0, 5), contents, sizes),
     st.builds(List, paths),
 )
 
