@@ -31,6 +31,8 @@ class LayerStack(_Message):
     upper: Path
     work: Path
     lowers: tuple[Path, ...]
+    indexes: tuple[Path, ...] = ()
+    """Of the lowers that were uppers once; those that do not exist are left out."""
 
 
 class Swap(_Message):

@@ -65,7 +65,12 @@ class FuseMounter:
 
 
 def _layers(stack: Stack) -> LayerStack:
-    return LayerStack(upper=stack.upper.fs, work=stack.upper.work, lowers=stack.lowers)
+    return LayerStack(
+        upper=stack.upper.fs,
+        work=stack.upper.work,
+        lowers=stack.lowers,
+        indexes=stack.indexes,
+    )
 
 
 class FuseMount:

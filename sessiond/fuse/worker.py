@@ -41,6 +41,7 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
         os.fsencode(layers.upper),
         os.fsencode(layers.work),
         options,
+        indexes=[os.fsencode(path) for path in layers.indexes if path.is_dir()],
     )
 
 

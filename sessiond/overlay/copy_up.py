@@ -14,7 +14,7 @@ import os
 import stat as modes
 
 from sessiond.overlay import origin, syscalls
-from sessiond.overlay.lookup import index_of
+from sessiond.overlay.lookup import origin_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
@@ -108,13 +108,14 @@ class CopyUp:
         if not node.linked:
             self._replace_anchor()
             return
-        handle = origin.encode(node.lowers[0].layer, node.lowers[0].at())
+        handle = origin_of(stack, node.lowers[0])
+        count = link_count(stack, node, self._stat)
         syscalls.setxattr(self._target, stack.xattrs.origin, handle or b"")
         real = syscalls.stat(self._target)
         indexed = not node.is_directory and self._stat.st_nlink > 1 and handle is not None
         if indexed:
             assert handle is not None
-            self._publish_index(origin.index_name(handle))
+            self._publish_index(origin.index_name(handle), count)
         else:
             _publish(stack, node, self._target)
         node.upper = True
@@ -143,10 +144,8 @@ class CopyUp:
         self.node.anchor = anchor
         self.node.upper = True
 
-    def _publish_index(self, name: bytes) -> None:
-        syscalls.setxattr(
-            self._target, self.stack.xattrs.nlink, b"U%+d" % (self._stat.st_nlink - 1)
-        )
+    def _publish_index(self, name: bytes, count: int) -> None:
+        syscalls.setxattr(self._target, self.stack.xattrs.nlink, b"U%+d" % (count - 1))
         syscalls.rename(self._target, At(self._work.index, name))
         self.node.index = name
 
@@ -237,10 +236,13 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
         if not node.linked:
             return 0
         return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
-    if node.index is None:
-        gone = not node.linked and not node.upper  # a whiteout hides one name; the lower keeps it
-        return stat.st_nlink - 1 if gone else stat.st_nlink
-    return _union_links(stack, At(_workdir(stack).index, node.index), stat)
+    if node.index is not None:
+        return _union_links(stack, At(_workdir(stack).index, node.index), stat)
+    if node.upper or stat.st_nlink == 1:
+        return stat.st_nlink - (not node.linked and not node.upper)
+    was_upper = node.linked and node.lowers[0].layer is not stack.lowers[-1]
+    count = _union_links(stack, node.lowers[0].at(), stat) if was_upper else stat.st_nlink
+    return count - (not node.linked)  # a whiteout hides one name; the lower keeps it
 
 
 def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
@@ -256,7 +258,7 @@ def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
     return max(source.st_nlink + difference, 1) if source is not None else stat.st_nlink
 
 
-def must_index(node: Node, stat: os.stat_result) -> bool:
+def must_index(stack: Stack, node: Node, stat: os.stat_result) -> bool:
     """Say whether a node of a lower has several names and so gets into the index when it is copied
     up.
     """
@@ -264,7 +266,7 @@ def must_index(node: Node, stat: os.stat_result) -> bool:
         not node.upper
         and not node.is_directory
         and stat.st_nlink > 1
-        and index_of(node.lowers[0]) is not None
+        and origin_of(stack, node.lowers[0]) is not None
     )
 
 

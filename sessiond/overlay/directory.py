@@ -296,7 +296,7 @@ def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Get the name of a lower hard link into the upper, so that its going changes the count with
     it.
     """
-    if node.index is not None or must_index(node, syscalls.stat(locate(stack, node))):
+    if node.index is not None or must_index(stack, node, syscalls.stat(locate(stack, node))):
         copy_up_name(stack, node, parent, name)
 
 

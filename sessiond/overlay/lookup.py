@@ -283,17 +283,41 @@ def _lower_entry(stack: Stack, search: _Search) -> Entry:
         value = syscalls.getxattr(top.at(), stack.xattrs.origin)
         if value and (source := origin.decode(value, stack.lowers)) is not None:
             identity = _identity(source)
-    if stat.st_nlink > 1 and stack.work is not None and (name := index_of(top)) is not None:
-        indexed = syscalls.stat_or_none(At(stack.work.index, name))
-        if indexed is not None:
-            return Entry(Presence.LOWER, indexed, identity, lowers, indexed=name)
+    if stat.st_nlink > 1 and (stack.work is not None or stack.indexes):
+        found = _lookup_index(stack, top, identity)
+        if found is not None:
+            return found
     return Entry(Presence.LOWER, stat, identity, lowers, metacopy=metacopy)
 
 
-def index_of(lower: Lower) -> bytes | None:
-    """Return the name in the index of a lower file; None where its file system has no handles."""
-    value = origin.encode(lower.layer, lower.at())
-    return origin.index_name(value) if value is not None else None
+def _lookup_index(stack: Stack, lower: Lower, identity: Identity) -> Entry | None:
+    """Look for a copy of a lower hard link that was made under another of its names."""
+    value = origin_of(stack, lower)
+    if value is None:
+        return None
+    name = origin.index_name(value)
+    if stack.work is not None:
+        stat = syscalls.stat_or_none(At(stack.work.index, name))
+        if stat is not None:
+            return Entry(Presence.LOWER, stat, identity, (lower,), indexed=name)
+    for layer in stack.indexes:
+        stat = syscalls.stat_or_none(At(layer.root, name))
+        if stat is not None:
+            return Entry(Presence.LOWER, stat, identity, (Lower(layer, name),))
+    return None
+
+
+def origin_of(stack: Stack, lower: Lower) -> bytes | None:
+    """Return the handle by which copies of a lower file are known, through all layers.
+
+    Of a copy in a layer that was an upper once, that is the handle of what was copied. None where
+    the file system has no handles.
+    """
+    if lower.layer is not stack.lowers[-1]:
+        value = syscalls.getxattr(lower.at(), stack.xattrs.origin)
+        if value:
+            return value
+    return origin.encode(lower.layer, lower.at())
 
 
 def _identity(stat: os.stat_result) -> Identity:

@@ -182,7 +182,7 @@ class Overlay:
         if node.is_directory:
             return False
         # Names of one lower file are names of one node only if copy-up will keep them together.
-        return node.upper or node.index is not None or lookup.index_of(entry.lowers[0]) is not None
+        return node.upper or lookup.origin_of(self.stack, entry.lowers[0]) is not None
 
     def _place(self, parent: Node, name: bytes) -> Place:
         """Look a name up for a change to it."""

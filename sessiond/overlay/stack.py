@@ -41,11 +41,14 @@ class Stack:
         options: StackOptions,
         *,
         data: tuple[Layer, ...] = (),
+        indexes: tuple[Layer, ...] = (),
         locks: tuple[int, ...] = (),
     ) -> None:
         self.lowers = lowers
         self.data = data
         """Data-only lowers: looked into only for the contents of metadata-only files."""
+        self.indexes = indexes
+        """Hard links that were copied up when lowers were uppers, topmost first."""
         self.upper = upper
         self.work = work
         self.options = options
@@ -64,6 +67,7 @@ class Stack:
         options: StackOptions = StackOptions(),
         *,
         data: Sequence[bytes] = (),
+        indexes: Sequence[bytes] = (),
     ) -> Stack:
         """Open directories as layers.
 
@@ -74,8 +78,9 @@ class Stack:
         with ExitStack() as undo:
             below = tuple(_open_lower(path, undo) for path in lowers)
             data_only = tuple(_open_lower(path, undo) for path in data)
+            kept = tuple(_open_lower(path, undo) for path in indexes)
             if upper is None or work is None:
-                stack = cls(below, None, None, options, data=data_only)
+                stack = cls(below, None, None, options, data=data_only, indexes=kept)
             else:
                 upper_layer = _open_layer(upper, "upper directory", undo, writable=True)
                 work_layer = _open_layer(work, "workdir", undo, writable=True)
@@ -83,7 +88,15 @@ class Stack:
                 locks = (_lock(upper_layer, upper, undo), _lock(work_layer, work, undo))
                 workdir = _open_workdir(work_layer, work)
                 _check_renames(workdir, upper)
-                stack = cls(below, upper_layer, workdir, options, data=data_only, locks=locks)
+                stack = cls(
+                    below,
+                    upper_layer,
+                    workdir,
+                    options,
+                    data=data_only,
+                    indexes=kept,
+                    locks=locks,
+                )
             undo.pop_all()
         return stack
 
@@ -95,10 +108,14 @@ class Stack:
         """Return the same layers for reading in another thread."""
         lowers = tuple(layer.copy() for layer in self.lowers)
         data = tuple(layer.copy() for layer in self.data)
-        return Stack(lowers, self.upper and self.upper.copy(), None, self.options, data=data)
+        indexes = [layer.copy() for layer in self.indexes]
+        if self.work is not None:
+            indexes.insert(0, Layer(syscalls.duplicate(self.work.index)))
+        upper = self.upper and self.upper.copy()
+        return Stack(lowers, upper, None, self.options, data=data, indexes=tuple(indexes))
 
     def close(self) -> None:
-        for layer in (*self.layers, *self.data):
+        for layer in (*self.layers, *self.data, *self.indexes):
             layer.close()
         if self.work is not None:
             self.work.close()

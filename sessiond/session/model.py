@@ -204,6 +204,8 @@ class Stack:
 
     upper: UpperDirectories
     lowers: tuple[Path, ...]
+    indexes: tuple[Path, ...] = ()
+    """Hard links that lowers have kept that were uppers once, topmost first; may be missing."""
 
 
 @dataclass(frozen=True, slots=True)

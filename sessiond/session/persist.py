@@ -156,7 +156,7 @@ class _Move:
     def _copy_committed(self) -> None:
         record = self._session.record
         for number in sorted(record.all_layers - {record.upper} - self._copied):
-            self._copy_layer(number, ("fs",))
+            self._copy_layer(number)
             self._copied.add(number)
         sync_file_system(self._store.storage(self._target))
 
@@ -166,19 +166,19 @@ class _Move:
 
     def _copy_upper(self) -> None:
         record = self._session.record
-        # Of the workdir, only the index of hard links belongs to the layer's contents.
-        has_index = (self._store.upper(record).work / "index").is_dir()
-        self._store.upper(self._target).work.mkdir(mode=0o700, parents=True)
-        self._copy_layer(record.upper, ("fs", "work/index") if has_index else ("fs",))
+        self._copy_layer(record.upper)
         sync_file_system(self._store.storage(self._target))
 
-    def _copy_layer(self, number: LayerNumber, names: tuple[str, ...]) -> None:
+    def _copy_layer(self, number: LayerNumber) -> None:
+        source = self._store.layer(self._session.record, number)
         target = self._store.layer(self._target, number)
-        target.mkdir(mode=0o700, exist_ok=True)
+        (target / "work").mkdir(mode=0o700, parents=True, exist_ok=True)
+        # Of the workdir, only the index of hard links belongs to the layer's contents.
+        has_index = (source / "work/index").is_dir()
         copy_trees(
-            self._store.layer(self._session.record, number),
+            source,
             target,
-            names,
+            ("fs", "work/index") if has_index else ("fs",),
             progress=self._progress,
             check=trio.from_thread.check_cancelled,
         )

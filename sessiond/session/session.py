@@ -438,7 +438,11 @@ class Session:
 
     def _stack(self, record: SessionRecord, image: Image) -> Stack:
         store = self.services.store
-        return Stack(upper=store.upper(record), lowers=(*store.lowers(record), image.root))
+        return Stack(
+            upper=store.upper(record),
+            lowers=(*store.lowers(record), image.root),
+            indexes=store.indexes(record),
+        )
 
     async def _require_image(self) -> Image:
         if self._image is None:

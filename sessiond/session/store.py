@@ -111,6 +111,10 @@ class Store:
         """The committed layers of the merged view, topmost first."""
         return tuple(self.layer(record, number) / "fs" for number in record.layers)
 
+    def indexes(self, record: SessionRecord) -> tuple[Path, ...]:
+        """The indexes of hard links of the committed layers, topmost first."""
+        return tuple(self.layer(record, number) / "work/index" for number in record.layers)
+
     # Changes
 
     def create(self, record: SessionRecord, *, size: str, inodes: int | None) -> None:

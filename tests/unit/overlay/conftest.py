@@ -29,9 +29,15 @@ class Bench:
         return path
 
     def stack(self, *lowers: str, upper: str = "upper") -> Stack:
+        """Open a stack; lowers that were uppers bring their indexes along."""
+        indexes = [
+            os.fsencode(path)
+            for name in lowers
+            if (path := self.directory / f"{name}-work" / "index").exists()
+        ]
         paths = [os.fsencode(self.layer(name)) for name in lowers]
         work = os.fsencode(self.layer(f"{upper}-work"))
-        return Stack.open(paths, os.fsencode(self.layer(upper)), work)
+        return Stack.open(paths, os.fsencode(self.layer(upper)), work, indexes=indexes)
 
     def overlay(self, *lowers: str, upper: str = "upper") -> Overlay:
         overlay = Overlay(self.stack(*lowers, upper=upper))

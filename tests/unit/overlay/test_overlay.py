@@ -77,6 +77,41 @@ def test_one_lower_file_with_several_names_stays_one_file(bench: Bench) -> None:
     assert os.listdir(bench.layer("upper-work") / "index") == []
 
 
+def test_a_snapshot_keeps_the_hard_links_of_lowers_together(bench: Bench) -> None:
+    """Also under names under which they were not copied up."""
+    for name in ("a", "b", "c"):
+        if name == "a":
+            (bench.layer("low") / name).write_text("low")
+        else:
+            os.link(bench.layer("low") / "a", bench.layer("low") / name)
+
+    def write(overlay: Overlay, name: str, data: bytes) -> None:
+        node = find(overlay, name)
+        overlay.open_file(node, write=True)
+        overlay.write(node, data, 0)
+        overlay.release_file(node)
+
+    overlay = bench.overlay("low", upper="first")
+    write(overlay, "a", b"one")
+    overlay.unlink(overlay.root, b"c")
+    bench.close()
+    overlay = bench.overlay("first", "low", upper="second")
+    assert contents(overlay, "b") == b"one"
+    node = find(overlay, "b")
+    assert overlay.link_count(node, overlay.stat(node)) == 2
+    assert find(overlay, "a").number == node.number
+    write(overlay, "b", b"two")
+    assert contents(overlay, "a") == b"two"
+    bench.close()
+    overlay = bench.overlay("second", "first", "low", upper="third")
+    for name in ("a", "b"):
+        assert contents(overlay, name) == b"two"
+        node = find(overlay, name)
+        assert overlay.link_count(node, overlay.stat(node)) == 2
+    bench.close()
+    assert contents(bench.overlay("first", "low", upper="fourth"), "b") == b"one"
+
+
 def test_nothing_is_kept_of_what_nobody_holds(bench: Bench) -> None:
     (bench.layer("low") / "a/b/c").mkdir(parents=True)
     overlay = bench.overlay("low")
