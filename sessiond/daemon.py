@@ -149,8 +149,9 @@ async def _run(config: Config, options: argparse.Namespace, spawner: Spawner) ->
         async with trio.open_nursery() as nursery:
             wanted, reloads = trio.open_memory_channel[None](1)
             nursery.start_soon(_obey, signals, wanted, nursery.cancel_scope)
+            mounter = FuseMounter(spawner)
             async with (
-                open_manager(config, FuseMounter(spawner)) as manager,
+                open_manager(config, mounter, features=mounter.features) as manager,
                 trio.open_nursery() as serving,
             ):
                 await manager.start()

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from sessiond import control
 from sessiond.control import LayerStack, Reply
 from sessiond.errors import Failed, NoSpace, SessiondError
-from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
+from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import ChangeSummary, Stack
 from sessiond.session.mounter import MountRequest
@@ -31,6 +31,8 @@ class FuseMounter:
 
     def __init__(self, spawner: Spawner) -> None:
         self._spawner = spawner
+        self.features = ("datapath-plain", *(["epochs"] if has_epochs() else []))
+        """How data and metadata reach the kernel on this machine, for people who ask why."""
 
     async def mount(self, request: MountRequest) -> FuseMount:
         """See `Mounter.mount`."""
