@@ -164,7 +164,10 @@ class RemoveTree(Operation):
 
     def run(self, tree: Contestant) -> Outcome:
         """See `Operation`."""
-        shutil.rmtree(f"{tree.root}/{self.path}")
+        path = f"{tree.root}/{self.path}"
+        if not stat.S_ISDIR(os.lstat(path).st_mode):  # rmtree would open it, and wait at a FIFO
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        shutil.rmtree(path)
         return None
 
 

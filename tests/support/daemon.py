@@ -122,11 +122,13 @@ class Daemon:
         """Return where the merged view of a session is."""
         return self.runtime / "sessions" / session / "root"
 
-    def sessionctl(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        """Run sessionctl, which has to end with `code`."""
+    def sessionctl(
+        self, *arguments: str, code: int = 0, typed: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run sessionctl with `typed` for its input; it has to end with `code`."""
         done = subprocess.run(
             [*self._sessionctl, *arguments],
-            stdin=subprocess.DEVNULL,
+            input=typed,
             capture_output=True,
             text=True,
             errors="surrogateescape",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,12 @@ def test_a_session_can_be_closed_while_somebody_is_inside(session: Daemon) -> No
         session.sessionctl("close", "box")
         assert not any("/sessions/box/" in mount for mount in session.mounts())
         process.communicate(timeout=60)
+
+
+def test_a_shell_is_the_users_login_shell(session: Daemon) -> None:
+    done = session.sessionctl("shell", "box", code=3, typed="echo $0; pwd; exit 3\n")
+    account = pwd.getpwuid(0)
+    assert done.stdout.split() == [f"-{os.path.basename(account.pw_shell)}", account.pw_dir]
 
 
 def test_exit_codes_of_commands_come_through(session: Daemon) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 from functools import partial
@@ -18,7 +19,7 @@ from sessiond.errors import NoSpace
 from sessiond.session.model import SessionState
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
-from tests.support.waiting import until
+from tests.support.waiting import BOUND, until
 from tests.unit.cli.conftest import Sessionctl
 
 STRANGER = 1
@@ -118,6 +119,28 @@ async def test_jobs_are_waited_for(
     manager.jobs[0].finish()
     await until(lambda: result)
     assert (result[0].stdout, result[0].stderr) == (b"", b"")
+
+
+async def test_jobs_show_their_progress_on_a_terminal(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    master, slave = pty.openpty()
+    process = await trio.lowlevel.open_process(
+        sessionctl.command("persist", "live"),
+        stderr=slave,
+        env=sessionctl.environment | {"TERM": "xterm"},
+    )
+    os.close(slave)
+    async with trio.lowlevel.FdStream(master) as stream:
+        await until(lambda: manager.jobs)
+        manager.jobs[0].move(0.5)
+        shown = b""
+        with trio.fail_after(BOUND):
+            while b" 50%" not in shown:
+                shown += await stream.receive_some()
+        manager.jobs[0].finish()
+        assert await process.wait() == 0
+    assert b"Moving live to disk" in shown
 
 
 async def test_a_job_that_fails_gives_its_reason(
