@@ -127,7 +127,9 @@ def _lock(runtime: Path) -> BinaryIO:
     """
     try:
         runtime.mkdir(mode=0o711, parents=True, exist_ok=True)
-        file = open(runtime / "lock", "wb")  # noqa: SIM115 -- the caller closes it
+        # For root alone: whoever can read it could lock it, and keep the daemon from starting.
+        lock = os.open(runtime / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = open(lock, "wb")  # noqa: SIM115 -- the caller closes it
         try:
             # A lock of this process: unlike one by flock(2), no worker keeps it alive.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,7 +20,7 @@ from sessiond.cli.output import (
     used_of,
     when,
 )
-from sessiond.cli.progress import finish
+from sessiond.cli.progress import carry_out
 from sessiond.errors import NotAuthorized
 
 Command = Callable[[Client, Arguments], Awaitable[None]]
@@ -87,7 +87,7 @@ async def create(client: Client, asked: Arguments) -> None:
 async def reset(client: Client, asked: Arguments) -> None:
     """Drop all changes of a session."""
     session = await client.session(asked.session)
-    await finish(await session.reset(), f"Resetting {asked.session}")
+    await carry_out(session.reset(), f"Resetting {asked.session}")
 
 
 async def snapshot(client: Client, asked: Arguments) -> None:
@@ -112,8 +112,8 @@ async def snapshots(client: Client, asked: Arguments) -> None:
 async def restore(client: Client, asked: Arguments) -> None:
     """Bring a session back to a snapshot."""
     session = await client.session(asked.session)
-    job = await session.restore(asked.snapshot)
-    await finish(job, f"Restoring {asked.session} to {asked.snapshot}")
+    title = f"Restoring {asked.session} to {asked.snapshot}"
+    await carry_out(session.restore(asked.snapshot), title)
 
 
 async def delete_snapshot(client: Client, asked: Arguments) -> None:
@@ -125,7 +125,7 @@ async def delete_snapshot(client: Client, asked: Arguments) -> None:
 async def persist(client: Client, asked: Arguments) -> None:
     """Move a session to disk."""
     session = await client.session(asked.session)
-    await finish(await session.persist(), f"Moving {asked.session} to disk")
+    await carry_out(session.persist(), f"Moving {asked.session} to disk")
 
 
 async def close(client: Client, asked: Arguments) -> None:

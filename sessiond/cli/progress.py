@@ -1,10 +1,10 @@
-"""Waiting for jobs: a progress bar on a terminal, and cancellation by Ctrl-C."""
+"""Carrying out jobs: a progress bar on a terminal, and cancellation by Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import trio
@@ -16,13 +16,15 @@ from sessiond.cli.output import printable
 from sessiond.errors import SessiondError
 
 
-async def finish(job: Job, title: str) -> None:
-    """Wait for `job`, showing its progress; raise its error when it fails.
+async def carry_out(start: Awaitable[Job], title: str) -> None:
+    """Start a job and wait for its end, showing its progress; raise its error when it fails.
 
-    An interrupt asks the daemon to cancel the job, which then fails with `Cancelled`.
+    An interrupt, from the start on, asks the daemon to cancel the job: it then fails with
+    `Cancelled`.
     """
     failure: SessiondError | None = None
     with trio.open_signal_receiver(signal.SIGINT) as interrupts, _bar(title) as show:
+        job = await start
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_on_interrupt, job, interrupts)
             try:

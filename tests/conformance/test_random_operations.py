@@ -7,6 +7,7 @@ kernel's overlayfs. SESSIOND_EXAMPLES sets how many sequences are tried, other o
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat

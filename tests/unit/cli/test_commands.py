@@ -176,6 +176,7 @@ async def test_snapshots(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert first.endswith("all is well")
     assert second.startswith("second")
     await sessionctl("restore", "live", "first")
+    await sessionctl("restore", "live", "third", code=ExitCode.NOT_FOUND)
     await sessionctl("delete-snapshot", "live", "first")
     listed = await sessionctl.json("snapshots", "live")
     assert isinstance(listed, list)
@@ -272,7 +273,6 @@ async def test_monitor(manager: FakeManager, sessionctl: Sessionctl) -> None:
         (["reset", "none"], ExitCode.NOT_FOUND),
         (["diff", "none"], ExitCode.NOT_FOUND),
         (["snapshots", "none"], ExitCode.NOT_FOUND),
-        (["restore", "live", "none"], ExitCode.NOT_FOUND),
         (["delete-snapshot", "live", "none"], ExitCode.NOT_FOUND),
         (["create", "nobody", "none"], ExitCode.NOT_FOUND),
         (["create", "nobody", "live", "--id", "live"], ExitCode.EXISTS),
