@@ -79,9 +79,7 @@ def enter(root: str, account: Account, program: str, arguments: Sequence[str]) -
     try:
         os.chdir(account.home)
     except OSError:
-        os.chdir(
-            "/"
-        )  # as login(1) does: a session may be entered to find out what became of the home
+        os.chdir("/")  # as login(1) does: one may enter to find out what became of the home
     os.umask(0o022)
     for ignored_by_python in (signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored_by_python, signal.SIG_DFL)

@@ -71,14 +71,12 @@ class CopyUp:
         self._source_fd = self._target_fd = -1
         if node.linked:
             _copy_up_parents(stack, node)
-        elif node.anchor < 0:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        self._source = At(node.anchor, b"") if node.anchor >= 0 else node.lowers[0].at()
+        self._source = locate(stack, node)
         self._stat = syscalls.stat(self._source)
         self._size = self._stat.st_size if size is None else min(size, self._stat.st_size)
         self._target = self._work.temporary()
         if modes.S_ISREG(node.kind):
-            data = self._source if node.anchor >= 0 else node.data_lower().at()
+            data = node.data_lower().at() if node.linked else self._source
             self._source_fd = syscalls.open_file(data, os.O_RDONLY)
             self._target_fd = syscalls.create_file(self._target, 0o600)
 
@@ -100,8 +98,10 @@ class CopyUp:
             syscalls.fsync(self._target_fd)
 
     def publish(self) -> None:
-        """Make the copy the node's."""
+        """Make the copy the node's. Raises ESTALE if that is gone by now."""
         node, stack = self.node, self.stack
+        if not node.linked and node.anchor < 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if self._source_fd < 0:
             self._make_special()
         copy_attributes(self._source, self._target, self._stat, stack.xattrs)
@@ -208,16 +208,16 @@ def _fill(stack: Stack, node: Node, size: int | None) -> None:
 
 def locate(stack: Stack, node: Node) -> At:
     """Return where the node's topmost object is. Raises OSError: ESTALE."""
-    if node.anchor >= 0:
-        return At(node.anchor, b"")
     if node.index is not None:
         return At(_workdir(stack).index, node.index)
-    if node.upper and node.linked:
+    if not node.linked:
+        if node.anchor < 0:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return At(node.anchor, b"")
+    if node.upper:
         assert stack.upper is not None
         return stack.upper.at(node.path)
-    if node.lowers and node.linked:
-        return node.lowers[0].at()
-    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return node.lowers[0].at()
 
 
 def mark_impure(stack: Stack, directory: Node) -> None:
@@ -230,11 +230,9 @@ def mark_impure(stack: Stack, directory: Node) -> None:
 
 def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
     """Return ``st_nlink``: 1 of a merged directory, counted over all layers for the index."""
-    if node.gone:
+    if node.gone or (node.remains is not None and not node.linked):
         return 0
     if node.is_directory:
-        if not node.linked:
-            return 0
         return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
     if node.index is not None:
         return _union_links(stack, At(_workdir(stack).index, node.index), stat)

@@ -171,8 +171,7 @@ def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     target = _upper_name(stack, parent, name)
     hide = covered(stack, parent.directory, name)
     count_from_upper(stack, node)
-    if len(node.links) == 1 and node.index is None:
-        node.anchor_to(locate(stack, node))
+    _keep_in_reach(stack, node)
     if not node.links[parent, name]:
         work.make_whiteout(target)
     elif hide:
@@ -185,13 +184,29 @@ def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     drop_index(stack, node)
 
 
+def _keep_in_reach(stack: Stack, node: Node) -> None:
+    """Provide for what holds `node` if the name that is about to go is its last one.
+
+    An anchor keeps the inode, and its space, until the kernel forgets it, which may be after the
+    program's next call; so only a file that is open gets one, or has other names, perhaps unknown.
+    """
+    if len(node.links) > 1 or node.index is not None:
+        return
+    at = locate(stack, node)
+    stat = syscalls.stat(at)
+    if not node.is_directory and (node.opens or stat.st_nlink > 1):
+        node.anchor_to(at)
+    else:
+        node.remains = stat
+
+
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Remove a directory. Raises ENOTEMPTY if the merged view of it has an entry."""
     work = _writable(stack)
     if names(stack, node.directory):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     copy_up(stack, parent)
-    node.anchor_to(locate(stack, node))
+    _keep_in_reach(stack, node)
     target = _upper_name(stack, parent, name)
     path = parent.child_path(name)
     if not node.upper:
@@ -316,13 +331,12 @@ def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
     if not node.is_directory:
         _settle_name(stack, node, place.parent, place.name)
         count_from_upper(stack, node)
-        if len(node.links) == 1 and node.index is None:
-            node.anchor_to(locate(stack, node))
+        _keep_in_reach(stack, node)
         return
     assert stack.upper is not None
     if node.upper and syscalls.scan(stack.upper.directory(node.path)):
         _clear(stack, work, node, _upper_name(stack, place.parent, place.name))
-    node.anchor_to(locate(stack, node))
+    _keep_in_reach(stack, node)
     stack.upper.forget(node.path)
 
 

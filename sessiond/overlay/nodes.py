@@ -15,6 +15,7 @@ like).
 
 from __future__ import annotations
 
+import os
 import stat as modes
 
 from sessiond.overlay import syscalls
@@ -32,7 +33,7 @@ class Node:
     """One inode of the merged view.
 
     `links` are its known names, each with whether that name is in the upper; a directory has one,
-    the root and an unlinked node have none. An unlinked node is reached through `anchor`, a
+    the root and an unlinked node have none. An unlinked open file is reached by `anchor`, a
     descriptor that was opened before the last name went away; one without is stale. All but
     `number` and `kind` is valid only while `generation` is the overlay's.
     """
@@ -57,6 +58,7 @@ class Node:
         "opens",
         "real",
         "references",
+        "remains",
         "upper",
     )
 
@@ -75,6 +77,8 @@ class Node:
         self.opens = 0
         self.impure = False
         self.index: bytes | None = None
+        self.remains: os.stat_result | None = None
+        """What is told of a removed file that nobody had open, and of a removed directory."""
         self.gone = False
         """The layers were swapped, and the new ones do not have it."""
 

@@ -200,6 +200,8 @@ class Overlay:
 
     def stat(self, node: Node) -> os.stat_result:
         """Return the stat(2) of the topmost object; see also `link_count`."""
+        if node.remains is not None and not node.linked:
+            return node.remains
         return syscalls.stat(locate(self.stack, node))
 
     def link_count(self, node: Node, stat: os.stat_result) -> int:

@@ -99,11 +99,19 @@ def test_git(merge: Merge) -> None:
     assert git("log", "--all", "--topo-order", "--format=%s") == "second\nfirst\n"
 
 
+SETUP = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+print(db.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+db.execute("CREATE TABLE t (n, x)")
+db.close()
+"""
+
 WRITER = """
 import sqlite3, sys
 path, base, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 db = sqlite3.connect(path, timeout=60, isolation_level=None)
-assert db.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 for number in range(base, base + count):
     db.execute("BEGIN IMMEDIATE")
     db.execute("INSERT INTO t VALUES (?, ?)", (number, "x" * 500))
@@ -134,8 +142,8 @@ def test_sqlite_in_wal_mode(merge: Merge) -> None:
             text=True,
         )
 
-    setup = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('CREATE TABLE t (n, x)')"
-    python(setup).communicate()
+    with python(SETUP) as setup:
+        assert setup.communicate()[0] == "wal\n"
     with python(WRITER, 0, 200) as one, python(WRITER, 1000, 200) as other:
         assert (one.wait(), other.wait()) == (0, 0)
     for _ in range(2):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import libc, trees
@@ -29,7 +29,9 @@ from tests.support.sessiond_overlay import SessiondOverlay
 from tests.support.trees import Device, Dir, Fifo, File, Link, Symlink, Tree, Whiteout
 from tests.support.views import assert_kernel_shows
 
-EXAMPLES = int(os.environ.get("SESSIOND_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("SESSIOND_EXAMPLES", "50"))
+SHRINKING_SECONDS = 400
+"""Hypothesis takes up to five minutes to find the shortest sequence that fails."""
 
 UPPER: Tree = {
     "b": b"of upper",
@@ -459,7 +461,7 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
             assert_kernel_shows(shown, layers, tree.root)
 
 
-@pytest.mark.timeout(max(120, 5 * EXAMPLES))
+@pytest.mark.timeout(5 * EXAMPLES + SHRINKING_SECONDS)
 @settings(
     max_examples=EXAMPLES,
     derandomize="SESSIOND_EXAMPLES" not in os.environ,
@@ -469,6 +471,11 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(script=scripts)
+@example(script=[RemoveTree("d"), MakeDirectory("d", 0o755), MakeDirectory("d/e", 0o755)])
+@example(script=[MakeDirectory("g", 0o700), Rename("d", "g", 0), MakeDirectory("d", 0o700)])
+@example(script=[RemoveTree("e"), Rename("d/e", "e", 0), Rename("e", "d/e", 0), Unlink("d/e/a")])
+@example(script=[MakeLink("a", "b"), Hold("d/c"), Unlink("a"), UseHeld("", 0, b"x", 8)])
+@example(script=[Rename("d", "e", libc.RENAME_EXCHANGE), RemoveTree("d"), Rename("e", "d", 0)])
 def test_random_operations(script: list[Operation], scratch: str) -> None:
     with umask_of_zero(), ExitStack() as stack:
         lowers = []

@@ -149,6 +149,30 @@ def test_a_failed_copy_up_leaves_nothing_behind(
     assert stat.S_IMODE((bench.layer("upper") / "file").stat().st_mode) == 0o600
 
 
+def test_a_failed_removal_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    (bench.layer("low") / "file").write_text("low")
+    (bench.layer("low") / "open").write_text("low")
+    overlay = bench.overlay("low")
+    file, opened = find(overlay, "file"), find(overlay, "open")
+    overlay.open_file(opened, write=False)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(syscalls, "link", full)
+    monkeypatch.setattr(syscalls, "mknod", full)
+    for name in (b"file", b"open"):
+        with pytest.raises(OSError):
+            overlay.unlink(overlay.root, name)
+    monkeypatch.undo()
+    for node in (file, opened):
+        overlay.refer(node)
+        overlay.chmod(node, 0o600)
+        assert stat.S_IMODE(overlay.stat(node).st_mode) == 0o600
+        assert overlay.link_count(node, overlay.stat(node)) == 1
+    overlay.release_file(opened)
+
+
 def test_leftovers_of_a_crash_are_removed_at_opening(bench: Bench) -> None:
     deep = bench.layer("upper-work") / "work"
     deep.mkdir()
