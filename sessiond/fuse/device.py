@@ -24,6 +24,8 @@ MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
+_MS_POSIXACL = 1 << 16
+"""Makes the kernel leave the umask to the server, which alone knows of default ACLs."""
 
 
 def mount_device(
@@ -43,7 +45,10 @@ def mount_device(
         if allow_other:
             options += ",allow_other"
         arguments = (source.encode(), os.fsencode(mount_point), fs_type.encode())
-        _check(_libc.mount(*arguments, ctypes.c_ulong(flags), options.encode()), mount_point)
+        _check(
+            _libc.mount(*arguments, ctypes.c_ulong(flags | _MS_POSIXACL), options.encode()),
+            mount_point,
+        )
     except BaseException:
         os.close(fd)
         raise

@@ -221,7 +221,7 @@ class OverlayOperations(pyfuse3.Operations):
     def _new(
         self, ctx: RequestContext, mode: int, device: int = 0, target: bytes = b""
     ) -> NewObject:
-        return NewObject(mode, ctx.uid, ctx.gid, device, target)
+        return NewObject(mode, ctx.uid, ctx.gid, ctx.umask, device, target)
 
     async def _create(self, parent: int, name: bytes, new: NewObject) -> EntryAttributes:
         await self._open.wait()
@@ -315,7 +315,10 @@ class OverlayOperations(pyfuse3.Operations):
             node = self.overlay.node(inode)
         else:
             node = await self._changeable(inode)
-        if fields.update_size:
+        if fields.update_size and (
+            # As ftruncate(2); truncate(2) to the same size changes nothing, not even times.
+            fh is not None or self.overlay.stat(node).st_size != attr.st_size
+        ):
             self.overlay.resize(node, attr.st_size)
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1

@@ -52,10 +52,20 @@ def prepare_process() -> None:
     os.umask(0)
 
 
+class _AbortedReplies(logging.Filter):
+    """Leaves out replies that nobody waits for any more: the kernel aborts requests at unmount."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        message = record.getMessage()
+        return "fuse_reply_* failed" not in message or os.strerror(errno.ENOENT) not in message
+
+
 def start_fuse(overlay: Overlay, mount_point: str) -> OverlayOperations:
     """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already."""
     negative = {} if has_epochs() else {"negative_timeout": _SHORT}
     operations = OverlayOperations(overlay, **negative)
+    logging.getLogger("pyfuse3").addFilter(_AbortedReplies())
     pyfuse3.init(operations, mount_point, {"default_permissions"})
     return operations
 

@@ -233,6 +233,8 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
     if node.gone or (node.remains is not None and not node.linked):
         return 0
     if node.is_directory:
+        if not node.linked:
+            return 0
         return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
     if node.index is not None:
         return _union_links(stack, At(_workdir(stack).index, node.index), stat)

@@ -43,6 +43,8 @@ class NewObject(NamedTuple):
     mode: int
     uid: int
     gid: int
+    umask: int = 0
+    """Takes bits off the mode, unless the directory has a default ACL (acl(5))."""
     device: int = 0
     target: bytes = b""
 
@@ -69,7 +71,7 @@ def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: New
     fd = -1
     try:
         with _nursery(stack, work, parent) as (prepared, inherits_group):
-            fd = _make(prepared, new)
+            fd = syscalls.with_umask(new.umask, lambda: _make(prepared, new))
             _own(prepared, new, inherits_group=inherits_group)
             target = _upper_name(stack, parent, name)
             if presence is not Presence.WHITEOUT:
@@ -188,16 +190,17 @@ def _keep_in_reach(stack: Stack, node: Node) -> None:
     """Provide for what holds `node` if the name that is about to go is its last one.
 
     An anchor keeps the inode, and its space, until the kernel forgets it, which may be after the
-    program's next call; so only a file that is open gets one, or has other names, perhaps unknown.
+    program's next call. So a regular file that nobody has open gets none, unless it has other
+    names that are unknown here.
     """
     if len(node.links) > 1 or node.index is not None:
         return
     at = locate(stack, node)
     stat = syscalls.stat(at)
-    if not node.is_directory and (node.opens or stat.st_nlink > 1):
-        node.anchor_to(at)
-    else:
+    if modes.S_ISREG(node.kind) and not node.opens and stat.st_nlink == 1:
         node.remains = stat
+    else:
+        node.anchor_to(at)
 
 
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:

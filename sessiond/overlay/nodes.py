@@ -78,7 +78,7 @@ class Node:
         self.impure = False
         self.index: bytes | None = None
         self.remains: os.stat_result | None = None
-        """What is told of a removed file that nobody had open, and of a removed directory."""
+        """What is told of a removed regular file that nobody had open."""
         self.gone = False
         """The layers were swapped, and the new ones do not have it."""
 

@@ -146,6 +146,15 @@ def create_file(at: At, mode: int) -> int:
     return os.open(at.name, flags, mode, dir_fd=at.directory)
 
 
+def with_umask(umask: int, create: Callable[[], int]) -> int:
+    """Call `create` under another umask, and return its result. Not for two threads at once."""
+    before = os.umask(umask)
+    try:
+        return create()
+    finally:
+        os.umask(before)
+
+
 def duplicate(fd: int) -> int:
     return os.dup(fd)
 

@@ -1,7 +1,6 @@
 """Fixtures of the conformance suite: one body, many file systems.
 
-All mounts are made in a mount namespace of this process's own, so that none outlives it, and no
-other process can hold one open. Lower layers are on ext4 and the upper on tmpfs, as on a live CD.
+Lower layers are on ext4 and the upper on tmpfs, as on a live CD.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -25,31 +25,28 @@ DISK_BYTES = 1 << 30
 
 @pytest.fixture(scope="package")
 def scratch() -> Iterator[str]:
-    """A tmpfs with an ext4 on `disk`, in a private mount namespace."""
+    """A tmpfs with an ext4 on `disk`."""
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
-    outside = os.open("/proc/self/ns/mnt", os.O_RDONLY)
-    top = tempfile.mkdtemp(prefix="sessiond-conformance-")
-    libc.unshare(libc.CLONE_NEWNS)
-    try:
-        libc.mount("none", "/", "", libc.MS_REC | libc.MS_PRIVATE)
+    with ExitStack() as undo:
+        top = tempfile.mkdtemp(prefix="sessiond-conformance-")
+        undo.callback(os.rmdir, top)
         os.chmod(top, 0o755)
         libc.mount("scratch", top, "tmpfs", libc.MS_NOATIME, "mode=755")
-        _make_disk(top)
+        undo.callback(libc.umount, top, libc.MNT_DETACH)
+        undo.callback(libc.umount, _make_disk(top), libc.MNT_DETACH)
         yield top
-    finally:
-        libc.setns(outside, libc.CLONE_NEWNS)
-        os.close(outside)
-        os.rmdir(top)
 
 
-def _make_disk(top: str) -> None:
+def _make_disk(top: str) -> str:
     image = f"{top}/disk.img"
     with open(image, "xb") as file:
         file.truncate(DISK_BYTES)
     subprocess.run(["mkfs.ext4", "-q", "-m0", image], check=True)
-    os.mkdir(f"{top}/disk")
-    subprocess.run(["mount", "-o", "loop,noatime", image, f"{top}/disk"], check=True)
+    disk = f"{top}/disk"
+    os.mkdir(disk)
+    subprocess.run(["mount", "-o", "loop,noatime", image, disk], check=True)
+    return disk
 
 
 @pytest.fixture

@@ -115,16 +115,28 @@ def test_upper_in_use(
 @contextmanager
 def orphans_adopted() -> Iterator[None]:
     """Be the parent of workers in the background, and wait for their end."""
+    own = children()
     libc.adopt_orphans(True)
     try:
         yield
-        while True:
-            try:
-                os.wait()
-            except ChildProcessError:
-                break
+        for orphan in children() - own:
+            os.waitpid(orphan, 0)
     finally:
         libc.adopt_orphans(False)
+
+
+def children() -> set[int]:
+    """Return the processes whose parent this one is."""
+    found = set()
+    for process in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{process}/stat", "rb") as file:
+                parent = file.read().rpartition(b") ")[2].split()[1]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        if int(parent) == os.getpid():
+            found.add(int(process))
+    return found
 
 
 def test_in_the_background(layers: Layers, root: str) -> None:

@@ -17,7 +17,6 @@ MS_BIND = 0x1000
 MS_REC = 0x4000
 MS_PRIVATE = 0x40000
 MNT_DETACH = 2
-CLONE_NEWNS = 0x20000
 
 _AT_FDCWD = -100
 _PR_SET_PDEATHSIG = 1
@@ -41,16 +40,6 @@ def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -
 def umount(target: str, flags: int = 0) -> None:
     """umount2(2); raises `OSError` naming `target`."""
     _check(_libc.umount2(os.fsencode(target), flags), target)
-
-
-def unshare(flags: int) -> None:
-    """unshare(2)."""
-    _check(_libc.unshare(flags))
-
-
-def setns(descriptor: int, flags: int) -> None:
-    """setns(2)."""
-    _check(_libc.setns(descriptor, flags))
 
 
 def renameat2(source: str, target: str, flags: int) -> None:
