@@ -18,7 +18,7 @@ from sessiond.overlay.lookup import origin_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.overlay.workdir import Workdir, remove_tree
+from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
 
 
@@ -63,7 +63,7 @@ class CopyUp:
 
     def __init__(self, stack: Stack, node: Node, size: int | None = None) -> None:
         """Open the source and make the empty copy."""
-        self._work = _workdir(stack)
+        self._work = stack.workdir
         self.stack = stack
         self.node = node
         self.cancelled = False
@@ -150,18 +150,11 @@ class CopyUp:
         self.node.index = name
 
 
-def _workdir(stack: Stack) -> Workdir:
-    if stack.work is None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    return stack.work
-
-
 def _publish(stack: Stack, node: Node, prepared: At) -> None:
     """Move the prepared copy to where the node's name is, unnoticed by the parent's times."""
-    assert stack.upper is not None
     ((parent, name),) = node.links
     _copy_up_parents(stack, node)
-    directory = At(stack.upper.directory(parent.path), b".")
+    directory = At(stack.writable.directory(parent.path), b".")
     times = syscalls.stat(directory)
     mark_impure(stack, parent)
     syscalls.rename(prepared, At(directory.directory, name))
@@ -170,15 +163,14 @@ def _publish(stack: Stack, node: Node, prepared: At) -> None:
 
 def _link_alias(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Give a file that is in the index one of its names in the upper (ovl_link_up)."""
-    assert stack.upper is not None
     assert node.index is not None
     copy_up(stack, parent)
-    indexed = At(_workdir(stack).index, node.index)
+    indexed = At(stack.workdir.index, node.index)
     count = link_count(stack, node, syscalls.stat(indexed))
     source = origin.decode(syscalls.getxattr(indexed, stack.xattrs.origin) or b"", stack.lowers)
     if source is not None:  # relative to the lower: stays right while the upper's count changes
         syscalls.setxattr(indexed, stack.xattrs.nlink, b"L%+d" % (count - source.st_nlink))
-    directory = At(stack.upper.directory(parent.path), b".")
+    directory = At(stack.writable.directory(parent.path), b".")
     times = syscalls.stat(directory)
     mark_impure(stack, parent)
     syscalls.link(indexed, At(directory.directory, name))
@@ -209,14 +201,13 @@ def _fill(stack: Stack, node: Node, size: int | None) -> None:
 def locate(stack: Stack, node: Node) -> At:
     """Return where the node's topmost object is. Raises OSError: ESTALE."""
     if node.index is not None:
-        return At(_workdir(stack).index, node.index)
+        return At(stack.workdir.index, node.index)
     if not node.linked:
         if node.anchor < 0:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return At(node.anchor, b"")
     if node.upper:
-        assert stack.upper is not None
-        return stack.upper.at(node.path)
+        return stack.writable.at(node.path)
     return node.lowers[0].at()
 
 
@@ -237,7 +228,7 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
             return 0
         return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
     if node.index is not None:
-        return _union_links(stack, At(_workdir(stack).index, node.index), stat)
+        return _union_links(stack, At(stack.workdir.index, node.index), stat)
     if node.upper or stat.st_nlink == 1:
         return stat.st_nlink - (not node.linked and not node.upper)
     was_upper = node.linked and node.lowers[0].layer is not stack.lowers[-1]
@@ -276,7 +267,7 @@ def count_from_upper(stack: Stack, node: Node) -> None:
     """
     if node.index is None:
         return
-    indexed = At(_workdir(stack).index, node.index)
+    indexed = At(stack.workdir.index, node.index)
     stat = syscalls.stat(indexed)
     count = link_count(stack, node, stat)
     syscalls.setxattr(indexed, stack.xattrs.nlink, b"U%+d" % (count - stat.st_nlink))
@@ -288,7 +279,7 @@ def drop_index(stack: Stack, node: Node) -> None:
     """
     if node.index is None:
         return
-    indexed = At(_workdir(stack).index, node.index)
+    indexed = At(stack.workdir.index, node.index)
     stat = syscalls.stat(indexed)
     value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
     if value[:1] != b"U" or stat.st_nlink + int(value[1:]) > 0:

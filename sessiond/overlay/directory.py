@@ -49,15 +49,8 @@ class NewObject(NamedTuple):
     target: bytes = b""
 
 
-def _writable(stack: Stack) -> Workdir:
-    if stack.work is None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-    return stack.work
-
-
 def _upper_name(stack: Stack, parent: Node, name: bytes) -> At:
-    assert stack.upper is not None
-    return At(stack.upper.directory(parent.path), name)
+    return At(stack.writable.directory(parent.path), name)
 
 
 def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: NewObject) -> int:
@@ -66,7 +59,7 @@ def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: New
     The group, default ACL and setgid bit of the parent are inherited as the upper's file system
     does it.
     """
-    work = _writable(stack)
+    work = stack.workdir
     copy_up(stack, parent)
     fd = -1
     try:
@@ -141,7 +134,7 @@ def _own(at: At, new: NewObject, *, inherits_group: bool) -> None:
 
 def link(stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence) -> None:
     """Give `node` another name. Raises ENOENT if it has none any more, as linkat(2) does."""
-    work = _writable(stack)
+    work = stack.workdir
     if not node.linked:
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
     copy_up(stack, node)
@@ -150,24 +143,16 @@ def link(stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence
     count_from_upper(stack, node)
     if presence is Presence.WHITEOUT:
         with work.preparing() as prepared:
-            syscalls.link(_link_source(stack, node), prepared)
+            syscalls.link(locate(stack, node), prepared)
             syscalls.rename(prepared, _upper_name(stack, parent, name))
     else:
-        syscalls.link(_link_source(stack, node), _upper_name(stack, parent, name))
+        syscalls.link(locate(stack, node), _upper_name(stack, parent, name))
     node.add_link(parent, name, in_upper=True)
-
-
-def _link_source(stack: Stack, node: Node) -> At:
-    """Return a name of the upper file; an anchor is none."""
-    if node.index is not None:
-        return locate(stack, node)
-    assert stack.upper is not None
-    return stack.upper.at(node.path)
 
 
 def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Remove a name of a file. Who holds the file goes on using it, through its anchor."""
-    work = _writable(stack)
+    work = stack.workdir
     _settle_name(stack, node, parent, name)
     copy_up(stack, parent)
     target = _upper_name(stack, parent, name)
@@ -205,7 +190,7 @@ def _keep_in_reach(stack: Stack, node: Node) -> None:
 
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Remove a directory. Raises ENOTEMPTY if the merged view of it has an entry."""
-    work = _writable(stack)
+    work = stack.workdir
     if names(stack, node.directory):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     copy_up(stack, parent)
@@ -220,8 +205,7 @@ def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
             syscalls.rename(whiteout, target, syscalls.RENAME_EXCHANGE)
     else:
         _remove_empty(work, target)
-    assert stack.upper is not None
-    stack.upper.forget(path)
+    stack.writable.forget(path)
     node.drop_link(parent, name)
 
 
@@ -251,7 +235,7 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     Raises OSError: ENOTEMPTY, EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects
     cannot be written, upon which mv(1) copies.
     """
-    work = _writable(stack)
+    work = stack.workdir
     node = old.node
     assert node is not None
     if new.node is node:  # two names of one file: nothing to do (rename(2))
@@ -284,7 +268,6 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
 
 def exchange(stack: Stack, old: Place, new: Place) -> None:
     """Let two names change places (RENAME_EXCHANGE)."""
-    _writable(stack)
     first, second = old.node, new.node
     assert first is not None
     assert second is not None
@@ -336,11 +319,10 @@ def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
         count_from_upper(stack, node)
         _keep_in_reach(stack, node)
         return
-    assert stack.upper is not None
-    if node.upper and syscalls.scan(stack.upper.directory(node.path)):
+    if node.upper and syscalls.scan(stack.writable.directory(node.path)):
         _clear(stack, work, node, _upper_name(stack, place.parent, place.name))
     _keep_in_reach(stack, node)
-    stack.upper.forget(node.path)
+    stack.writable.forget(node.path)
 
 
 def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
@@ -352,8 +334,7 @@ def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
         copy_attributes(target, empty, syscalls.stat(target), stack.xattrs)
         syscalls.setxattr(empty, stack.xattrs.opaque, b"y")
         syscalls.rename(empty, target, syscalls.RENAME_EXCHANGE)
-    assert stack.upper is not None
-    stack.upper.forget(node.path)
+    stack.writable.forget(node.path)
     node.lowers = ()
 
 
@@ -388,5 +369,4 @@ def _moved(stack: Stack, node: Node, old: Place, new: Place) -> None:
     node.drop_link(old.parent, old.name)
     node.add_link(new.parent, new.name, in_upper=True)
     if node.is_directory:
-        assert stack.upper is not None
-        stack.upper.forget_all()
+        stack.writable.forget_all()

@@ -299,8 +299,7 @@ class Overlay:
         if entry.positive:
             raise _error(errno.EEXIST)
         fd = directory.create(self.stack, parent, name, entry.presence, new)
-        assert self.stack.upper is not None
-        stat = syscalls.stat(At(self.stack.upper.directory(parent.path), name))
+        stat = syscalls.stat(At(self.stack.writable.directory(parent.path), name))
         made = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
         return self._adopt(parent, name, made), stat, fd
 
@@ -409,8 +408,7 @@ class Overlay:
         """Write an open file, or a directory, back to disk."""
         if node.is_directory:
             if node.upper and node.linked:
-                assert self.stack.upper is not None
-                syscalls.fsync_directory(self.stack.upper.directory(node.path))
+                syscalls.fsync_directory(self.stack.writable.directory(node.path))
         elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
 

@@ -104,6 +104,20 @@ class Stack:
     def layers(self) -> tuple[Layer, ...]:
         return self.lowers if self.upper is None else (self.upper, *self.lowers)
 
+    @property
+    def writable(self) -> Layer:
+        """The upper. Raises OSError: EROFS where there is none."""
+        if self.upper is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self.upper
+
+    @property
+    def workdir(self) -> Workdir:
+        """The upper's workdir. Raises OSError: EROFS where there is none."""
+        if self.work is None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self.work
+
     def copy(self) -> Stack:
         """Return the same layers for reading in another thread."""
         lowers = tuple(layer.copy() for layer in self.lowers)
