@@ -6,13 +6,12 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyfuse3
 from pyfuse3 import InodeT
-
-from sessiond.overlay.overlay import Overlay
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
@@ -78,22 +77,29 @@ def has_epochs() -> bool:
     return (int(major), int("".join(filter(str.isdigit, minor)))) >= _EPOCH_KERNEL
 
 
-def invalidate(device: int, overlay: Overlay, directories: Iterable[int]) -> None:
-    """Make the kernel ask again for every name, and for the attributes of `directories`.
+def begin_epoch(connection: int) -> None:
+    """Make the kernel ask again for every name. Precondition: `has_epochs`."""
+    header = struct.pack("=IiQ", 16, _NOTIFY_INC_EPOCH, 0)  # struct fuse_out_header
+    os.write(connection, header)
 
-    Call from a thread: where there are no epochs, this waits for requests that are under way. Names
-    that the kernel remembers as missing are then not announced, so their timeout has to be short.
+
+def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -> None:
+    """Make the kernel ask again for `names`, each in a node, and for attributes of `directories`.
+
+    Call from a thread: it waits for requests that are under way.
     """
-    if has_epochs():
-        header = struct.pack("=IiQ", 16, _NOTIFY_INC_EPOCH, 0)  # struct fuse_out_header
-        os.write(device, header)
-    else:
-        for node in overlay.nodes.all():
-            for parent, name in list(node.links):
-                pyfuse3.invalidate_entry_async(InodeT(parent.number), name, ignore_enoent=True)
+    for parent, name in names:
+        with _forgotten_meanwhile():
+            pyfuse3.invalidate_entry(InodeT(parent), name)
     for number in directories:
-        try:
+        with _forgotten_meanwhile():
             pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel has forgotten it meanwhile
-                raise
+
+
+@contextmanager
+def _forgotten_meanwhile() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise

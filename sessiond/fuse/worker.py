@@ -20,7 +20,7 @@ import trio
 
 from sessiond import control
 from sessiond.control import ChangeCounts, LayerStack, Reply
-from sessiond.fuse.device import has_epochs, invalidate
+from sessiond.fuse import device
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.overlay import Overlay
@@ -63,7 +63,7 @@ class _AbortedReplies(logging.Filter):
 
 def start_fuse(overlay: Overlay, mount_point: str) -> OverlayOperations:
     """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already."""
-    negative = {} if has_epochs() else {"negative_timeout": _SHORT}
+    negative = {} if device.has_epochs() else {"negative_timeout": _SHORT}
     operations = OverlayOperations(overlay, **negative)
     logging.getLogger("pyfuse3").addFilter(_AbortedReplies())
     pyfuse3.init(operations, mount_point, {"default_permissions"})
@@ -78,25 +78,25 @@ async def serve_fuse() -> None:
         pyfuse3.close(unmount=False)
 
 
-def run(layers: LayerStack, device: int, manager: socket.socket) -> None:
-    """Serve `layers` on the FUSE connection `device` until the manager or the mount is gone."""
+def run(layers: LayerStack, connection: int, manager: socket.socket) -> None:
+    """Serve `layers` on a FUSE connection until the manager or the mount is gone."""
     prepare_process()
-    trio.run(_run, layers, device, manager)
+    trio.run(_run, layers, connection, manager)
 
 
-async def _run(layers: LayerStack, device: int, manager: socket.socket) -> None:
+async def _run(layers: LayerStack, connection: int, manager: socket.socket) -> None:
     channel = trio.socket.from_stdlib_socket(manager)
     try:
         overlay = Overlay(open_stack(layers, StackOptions()))
     except OSError as error:
         await control.send(channel, _failure(error))
         return
-    operations = start_fuse(overlay, f"/dev/fd/{device}")
+    operations = start_fuse(overlay, f"/dev/fd/{connection}")
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
             await control.send(channel, Reply(worker=os.getpid()))
-            await _Controlled(operations, device, channel, nursery).run()
+            await _Controlled(operations, connection, channel, nursery).run()
             nursery.cancel_scope.cancel()
     finally:
         overlay.close()
@@ -118,12 +118,12 @@ class _Controlled:
     def __init__(
         self,
         operations: OverlayOperations,
-        device: int,
+        connection: int,
         channel: trio.socket.SocketType,
         nursery: trio.Nursery,
     ) -> None:
         self._operations = operations
-        self._device = device
+        self._connection = connection
         self._channel = channel
         self._nursery = nursery
         self._readers = 0
@@ -199,12 +199,22 @@ class _Controlled:
     async def _swap(self, layers: LayerStack, *, moved: bool) -> None:
         stack = open_stack(layers, self._operations.overlay.stack.options)
         if self._is_frozen:
-            directories = self._operations.swap(stack, moved=moved)
+            names, directories = self._exchange(stack, moved=moved)
         else:
             async with self._operations.frozen():
-                directories = self._operations.swap(stack, moved=moved)
+                names, directories = self._exchange(stack, moved=moved)
+        await trio.to_thread.run_sync(device.invalidate, names, directories)
+
+    def _exchange(self, stack: Stack, *, moved: bool) -> tuple[list[tuple[int, bytes]], list[int]]:
+        """Swap; return the names and directories of which the kernel is still to be told."""
         overlay = self._operations.overlay
-        await trio.to_thread.run_sync(invalidate, self._device, overlay, directories)
+        held = [] if device.has_epochs() else overlay.held_names()
+        directories = self._operations.swap(stack, moved=moved)
+        if device.has_epochs():
+            device.begin_epoch(self._connection)
+        # One by one costs time for each name held, but a directory that goes on must not be
+        # invalidated: getcwd(2) would fail in it.
+        return overlay.lost_names(held), directories
 
 
 def _sync(stack: Stack) -> None:

@@ -414,6 +414,23 @@ class Overlay:
 
     # The stack
 
+    def held_names(self) -> list[tuple[Node, Node, bytes]]:
+        """Return all names of nodes that are held: node, parent, name."""
+        return [(node, *link) for node in self.nodes.all() for link in node.links]
+
+    def lost_names(self, held: list[tuple[Node, Node, bytes]]) -> list[tuple[int, bytes]]:
+        """Return which of the names that were `held` before a swap are no longer what they were.
+
+        Each with the number of the directory that it was in.
+        """
+        lost = []
+        for node, parent, name in held:
+            if self.nodes.get(node.number) is node:
+                self.node(node.number)
+                if (parent, name) not in node.links:
+                    lost.append((parent.number, name))
+        return lost
+
     def swap(self, stack: Stack, *, moved: bool = False) -> list[int]:
         """Serve `stack` instead of the present layers, which are closed; return directories held.
 

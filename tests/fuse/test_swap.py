@@ -199,21 +199,16 @@ async def test_a_swap_that_cannot_be_leaves_all_as_it_was(playground: Playground
 
 async def test_frozen_holds_changes_back_and_lets_reads_pass(playground: Playground) -> None:
     (playground.image / "file").write_text("image")
-    async with playground.mounted(playground.stack()) as mount, trio.open_nursery() as nursery:
-        started, done = trio.Event(), trio.Event()
-
-        async def write() -> None:
-            started.set()
-            await trio.to_thread.run_sync((playground.root / "new").write_text, "x")
-            done.set()
-
-        async with mount.frozen():
-            nursery.start_soon(write)
-            await started.wait()
-            assert (playground.root / "file").read_text() == "image"
-            assert not os.path.exists(playground.root / "new")
-            assert not done.is_set()
-        await done.wait()
+    async with playground.mounted(stack := playground.stack()) as mount:
+        # Opened before: who creates holds the directory's lock, so that no name in it can be looked
+        # up until the change passes.
+        with open(playground.root / "file", "rb", buffering=0) as file:
+            async with trio.open_nursery() as nursery:
+                async with mount.frozen():
+                    write = (playground.root / "new").write_text
+                    nursery.start_soon(trio.to_thread.run_sync, write, "x")
+                    assert os.pread(file.fileno(), 9, 0) == b"image"
+                    assert not (stack.upper.fs / "new").exists()
         assert (playground.root / "new").read_text() == "x"
 
 
