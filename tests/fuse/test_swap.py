@@ -15,6 +15,7 @@ import trio
 from sessiond.errors import Failed
 from sessiond.session.model import Stack, UpperDirectories
 from tests.fuse.conftest import Playground
+from tests.support.waiting import until
 
 LARGE = 24 << 20
 
@@ -203,13 +204,20 @@ async def test_frozen_holds_changes_back_and_lets_reads_pass(playground: Playgro
         # Opened before: who creates holds the directory's lock, so that no name in it can be looked
         # up until the change passes.
         with open(playground.root / "file", "rb", buffering=0) as file:
-            async with trio.open_nursery() as nursery:
-                async with mount.frozen():
-                    write = (playground.root / "new").write_text
-                    nursery.start_soon(trio.to_thread.run_sync, write, "x")
-                    assert os.pread(file.fileno(), 9, 0) == b"image"
-                    assert not (stack.upper.fs / "new").exists()
-        assert (playground.root / "new").read_text() == "x"
+            async with mount.frozen():
+                writer = subprocess.Popen(["touch", playground.root / "new"])
+
+                def waits() -> bool:
+                    where = Path("/proc", str(writer.pid), "wchan").read_text()
+                    return where == "request_wait_answer"
+
+                await until(waits)
+                await mount.changes()  # the worker has been round once more
+                assert waits()
+                assert os.pread(file.fileno(), 9, 0) == b"image"
+                assert not (stack.upper.fs / "new").exists()
+        assert await trio.to_thread.run_sync(writer.wait) == 0
+        assert (playground.root / "new").exists()
 
 
 async def test_a_swap_during_large_copy_ups_loses_no_write(playground: Playground) -> None:
