@@ -71,12 +71,12 @@ class CopyUp:
         self._source_fd = self._target_fd = -1
         if node.linked:
             _copy_up_parents(stack, node)
-        self._source = locate(stack, node)
-        self._stat = syscalls.stat(self._source)
+        source = locate(stack, node)
+        self._stat = syscalls.stat(source)
         self._size = self._stat.st_size if size is None else min(size, self._stat.st_size)
         self._target = self._work.temporary()
         if modes.S_ISREG(node.kind):
-            data = node.data_lower().at() if node.linked else self._source
+            data = node.data_lower().at() if node.linked else source
             self._source_fd = syscalls.open_file(data, os.O_RDONLY)
             self._target_fd = syscalls.create_file(self._target, 0o600)
 
@@ -94,17 +94,16 @@ class CopyUp:
         if self._source_fd < 0:
             return
         syscalls.copy_data(self._source_fd, self._target_fd, self._size, lambda: self.cancelled)
-        if self.stack.options.sync:
-            syscalls.fsync(self._target_fd)
+        syscalls.fsync(self._target_fd)  # before the rename that publishes it
 
     def publish(self) -> None:
         """Make the copy the node's. Raises ESTALE if that is gone by now."""
         node, stack = self.node, self.stack
-        if not node.linked and node.anchor < 0:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        # Found anew: while data was copied, its name may have gone, and directories been closed.
+        source = locate(stack, node)
         if self._source_fd < 0:
-            self._make_special()
-        copy_attributes(self._source, self._target, self._stat, stack.xattrs)
+            self._make_special(source)
+        copy_attributes(source, self._target, self._stat, stack.xattrs)
         if not node.linked:
             self._replace_anchor()
             return
@@ -128,12 +127,12 @@ class CopyUp:
         else:
             node.links[next(iter(node.links))] = True
 
-    def _make_special(self) -> None:
+    def _make_special(self, source: At) -> None:
         mode = self._stat.st_mode
         if modes.S_ISDIR(mode):
             syscalls.mkdir(self._target, 0o700)
         elif modes.S_ISLNK(mode):
-            syscalls.symlink(self._target, syscalls.readlink(self._source))
+            syscalls.symlink(self._target, syscalls.readlink(source))
         else:
             syscalls.mknod(self._target, modes.S_IFMT(mode) | 0o600, self._stat.st_rdev)
 
@@ -189,8 +188,7 @@ def _fill(stack: Stack, node: Node, size: int | None) -> None:
         syscalls.copy_data(source, target, length, lambda: False)
         syscalls.truncate(target, times.st_size)
         syscalls.utime(At(target, b""), times.st_atime_ns, times.st_mtime_ns)
-        if stack.options.sync:
-            syscalls.fsync(target)
+        syscalls.fsync(target)
     finally:
         syscalls.close(source)
         syscalls.close(target)

@@ -23,8 +23,6 @@ class StackOptions:
     """Own attributes under ``user.overlay.``, for an unprivileged mounter; as in the kernel, no
     redirects.
     """
-    sync: bool = True
-    """Data of a copy-up reaches the disk before the rename that publishes it."""
 
 
 class Stack:

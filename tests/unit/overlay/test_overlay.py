@@ -333,3 +333,19 @@ def test_a_reader_follows_a_copy_up_without_write_access(bench: Bench) -> None:
         assert contents(overlay, "file") == b"fixed"
     finally:
         os.system(f"chattr -i {path}")
+
+
+def test_a_copy_up_in_a_thread_outlives_the_descriptors_of_its_layer(bench: Bench) -> None:
+    """While data is copied, other requests may have the directory of the source closed."""
+    directory = bench.layer("low") / "directory"
+    directory.mkdir()
+    (directory / "file").write_text("low")
+    os.setxattr(directory / "file", "user.note", b"kept")
+    overlay = bench.overlay("low")
+    node = find(overlay, "directory/file")
+    with overlay.begin_copy_up(node) as copy:
+        copy.copy_data()
+        overlay.stack.lowers[0].forget_all()
+        copy.publish()
+    assert overlay.getxattr(node, b"user.note") == b"kept"
+    assert (bench.layer("upper") / "directory/file").read_text() == "low"
