@@ -5,6 +5,7 @@ PYTHON ?= /usr/bin/python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
+EXTENSION := $(VENV)/.extension
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 
 # Demo and tests mount file systems and start daemons: in namespaces of their own nothing stays behind,
@@ -13,16 +14,17 @@ PRIVATE := unshare --mount --propagation private --pid --fork --kill-child --mou
 
 IMAGE ?= /
 
-.PHONY: help setup demo test lock clean
+.PHONY: help setup demo test bench lock clean
 
 help:
 	@echo 'make demo [IMAGE=FILE-OR-DIRECTORY]  run the main job for real, narrated'
 	@echo 'make test                            lint, types and every test'
+	@echo 'make bench [BENCH=OPTIONS]           compare with other overlays: docs/benchmark.md'
 	@echo 'make setup                           Debian packages and $(VENV), as the two above do'
 	@echo 'make lock                            resolve the versions of the dependencies anew'
 	@echo 'make clean                           remove what make has made'
 
-setup: $(STAMP)
+setup: $(STAMP) $(EXTENSION)
 	@packaging/setup-debian
 
 demo: setup
@@ -34,13 +36,21 @@ test: setup
 	@$(BIN)/mypy --no-error-summary
 	@$(PRIVATE) $(BIN)/python -m pytest --quiet
 
+bench: setup
+	@packaging/setup-bench
+	@$(PRIVATE) $(BIN)/python -m tests.bench.run $(BENCH)
+
 # pip builds pyfuse3 against the system's libfuse, hence the Debian packages first.
-$(STAMP): requirements-dev.lock pyproject.toml $(wildcard setup.py)
+$(STAMP): requirements-dev.lock pyproject.toml
 	@packaging/setup-debian
 	@echo 'Installing the dependencies into $(VENV).'
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) install --require-hashes -r requirements-dev.lock
 	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(EXTENSION): $(STAMP) setup.py $(wildcard sessiond/fuse/kernel_io/*)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 # The header and the origin of a package are left out: the file says the same wherever it was made.
@@ -50,4 +60,4 @@ lock: $(STAMP)
 	    --no-header --no-emit-index-url --group dev --output-file requirements-dev.lock pyproject.toml
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info sessiond/fuse/*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

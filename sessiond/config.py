@@ -95,6 +95,9 @@ class Profile(_Table):
     nodev: bool | None = None
     """Ignore device nodes; if not given, for every user but root."""
 
+    data_path: Literal["passthrough", "cached", "plain"] = "passthrough"
+    """See `sessiond.session.model.DataPath`."""
+
     @field_validator("mount_point")
     @classmethod
     def _pattern(cls, pattern: str | None) -> str | None:

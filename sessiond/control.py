@@ -35,6 +35,13 @@ class LayerStack(_Message):
     """Of the lowers that were uppers once; those that do not exist are left out."""
 
 
+class Start(_Message):
+    """What a worker is told at its birth."""
+
+    stack: LayerStack
+    data_path: str
+
+
 class Swap(_Message):
     """Serve another stack from now on."""
 
@@ -103,6 +110,8 @@ class Reply(_Message):
     changes: ChangeCounts | None = None
     worker: int | None = None
     """Process id, when it is ready."""
+    data_path: str | None = None
+    """The one in use, when it is ready."""
 
 
 _requests: TypeAdapter[Request] = TypeAdapter(Request)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pyfuse3
 from pyfuse3 import InodeT
 
+from sessiond.fuse.data_path import kernel_version
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -73,8 +75,7 @@ def _check(result: int, mount_point: Path) -> None:
 
 def has_epochs() -> bool:
     """Say whether this kernel can invalidate all names at once (FUSE_NOTIFY_INC_EPOCH)."""
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int("".join(filter(str.isdigit, minor)))) >= _EPOCH_KERNEL
+    return kernel_version() >= _EPOCH_KERNEL
 
 
 def begin_epoch(connection: int) -> None:
@@ -84,7 +85,8 @@ def begin_epoch(connection: int) -> None:
 
 
 def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -> None:
-    """Make the kernel ask again for `names`, each in a node, and for attributes of `directories`.
+    """Make the kernel ask again for `names`, each in a node, and for attributes and
+    listings of `directories`.
 
     Call from a thread: it waits for requests that are under way.
     """
@@ -93,7 +95,13 @@ def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -
             pyfuse3.invalidate_entry(InodeT(parent), name)
     for number in directories:
         with _forgotten_meanwhile():
-            pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
+            pyfuse3.invalidate_inode(InodeT(number))  # its listing, too
+
+
+def invalidate_attributes(number: int) -> None:
+    """Make the kernel ask again for the attributes of a node. Waits for nothing."""
+    with _forgotten_meanwhile():
+        pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
 
 
 @contextmanager

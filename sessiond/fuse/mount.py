@@ -20,9 +20,9 @@ from pathlib import Path
 import trio
 
 from sessiond import __version__
-from sessiond.fuse import device, worker
-from sessiond.overlay.overlay import Overlay
+from sessiond.fuse import data_path, device, worker
 from sessiond.overlay.stack import Stack, StackOptions
+from sessiond.session.model import DataPath
 
 PROGRAM = "sessiond-overlay"
 FS_TYPE = "fuse.sessiond-overlay"
@@ -196,6 +196,10 @@ def _complain(message: str, status: int) -> int:
 def _mount(source: str, mount_point: Path, options: Options, *, foreground: bool) -> int:
     _check_mount_point(mount_point)
     _check_not_mounted_by_kernel(options)
+    try:
+        path = data_path.choose(DataPath.PASSTHROUGH)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     worker.prepare_process()
     stack_options = StackOptions(user_xattrs=options.user_xattrs)
     stack = Stack.open(
@@ -205,14 +209,13 @@ def _mount(source: str, mount_point: Path, options: Options, *, foreground: bool
     ready = None if foreground else _Fork()
     if ready is not None and ready.is_parent:
         return ready.wait()
-    overlay = Overlay(stack)
+    operations = worker.start_fuse(stack, connection, path)
     try:
-        worker.start_fuse(overlay, connection)
         if ready is not None:
             ready.announce()
         trio.run(_serve_until_signal, mount_point.absolute())
     finally:
-        overlay.close()
+        operations.overlay.close()
     return 0
 
 

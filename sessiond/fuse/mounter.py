@@ -7,6 +7,7 @@ worker it could not be killed.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -16,12 +17,15 @@ import trio
 from pydantic import ValidationError
 
 from sessiond import control
-from sessiond.control import LayerStack, Reply
+from sessiond.control import LayerStack, Reply, Start
 from sessiond.errors import Failed, NoSpace, SessiondError
+from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import ChangeSummary, Stack
 from sessiond.session.mounter import MountRequest
+
+log = logging.getLogger(__name__)
 
 FS_TYPE = "fuse.sessiond"
 
@@ -31,7 +35,10 @@ class FuseMounter:
 
     def __init__(self, spawner: Spawner) -> None:
         self._spawner = spawner
-        self.features = ("datapath-plain", *(["epochs"] if has_epochs() else []))
+        self.features = (
+            *(f"datapath-{path}" for path in data_path.available()),
+            *(["epochs"] if has_epochs() else []),
+        )
         """How data and metadata reach the kernel on this machine, for people who ask why."""
 
     async def mount(self, request: MountRequest) -> FuseMount:
@@ -51,7 +58,8 @@ class FuseMounter:
         mount = FuseMount(request, trio.socket.from_stdlib_socket(ours), lifeline)
         try:
             try:
-                self._spawner.spawn(_layers(request.stack), device, theirs, held)
+                start = Start(stack=_layers(request.stack), data_path=request.data_path)
+                self._spawner.spawn(start, device, theirs, held)
             except OSError as error:
                 raise Failed("The fork server is gone: restart sessiond.") from error
             finally:
@@ -93,7 +101,16 @@ class FuseMount:
     async def wait_ready(self) -> None:
         """Return when the worker serves. Raises `Failed`, `NoSpace`."""
         async with self._turn:
-            self.worker = _checked(await self._reply()).worker or 0
+            ready = _checked(await self._reply())
+        self.worker = ready.worker or 0
+        wanted = self._request.data_path
+        log.log(
+            logging.INFO if ready.data_path == wanted else logging.WARNING,
+            "The data path of session %s is %s; %s was asked for.",
+            self._request.session,
+            ready.data_path,
+            wanted,
+        )
 
     async def _ask(self, request: control.Request, descriptors: tuple[int, ...] = ()) -> Reply:
         async with self._turn:

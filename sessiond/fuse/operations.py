@@ -15,8 +15,10 @@ import functools
 import logging
 import os
 import stat as modes
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from operator import itemgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -42,27 +44,39 @@ from sessiond.overlay.directory import NewObject
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
+from sessiond.session.model import DataPath
 
 log = logging.getLogger(__name__)
 
-_FOREVER = 1e9  # seconds
+FOREVER = 1e9  # seconds
 _COPY_IN_THREAD = 1 << 20
 """Files from this size, in bytes, are copied up in a thread: below, waking one costs more."""
 
+_POSITIONS = (1 << 62) - 1
+
+Listing = list[tuple[int, bytes]]
+"""Names of a directory with their positions, in the order of these.
+
+The kernel caches a listing for all who have the directory open, so a position has to mean the same
+to all of them, also when names come and go: it is made from the name. The hash is keyed (PEP 456),
+so that nobody can make two names that collide.
+"""
+
 P = ParamSpec("P")
+S = TypeVar("S", bound="OverlayOperations")
 R = TypeVar("R")
 
 
-def _translated(
-    handler: Callable[Concatenate[OverlayOperations, P], Coroutine[Any, Any, R]],
-) -> Callable[Concatenate[OverlayOperations, P], Coroutine[Any, Any, R]]:
+def translated(
+    handler: Callable[Concatenate[S, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, R]]:
     """Turn what the core raises into errno. Anything unforeseen is logged and answered with EIO.
 
     pyfuse3 ends its main loop, and with it the mount, on any exception but FUSEError.
     """
 
     @functools.wraps(handler)
-    async def call(self: OverlayOperations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await handler(self, *args, **kwargs)
         except FUSEError:
@@ -76,6 +90,10 @@ def _translated(
     return call
 
 
+def _position(name: bytes) -> int:
+    return (hash(name) & _POSITIONS) + 3
+
+
 class OverlayOperations(pyfuse3.Operations):
     """The overlay as pyfuse3 wants it.
 
@@ -85,12 +103,12 @@ class OverlayOperations(pyfuse3.Operations):
 
     enable_acl = True
 
-    def __init__(self, overlay: Overlay, *, negative_timeout: float = _FOREVER) -> None:
+    def __init__(self, overlay: Overlay, *, negative_timeout: float = FOREVER) -> None:
         """`negative_timeout`: seconds for which the kernel may remember that a name is missing."""
         super().__init__()
         self.overlay = overlay
         self._negative_timeout = negative_timeout
-        self._listings: dict[int, tuple[Node, list[bytes]]] = {}
+        self._listings: dict[int, tuple[Node, Listing]] = {}
         self._last_listing = 0
         self._copies: dict[int, trio.Lock] = {}
         self._running: set[CopyUp] = set()
@@ -98,6 +116,17 @@ class OverlayOperations(pyfuse3.Operations):
         self._idle.set()
         self._open = trio.Event()
         self._open.set()
+        self.initialised = trio.Event()
+        """Set when the kernel's first request has been answered."""
+
+    @property
+    def data_path(self) -> DataPath:
+        """What is in use; known when `initialised`."""
+        return DataPath.PLAIN
+
+    def init(self) -> None:
+        """See `pyfuse3.Operations.init`."""
+        self.initialised.set()
 
     # For the worker
 
@@ -145,7 +174,9 @@ class OverlayOperations(pyfuse3.Operations):
         entry.st_atime_ns = stat.st_atime_ns
         entry.st_mtime_ns = stat.st_mtime_ns
         entry.st_ctime_ns = stat.st_ctime_ns
-        entry.entry_timeout = entry.attr_timeout = _FOREVER
+        entry.entry_timeout = FOREVER
+        # Known to the kernel as two inodes, it must not be changed as one and cached as the other.
+        entry.attr_timeout = 0 if node.former else FOREVER
         return entry
 
     def _given(self, node: Node, stat: os.stat_result) -> EntryAttributes:
@@ -199,7 +230,7 @@ class OverlayOperations(pyfuse3.Operations):
 
     # Names
 
-    @_translated
+    @translated
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -214,9 +245,7 @@ class OverlayOperations(pyfuse3.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:
-            node = self.overlay.nodes.get(number)
-            if node is not None:
-                self.overlay.forget(node, count)
+            self.overlay.forget(number, count)
 
     def _new(
         self, ctx: RequestContext, mode: int, device: int = 0, target: bytes = b""
@@ -227,20 +256,20 @@ class OverlayOperations(pyfuse3.Operations):
         await self._open.wait()
         return self._given(*self.overlay.create(self.overlay.node(parent), name, new))
 
-    @_translated
+    @translated
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
         return await self._create(parent_inode, name, self._new(ctx, mode, rdev))
 
-    @_translated
+    @translated
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
         new = self._new(ctx, modes.S_IFDIR | modes.S_IMODE(mode))
         return await self._create(parent_inode, name, new)
 
-    @_translated
+    @translated
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -248,7 +277,7 @@ class OverlayOperations(pyfuse3.Operations):
             parent_inode, name, self._new(ctx, modes.S_IFLNK | 0o777, target=target)
         )
 
-    @_translated
+    @translated
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
@@ -257,7 +286,7 @@ class OverlayOperations(pyfuse3.Operations):
         node, stat = self.overlay.create_file(self.overlay.node(parent_inode), name, new)
         return FileInfo(fh=node.number), self._given(node, stat)
 
-    @_translated
+    @translated
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -265,17 +294,17 @@ class OverlayOperations(pyfuse3.Operations):
         stat = self.overlay.link(node, self.overlay.node(new_parent_inode), new_name)
         return self._given(node, stat)
 
-    @_translated
+    @translated
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._open.wait()
         self.overlay.unlink(self.overlay.node(parent_inode), name)
 
-    @_translated
+    @translated
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._open.wait()
         self.overlay.rmdir(self.overlay.node(parent_inode), name)
 
-    @_translated
+    @translated
     async def rename(
         self,
         parent_inode_old: InodeT,
@@ -296,12 +325,12 @@ class OverlayOperations(pyfuse3.Operations):
 
     # Attributes
 
-    @_translated
+    @translated
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         node = self.overlay.node(inode)
         return self._attributes(node, self.overlay.stat(node))
 
-    @_translated
+    @translated
     async def setattr(
         self,
         inode: InodeT,
@@ -320,6 +349,8 @@ class OverlayOperations(pyfuse3.Operations):
             fh is not None or self.overlay.stat(node).st_size != attr.st_size
         ):
             self.overlay.resize(node, attr.st_size)
+            if ctx.uid != 0:
+                self.overlay.drop_privileges(node)
         if fields.update_uid or fields.update_gid:
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1
@@ -332,32 +363,32 @@ class OverlayOperations(pyfuse3.Operations):
             self.overlay.utime(node, atime, mtime)
         return self._attributes(node, self.overlay.stat(node))
 
-    @_translated
+    @translated
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         return self.overlay.readlink(self.overlay.node(inode))
 
-    @_translated
+    @translated
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         return self.overlay.getxattr(self.overlay.node(inode), name)
 
-    @_translated
+    @translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         names = self.overlay.listxattr(self.overlay.node(inode))
         if ctx.uid == 0:
             return names
         return [name for name in names if not name.startswith(b"trusted.")]  # xattr(7)
 
-    @_translated
+    @translated
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
         self.overlay.setxattr(await self._changeable(inode), name, value)
 
-    @_translated
+    @translated
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         self.overlay.removexattr(await self._changeable(inode), name)
 
-    @_translated
+    @translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         real = self.overlay.statvfs()
         answer = StatvfsData()
@@ -377,81 +408,88 @@ class OverlayOperations(pyfuse3.Operations):
 
     # Contents
 
-    @_translated
+    async def _openable(self, number: int, *, write: bool, truncate: bool) -> Node:
+        """Return a node that is about to be opened, with nothing large left to copy up."""
+        if write and not truncate:
+            return await self._changeable(number)
+        if truncate:
+            await self._open.wait()
+        return self.overlay.node(number)
+
+    @translated
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         write = flags & os.O_ACCMODE != os.O_RDONLY
         truncate = bool(flags & os.O_TRUNC)
-        if write and not truncate:
-            node = await self._changeable(inode)
-        else:
-            if truncate:
-                await self._open.wait()
-            node = self.overlay.node(inode)
+        node = await self._openable(inode, write=write, truncate=truncate)
         self.overlay.open_file(node, write=write, truncate=truncate)
         # The cache stays valid from one open to the next: all writes pass through the kernel.
         return FileInfo(fh=node.number, keep_cache=not truncate)
 
-    @_translated
+    @translated
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         return self.overlay.read(self.overlay.node(fh), size, off)
 
-    @_translated
+    @translated
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         return self.overlay.write(await self._changeable(fh), buf, off)
 
-    @_translated
+    @translated
     async def flush(self, fh: FileHandleT) -> None:
         raise FUSEError(errno.ENOSYS)  # nothing is buffered here: the kernel need not ask again
 
-    @_translated
+    @translated
     async def release(self, fh: FileHandleT) -> None:
         self.overlay.release_file(self.overlay.node(fh))
 
-    @_translated
+    @translated
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         self.overlay.fsync(self.overlay.node(fh), data_only=datasync)
 
     # Directories
 
-    @_translated
+    @translated
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         node = self.overlay.node(inode)
         self._last_listing += 1
         self._listings[self._last_listing] = (node, [])
         return self._last_listing
 
-    @_translated
+    def _listing(self, handle: int) -> tuple[Node, Listing]:
+        node, listing = self._listings[handle]
+        return self.overlay.node(node.number), listing
+
+    @translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        node, names = self._listings[fh]
-        node = self.overlay.node(node.number)
-        if start_id == 0 or not names:  # also after rewinddir(3), which wants a new listing
-            names = [b".", b"..", *self.overlay.names(node)]
-            self._listings[fh] = (node, names)
-        for position in range(start_id, len(names)):
-            if not self._list(node, names[position], token, position + 1):
+        node, listing = self._listing(fh)
+        if start_id == 0 or not listing:  # also after rewinddir(3), which wants a new listing
+            listing = [(1, b"."), (2, b"..")]
+            listing += sorted((_position(name), name) for name in self.overlay.names(node))
+            self._listings[fh] = (node, listing)
+        for position, name in listing[bisect_right(listing, start_id, key=itemgetter(0)) :]:
+            if not self._list(node, name, token, position):
                 return
 
-    def _list(self, directory: Node, name: bytes, token: ReaddirToken, following: int) -> bool:
+    def _list(self, directory: Node, name: bytes, token: ReaddirToken, position: int) -> bool:
         """Add an entry to a listing; False when there is no more room."""
         if name in {b".", b".."}:
             node = directory if name == b"." or not directory.links else directory.parent
             entry = self._attributes(node, self.overlay.stat(node))
-            return pyfuse3.readdir_reply(token, name, entry, following)
+            return pyfuse3.readdir_reply(token, name, entry, position)
         try:
             node, stat = self.overlay.lookup(directory, name)
         except FileNotFoundError:
             return True  # removed since it was listed
-        if not pyfuse3.readdir_reply(token, name, self._attributes(node, stat), following):
-            self.overlay.forget(node, 0)
+        if not pyfuse3.readdir_reply(token, name, self._attributes(node, stat), position):
+            self.overlay.forget(node.number, 0)
             return False
         self.overlay.refer(node)
         return True
 
-    @_translated
+    @translated
     async def releasedir(self, fh: FileHandleT) -> None:
         del self._listings[fh]
 
-    @_translated
+    @translated
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
-        node, _ = self._listings[fh]
-        self.overlay.fsync(self.overlay.node(node.number), data_only=datasync)
+        node, _ = self._listing(fh)
+        self.overlay.fsync(node, data_only=datasync)

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 
-from sessiond.control import MESSAGE_LIMIT, LayerStack
+from sessiond.control import MESSAGE_LIMIT, Start
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Spawner:
         """End the server; workers live on."""
         self._channel.close()
 
-    def spawn(self, layers: LayerStack, device: int, control: socket.socket, lifeline: int) -> None:
+    def spawn(self, start: Start, device: int, control: socket.socket, lifeline: int) -> None:
         """Start a worker on the FUSE connection `device`. Raises OSError when the server is gone.
 
         It reports on the other end of `control` when it is ready, and holds `lifeline` open while
@@ -48,7 +48,7 @@ class Spawner:
         """
         rights = array.array("i", [device, control.fileno(), lifeline]).tobytes()
         self._channel.sendmsg(
-            [layers.model_dump_json().encode()],
+            [start.model_dump_json().encode()],
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
         )
 
@@ -65,10 +65,10 @@ def _serve(channel: socket.socket) -> None:
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):
-            layers, device, control, lifeline = packet
+            start, device, control, lifeline = packet
             if os.fork() == 0:
                 channel.close()
-                _become_worker(layers, device, control)
+                _become_worker(start, device, control)
             os.close(device)
             os.close(lifeline)
             control.close()
@@ -86,7 +86,7 @@ def _name_process(name: str) -> None:
         comm.write(name)
 
 
-def _receive(channel: socket.socket) -> tuple[LayerStack, int, socket.socket, int] | None:
+def _receive(channel: socket.socket) -> tuple[Start, int, socket.socket, int] | None:
     descriptors = array.array("i")
     packet, ancillary, _, _ = channel.recvmsg(
         MESSAGE_LIMIT, socket.CMSG_SPACE(3 * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -96,11 +96,11 @@ def _receive(channel: socket.socket) -> tuple[LayerStack, int, socket.socket, in
     for _, _, data in ancillary:
         descriptors.frombytes(data)
     device, control, lifeline = descriptors
-    layers = LayerStack.model_validate_json(packet)
-    return layers, device, socket.socket(fileno=control), lifeline
+    start = Start.model_validate_json(packet)
+    return start, device, socket.socket(fileno=control), lifeline
 
 
-def _become_worker(layers: LayerStack, device: int, control: socket.socket) -> None:
+def _become_worker(start: Start, device: int, control: socket.socket) -> None:
     """Run a worker in this fresh child. Never returns."""
     from sessiond.fuse import worker
 
@@ -108,7 +108,7 @@ def _become_worker(layers: LayerStack, device: int, control: socket.socket) -> N
     try:
         _name_process("sessiond-worker")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        worker.run(layers, device, control)
+        worker.run(start, device, control)
     except BaseException:
         log.exception("worker failed")
         status = 1

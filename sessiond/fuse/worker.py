@@ -19,12 +19,16 @@ import pyfuse3
 import trio
 
 from sessiond import control
-from sessiond.control import ChangeCounts, LayerStack, Reply
-from sessiond.fuse import device
-from sessiond.fuse.operations import OverlayOperations
+from sessiond.control import ChangeCounts, LayerStack, Reply, Start
+from sessiond.fuse import data_path, device
+from sessiond.fuse.operations import FOREVER, OverlayOperations
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack, StackOptions
+from sessiond.session.model import DataPath
+
+if data_path.HAS_EXTENSION:
+    from sessiond.fuse.kernel_operations import KernelFastPath, KernelOperations
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +65,18 @@ class _AbortedReplies(logging.Filter):
         return "fuse_reply_* failed" not in message or os.strerror(errno.ENOENT) not in message
 
 
-def start_fuse(overlay: Overlay, mount_point: str) -> OverlayOperations:
-    """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already."""
-    negative = {} if device.has_epochs() else {"negative_timeout": _SHORT}
-    operations = OverlayOperations(overlay, **negative)
+def start_fuse(stack: Stack, mount_point: str, path: DataPath) -> OverlayOperations:
+    """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already.
+
+    Takes over `stack`.
+    """
+    negative_timeout = FOREVER if device.has_epochs() else _SHORT
+    operations: OverlayOperations
+    if path is DataPath.PLAIN:
+        operations = OverlayOperations(Overlay(stack), negative_timeout=negative_timeout)
+    else:
+        overlay = Overlay(stack, KernelFastPath(path))
+        operations = KernelOperations(overlay, path, negative_timeout)
     logging.getLogger("pyfuse3").addFilter(_AbortedReplies())
     pyfuse3.init(operations, mount_point, {"default_permissions"})
     return operations
@@ -78,28 +90,33 @@ async def serve_fuse() -> None:
         pyfuse3.close(unmount=False)
 
 
-def run(layers: LayerStack, connection: int, manager: socket.socket) -> None:
-    """Serve `layers` on a FUSE connection until the manager or the mount is gone."""
+def run(start: Start, connection: int, manager: socket.socket) -> None:
+    """Serve layers on a FUSE connection until the manager or the mount is gone."""
     prepare_process()
-    trio.run(_run, layers, connection, manager)
+    trio.run(_run, start, connection, manager)
 
 
-async def _run(layers: LayerStack, connection: int, manager: socket.socket) -> None:
+async def _run(start: Start, connection: int, manager: socket.socket) -> None:
     channel = trio.socket.from_stdlib_socket(manager)
     try:
-        overlay = Overlay(open_stack(layers, StackOptions()))
+        stack = open_stack(start.stack, StackOptions())
+        path = data_path.choose(start.data_path)
     except OSError as error:
         await control.send(channel, _failure(error))
         return
-    operations = start_fuse(overlay, f"/dev/fd/{connection}")
+    except ValueError as error:
+        await control.send(channel, Reply(error=str(error)))
+        return
+    operations = start_fuse(stack, f"/dev/fd/{connection}", path)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
-            await control.send(channel, Reply(worker=os.getpid()))
+            await operations.initialised.wait()
+            await control.send(channel, Reply(worker=os.getpid(), data_path=operations.data_path))
             await _Controlled(operations, connection, channel, nursery).run()
             nursery.cancel_scope.cancel()
     finally:
-        overlay.close()
+        operations.overlay.close()
 
 
 async def _serve_and_cancel(scope: trio.CancelScope) -> None:

@@ -17,7 +17,7 @@ from sessiond.overlay import origin, syscalls
 from sessiond.overlay.lookup import origin_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
-from sessiond.overlay.syscalls import At
+from sessiond.overlay.syscalls import At, Object
 from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
 
@@ -69,6 +69,7 @@ class CopyUp:
         self.cancelled = False
         """Set from another thread to make `copy_data` raise ECANCELED."""
         self._source_fd = self._target_fd = -1
+        self._published = False
         if node.linked:
             _copy_up_parents(stack, node)
         source = locate(stack, node)
@@ -76,9 +77,13 @@ class CopyUp:
         self._size = self._stat.st_size if size is None else min(size, self._stat.st_size)
         self._target = self._work.temporary()
         if modes.S_ISREG(node.kind):
-            data = node.data_lower().at() if node.linked else source
+            data = node.data_lower().at() if node.metacopy and node.linked else source
             self._source_fd = syscalls.open_file(data, os.O_RDONLY)
-            self._target_fd = syscalls.create_file(self._target, 0o600)
+            try:
+                self._target_fd = syscalls.create_file(self._target, 0o600)
+            except BaseException:
+                syscalls.close(self._source_fd)
+                raise
 
     def __enter__(self) -> CopyUp:
         return self
@@ -87,36 +92,45 @@ class CopyUp:
         for fd in (self._source_fd, self._target_fd):
             if fd >= 0:
                 syscalls.close(fd)
-        remove_tree(self._target)
+        if not self._published:
+            remove_tree(self._target)
 
     def copy_data(self) -> None:
         """Copy the contents. May run in any thread."""
-        if self._source_fd < 0:
+        source, target = self._source_fd, self._target_fd
+        if source < 0:
             return
-        syscalls.copy_data(self._source_fd, self._target_fd, self._size, lambda: self.cancelled)
-        syscalls.fsync(self._target_fd)  # before the rename that publishes it
+        if syscalls.copy_data(source, target, self._size, lambda: self.cancelled):
+            syscalls.fsync(target)  # before the rename that publishes it
 
     def publish(self) -> None:
         """Make the copy the node's. Raises ESTALE if that is gone by now."""
         node, stack = self.node, self.stack
         # Found anew: while data was copied, its name may have gone, and directories been closed.
         source = locate(stack, node)
+        target: Object = self._target
         if self._source_fd < 0:
             self._make_special(source)
-        copy_attributes(source, self._target, self._stat, stack.xattrs)
+            copy_attributes(source, target, self._stat, stack.xattrs)
+        else:
+            target = self._target_fd
+            # Of a metadata-only file, what is open has the contents and not the attributes.
+            whole = source if node.metacopy else self._source_fd
+            copy_attributes(whole, target, self._stat, stack.xattrs)
         if not node.linked:
             self._replace_anchor()
             return
         handle = origin_of(stack, node.lowers[0])
-        count = link_count(stack, node, self._stat)
-        syscalls.setxattr(self._target, stack.xattrs.origin, handle or b"")
-        real = syscalls.stat(self._target)
+        syscalls.setxattr(target, stack.xattrs.origin, handle or b"")
+        real = syscalls.stat(target)
         indexed = not node.is_directory and self._stat.st_nlink > 1 and handle is not None
         if indexed:
             assert handle is not None
+            count = link_count(stack, node, self._stat)
             self._publish_index(origin.index_name(handle), count)
         else:
             _publish(stack, node, self._target)
+        self._published = True
         node.upper = True
         node.real = (real.st_dev, real.st_ino)
         if not node.is_directory:
@@ -153,11 +167,11 @@ def _publish(stack: Stack, node: Node, prepared: At) -> None:
     """Move the prepared copy to where the node's name is, unnoticed by the parent's times."""
     ((parent, name),) = node.links
     _copy_up_parents(stack, node)
-    directory = At(stack.writable.directory(parent.path), b".")
-    times = syscalls.stat(directory)
+    directory = stack.writable.directory(parent.path)
+    times = syscalls.stat(At(directory, b""))
     mark_impure(stack, parent)
-    syscalls.rename(prepared, At(directory.directory, name))
-    syscalls.utime(directory, times.st_atime_ns, times.st_mtime_ns)
+    syscalls.rename(prepared, At(directory, name))
+    syscalls.utime(At(directory, b"."), times.st_atime_ns, times.st_mtime_ns)
 
 
 def _link_alias(stack: Stack, node: Node, parent: Node, name: bytes) -> None:

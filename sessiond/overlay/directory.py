@@ -57,21 +57,26 @@ def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: New
     """Create an object at a free name. Return a descriptor of a regular file, -1 of anything else.
 
     The group, default ACL and setgid bit of the parent are inherited as the upper's file system
-    does it.
+    does it. What this process owns is whole from the start, so it is made where it belongs.
     """
     work = stack.workdir
     copy_up(stack, parent)
+    target = _upper_name(stack, parent, name)
+    own = new.uid == os.geteuid() and new.gid == os.getegid()
+    if own and presence is not Presence.WHITEOUT:
+        return syscalls.with_umask(new.umask, lambda: _make(target, new))
     fd = -1
     try:
-        with _nursery(stack, work, parent) as (prepared, inherits_group):
+        with _nursery(work, target.directory) as (prepared, inherits_group):
             fd = syscalls.with_umask(new.umask, lambda: _make(prepared, new))
-            _own(prepared, new, inherits_group=inherits_group)
-            target = _upper_name(stack, parent, name)
+            if not own:
+                _own(prepared, fd, new, inherits_group=inherits_group)
             if presence is not Presence.WHITEOUT:
                 syscalls.rename(prepared, target, syscalls.RENAME_NOREPLACE)
             elif modes.S_ISDIR(new.mode):
                 syscalls.setxattr(prepared, stack.xattrs.opaque, b"y")
                 syscalls.rename(prepared, target, syscalls.RENAME_EXCHANGE)
+                syscalls.unlink(prepared)
             else:
                 syscalls.rename(prepared, target)
     except BaseException:
@@ -81,18 +86,35 @@ def create(stack: Stack, parent: Node, name: bytes, presence: Presence, new: New
     return fd
 
 
+def create_anonymous(stack: Stack, parent: Node, new: NewObject) -> int:
+    """Create a regular file that has no name; return a descriptor of it."""
+    copy_up(stack, parent)
+    directory = stack.writable.directory(parent.path)
+    with _nursery(stack.workdir, directory) as (prepared, inherits_group):
+        fd = syscalls.with_umask(
+            new.umask, lambda: syscalls.create_anonymous(prepared.directory, new.mode & 0o7777)
+        )
+        try:
+            _own(prepared, fd, new, inherits_group=inherits_group)
+        except BaseException:
+            syscalls.close(fd)
+            raise
+    return fd
+
+
 @contextmanager
-def _nursery(stack: Stack, work: Workdir, parent: Node) -> Iterator[tuple[At, bool]]:
-    """Hand out a name in a directory that gives new entries what `parent` would give them.
+def _nursery(work: Workdir, parent: int) -> Iterator[tuple[At, bool]]:
+    """Hand out a name in a directory that gives new entries what the directory `parent` would give
+    them, and whether that includes the group.
 
     That is the workdir itself for most; for a setgid directory, or one with a default ACL, a
     directory made like it. So inheritance is the file system's, never computed here.
     """
-    at = locate(stack, parent)
+    at = At(parent, b"")
     stat = syscalls.stat(at)
     acl = default_acl(at)
     if not stat.st_mode & modes.S_ISGID and acl is None:
-        with work.preparing() as prepared:
+        with work.publishing() as prepared:
             yield prepared, False
         return
     with work.preparing() as nursery:
@@ -122,27 +144,26 @@ def _make(at: At, new: NewObject) -> int:
     return -1
 
 
-def _own(at: At, new: NewObject, *, inherits_group: bool) -> None:
-    gid = -1 if inherits_group else new.gid
-    if new.uid == 0 and gid in {-1, 0}:
-        return
-    syscalls.chown(at, new.uid, gid)
+def _own(at: At, fd: int, new: NewObject, *, inherits_group: bool) -> None:
+    made = fd if fd >= 0 else at
+    syscalls.chown(made, new.uid, -1 if inherits_group else new.gid)
     special = new.mode & (modes.S_ISUID | modes.S_ISGID)
     if special and not modes.S_ISDIR(new.mode):  # chown(2) has cleared them
-        syscalls.chmod(at, modes.S_IMODE(syscalls.stat(at).st_mode) | special)
+        syscalls.chmod(made, modes.S_IMODE(syscalls.stat(made).st_mode) | special)
 
 
 def link(stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence) -> None:
     """Give `node` another name. Raises ENOENT if it has none any more, as linkat(2) does."""
     work = stack.workdir
     if not node.linked:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        _name_anonymous(stack, node, parent, name, presence)
+        return
     copy_up(stack, node)
     copy_up(stack, parent)
     mark_impure(stack, parent)
     count_from_upper(stack, node)
     if presence is Presence.WHITEOUT:
-        with work.preparing() as prepared:
+        with work.publishing() as prepared:
             syscalls.link(locate(stack, node), prepared)
             syscalls.rename(prepared, _upper_name(stack, parent, name))
     else:
@@ -150,19 +171,36 @@ def link(stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence
     node.add_link(parent, name, in_upper=True)
 
 
+def _name_anonymous(
+    stack: Stack, node: Node, parent: Node, name: bytes, presence: Presence
+) -> None:
+    """Give a file its first name. The file system refuses one that has had a name (I_LINKABLE)."""
+    if node.anchor < 0 or not node.upper or node.gone:
+        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+    copy_up(stack, parent)
+    with stack.workdir.preparing() as prepared:
+        syscalls.link_descriptor(node.anchor, prepared)
+        flags = 0 if presence is Presence.WHITEOUT else syscalls.RENAME_NOREPLACE
+        syscalls.rename(prepared, _upper_name(stack, parent, name), flags)
+    node.add_link(parent, name, in_upper=True)
+    node.drop_anchor()
+
+
 def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     """Remove a name of a file. Who holds the file goes on using it, through its anchor."""
     work = stack.workdir
-    _settle_name(stack, node, parent, name)
+    stat = syscalls.stat(locate(stack, node))
+    _settle_name(stack, node, parent, name, stat)
     copy_up(stack, parent)
     target = _upper_name(stack, parent, name)
-    hide = covered(stack, parent.directory, name)
+    in_upper = node.links[parent, name]
+    hide = in_upper and covered(stack, parent.directory, name)
     count_from_upper(stack, node)
-    _keep_in_reach(stack, node)
-    if not node.links[parent, name]:
+    _keep_in_reach(stack, node, stat)
+    if not in_upper:
         work.make_whiteout(target)
     elif hide:
-        with work.preparing() as whiteout:
+        with work.publishing() as whiteout:
             work.make_whiteout(whiteout)
             syscalls.rename(whiteout, target)
     else:
@@ -171,8 +209,8 @@ def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     drop_index(stack, node)
 
 
-def _keep_in_reach(stack: Stack, node: Node) -> None:
-    """Provide for what holds `node` if the name that is about to go is its last one.
+def _keep_in_reach(stack: Stack, node: Node, stat: os.stat_result) -> None:
+    """Provide for what holds the file `node` if the name that is about to go is its last one.
 
     An anchor keeps the inode, and its space, until the kernel forgets it, which may be after the
     program's next call. So a regular file that nobody has open gets none, unless it has other
@@ -180,12 +218,10 @@ def _keep_in_reach(stack: Stack, node: Node) -> None:
     """
     if len(node.links) > 1 or node.index is not None:
         return
-    at = locate(stack, node)
-    stat = syscalls.stat(at)
-    if modes.S_ISREG(node.kind) and not node.opens and stat.st_nlink == 1:
+    if modes.S_ISREG(node.kind) and not node.is_open and stat.st_nlink == 1:
         node.remains = stat
     else:
-        node.anchor_to(at)
+        node.anchor_to(locate(stack, node))
 
 
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
@@ -194,7 +230,7 @@ def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     if names(stack, node.directory):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     copy_up(stack, parent)
-    _keep_in_reach(stack, node)
+    node.anchor_to(locate(stack, node))
     target = _upper_name(stack, parent, name)
     path = parent.child_path(name)
     if not node.upper:
@@ -246,9 +282,8 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     copy_up(stack, new.parent)
     if new.node is not None:
         _prepare_replacement(stack, work, new)
-    hides_lower = covered(stack, new.parent.directory, new.name)
-    _prepare_move(stack, node, new.parent, hides_lower=hides_lower)
-    hide = covered(stack, old.parent.directory, old.name)
+    _prepare_move(stack, node, new)
+    hide = _hides_lower(stack, old)
     source = _upper_name(stack, old.parent, old.name)
     target = _upper_name(stack, new.parent, new.name)
     if hide and new.presence is Presence.WHITEOUT:
@@ -275,29 +310,31 @@ def exchange(stack: Stack, old: Place, new: Place) -> None:
         return
     _bring_up(stack, old)
     _bring_up(stack, new)
-    for node, parent, name in ((first, new.parent, new.name), (second, old.parent, old.name)):
-        _prepare_move(stack, node, parent, hides_lower=covered(stack, parent.directory, name))
+    _prepare_move(stack, first, new)
+    _prepare_move(stack, second, old)
     syscalls.rename(
         _upper_name(stack, old.parent, old.name),
         _upper_name(stack, new.parent, new.name),
         syscalls.RENAME_EXCHANGE,
     )
-    second.drop_link(new.parent, new.name)
     _moved(stack, first, old, new)
-    second.add_link(old.parent, old.name, in_upper=True)
+    _moved(stack, second, new, old)
 
 
 def _bring_up(stack: Stack, place: Place) -> None:
-    assert place.node is not None
-    _settle_name(stack, place.node, place.parent, place.name)
-    copy_up(stack, place.node)
+    node = place.node
+    assert node is not None
+    if node.index is not None or not node.upper:
+        stat = syscalls.stat(locate(stack, node))
+        _settle_name(stack, node, place.parent, place.name, stat)
+    copy_up(stack, node)
 
 
-def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
+def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes, stat: os.stat_result) -> None:
     """Get the name of a lower hard link into the upper, so that its going changes the count with
-    it.
+    it. `stat`: the node's stat(2).
     """
-    if node.index is not None or must_index(stack, node, syscalls.stat(locate(stack, node))):
+    if node.index is not None or must_index(stack, node, stat):
         copy_up_name(stack, node, parent, name)
 
 
@@ -315,13 +352,14 @@ def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
     node = place.node
     assert node is not None
     if not node.is_directory:
-        _settle_name(stack, node, place.parent, place.name)
+        stat = syscalls.stat(locate(stack, node))
+        _settle_name(stack, node, place.parent, place.name, stat)
         count_from_upper(stack, node)
-        _keep_in_reach(stack, node)
+        _keep_in_reach(stack, node, stat)
         return
     if node.upper and syscalls.scan(stack.writable.directory(node.path)):
         _clear(stack, work, node, _upper_name(stack, place.parent, place.name))
-    _keep_in_reach(stack, node)
+    node.anchor_to(locate(stack, node))
     stack.writable.forget(node.path)
 
 
@@ -338,16 +376,25 @@ def _clear(stack: Stack, work: Workdir, node: Node, target: At) -> None:
     node.lowers = ()
 
 
-def _prepare_move(stack: Stack, node: Node, parent: Node, *, hides_lower: bool) -> None:
+def _prepare_move(stack: Stack, node: Node, new: Place) -> None:
     """Mark what moves, so that at its new name it merges with the same lowers and no others."""
-    mark_impure(stack, parent)
+    mark_impure(stack, new.parent)
     if not node.is_directory:
         return
     at = locate(stack, node)
     if node.lowers:
-        syscalls.setxattr(at, stack.xattrs.redirect, _redirect(stack, node, parent))
-    elif hides_lower:
+        syscalls.setxattr(at, stack.xattrs.redirect, _redirect(stack, node, new.parent))
+    elif _hides_lower(stack, new):
         syscalls.setxattr(at, stack.xattrs.opaque, b"y")
+
+
+def _hides_lower(stack: Stack, place: Place) -> bool:
+    """Say whether a lower would show through if the upper had nothing at `place`."""
+    if place.presence is Presence.LOWER:
+        return True
+    return place.presence is not Presence.ABSENT and covered(
+        stack, place.parent.directory, place.name
+    )
 
 
 def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
@@ -366,7 +413,7 @@ def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
 
 
 def _moved(stack: Stack, node: Node, old: Place, new: Place) -> None:
+    if node.is_directory:
+        stack.writable.forget_tree(node.path)
     node.drop_link(old.parent, old.name)
     node.add_link(new.parent, new.name, in_upper=True)
-    if node.is_directory:
-        stack.writable.forget_all()

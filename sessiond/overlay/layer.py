@@ -48,6 +48,11 @@ class Layer:
         layer.may_hold_marks = self.may_hold_marks
         return layer
 
+    def is_same(self, other: Layer) -> bool:
+        """Say whether both are the same directory."""
+        ours, theirs = syscalls.stat(At(self.root, b"")), syscalls.stat(At(other.root, b""))
+        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+
     def close(self) -> None:
         self.forget_all()
         syscalls.close(self.root)
@@ -100,8 +105,15 @@ class Layer:
         if (fd := self._directories.pop(path, -1)) >= 0:
             syscalls.close(fd)
 
+    def forget_tree(self, path: bytes) -> None:
+        """Drop what is known of the directory `path` and all below it, because it has moved."""
+        below = path + b"/"
+        for known in [known for known in self._directories if known.startswith(below)]:
+            self.forget(known)
+        self.forget(path)
+
     def forget_all(self) -> None:
-        """Drop what is known of all paths, because directories have moved."""
+        """Drop what is known of all paths."""
         for fd in self._directories.values():
             syscalls.close(fd)
         self._directories.clear()

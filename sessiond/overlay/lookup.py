@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
     @property
     def positive(self) -> bool:
-        return self.presence in {Presence.LOWER, Presence.UPPER}
+        return self.presence is Presence.LOWER or self.presence is Presence.UPPER
 
     @property
     def is_directory(self) -> bool:
@@ -105,10 +105,10 @@ def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
         if upper is not None:
             if is_whiteout(upper, at, stack.xattrs, marked=directory.marked):
                 return WHITEOUT
-            search.meet(stack.upper, at, upper, last=False)
+            own = search.meet(stack.upper, at, upper, last=False)
             upper_marked = search.marked
             if not modes.S_ISDIR(upper.st_mode) and not search.metacopy:
-                return _upper_file(stack, at, upper)
+                return _upper_file(stack, at, upper, copied=stack.xattrs.origin in own)
     search.walk(directory)
     if upper is not None:
         return _upper_entry(search, upper, marked=upper_marked)
@@ -119,6 +119,8 @@ def covered(stack: Stack, directory: Directory, name: bytes) -> bool:
     """Say whether a lower would show through if the upper had nothing of that name
     (ovl_lower_positive).
     """
+    if not directory.lowers:
+        return False
     search = _Search(stack, name)
     search.walk(directory)
     return bool(search.lowers)
@@ -142,6 +144,8 @@ class _Search:
         self.done = False
 
     def walk(self, directory: Directory) -> None:
+        if not directory.lowers and self.absolute is None:
+            return
         parents = {lower.layer: lower for lower in directory.lowers}
         for layer in self.stack.lowers:
             if self.done:
@@ -200,26 +204,24 @@ class _Search:
         self.lowers.append(Lower(layer, path, self.marked))
         self.stats.append(stat)
 
-    def meet(self, layer: Layer, at: At, stat: os.stat_result, *, last: bool) -> None:
-        """Take in what an object says of the layers below it."""
+    def meet(self, layer: Layer, at: At, stat: os.stat_result, *, last: bool) -> list[bytes]:
+        """Take in what an object says of the layers below it. Return its own attributes' names, as
+        far as they matter.
+        """
         xattrs = self.stack.xattrs
         self.marked = self.metacopy = False
+        own = [] if last and not layer.may_hold_marks else xattrs.own(at)
         if modes.S_ISDIR(stat.st_mode):
             self.is_directory = True
-            if last and not layer.may_hold_marks:
-                return
-            opaque = syscalls.getxattr(at, xattrs.opaque)
+            opaque = syscalls.getxattr(at, xattrs.opaque) if xattrs.opaque in own else None
             self.marked = opaque == b"x"
             self.done |= opaque == b"y"
         else:
-            self.metacopy = (
-                not last
-                and modes.S_ISREG(stat.st_mode)
-                and syscalls.getxattr(at, xattrs.metacopy) is not None
-            )
+            self.metacopy = not last and modes.S_ISREG(stat.st_mode) and xattrs.metacopy in own
             self.done |= not self.metacopy
-        if not self.done and not last:
+        if not self.done and not last and xattrs.redirect in own:
             self._redirect(syscalls.getxattr(at, xattrs.redirect))
+        return own
 
     def _redirect(self, target: bytes | None) -> None:
         """Follow ``overlay.redirect``: a path from the root, or another last component."""
@@ -238,11 +240,11 @@ class _Search:
         raise OSError(errno.EIO, "malformed redirect", target)
 
 
-def _upper_file(stack: Stack, at: At, stat: os.stat_result) -> Entry:
+def _upper_file(stack: Stack, at: At, stat: os.stat_result, *, copied: bool) -> Entry:
+    """A file in the upper; `copied`: it has the attribute that tells its origin."""
     identity = (stat.st_dev, stat.st_ino)
     index = None
-    value = syscalls.getxattr(at, stack.xattrs.origin)
-    if value:
+    if copied and (value := syscalls.getxattr(at, stack.xattrs.origin)):
         if (source := origin.decode(value, stack.lowers)) is not None:
             identity = (source.st_dev, source.st_ino)
         if stat.st_nlink > 1:

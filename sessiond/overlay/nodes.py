@@ -19,6 +19,7 @@ import os
 import stat as modes
 
 from sessiond.overlay import syscalls
+from sessiond.overlay.fastpath import FastPath
 from sessiond.overlay.lookup import Directory, Entry, Identity, Lower, Presence, join
 from sessiond.overlay.syscalls import At
 
@@ -26,6 +27,7 @@ ROOT_NUMBER = 1
 _INODE_BITS = 48
 _FILE_SYSTEM_BITS = 8
 _VERSIONS = 1 << 7
+_VERSIONLESS = (1 << _INODE_BITS + _FILE_SYSTEM_BITS) - 1
 _COUNTER_START = 1 << 32
 
 
@@ -39,16 +41,20 @@ class Node:
     """
 
     __slots__ = (
+        "_upper",
         "anchor",
         "children",
+        "fast_path",
         "fd",
         "fd_upper",
         "fd_writable",
+        "former",
         "generation",
         "gone",
         "identity",
         "impure",
         "index",
+        "kept",
         "kind",
         "links",
         "lowers",
@@ -59,12 +65,15 @@ class Node:
         "real",
         "references",
         "remains",
-        "upper",
+        "served",
     )
 
-    def __init__(self, number: int, kind: int) -> None:
+    def __init__(self, number: int, kind: int, fast_path: FastPath) -> None:
         self.number = number
         self.kind = kind
+        self.fast_path = fast_path
+        self.former: dict[int, int] = {}
+        """Earlier numbers that the kernel still knows, each with the references it holds."""
         self.links: dict[tuple[Node, bytes], bool] = {}
         self.children: dict[bytes, Node] = {}
         self.references = 0
@@ -75,6 +84,8 @@ class Node:
         """Whether `fd` is the file in the upper; after a copy-up, not before it is used next."""
         self.fd_writable = False
         self.opens = 0
+        self.kept = -1
+        """A file in earlier layers that has the contents until its last close; see `writers`."""
         self.impure = False
         self.index: bytes | None = None
         self.remains: os.stat_result | None = None
@@ -84,7 +95,9 @@ class Node:
 
     def bind(self, entry: Entry, generation: int) -> None:
         """Take over where the node is now."""
-        self.upper = entry.presence is Presence.UPPER or entry.indexed is not None
+        self.served = False
+        """Whether the fast path answers for names in this directory."""
+        self._upper = entry.presence is Presence.UPPER or entry.indexed is not None
         self.lowers: tuple[Lower, ...] = entry.lowers
         self.index = entry.indexed
         self.metacopy = entry.metacopy
@@ -93,6 +106,27 @@ class Node:
         self.real = (entry.stat.st_dev, entry.stat.st_ino)
         self.impure = False
         self.generation = generation
+
+    @property
+    def upper(self) -> bool:
+        """Whether it is in the upper; set when it gets there."""
+        return self._upper
+
+    @upper.setter
+    def upper(self, upper: bool) -> None:
+        self._upper = upper
+        self.served = False
+        self.fast_path.withdraw(self.number)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether someone has, or may have, the file open."""
+        return bool(self.opens) or any(map(self.fast_path.is_open, (self.number, *self.former)))
+
+    @property
+    def writers(self) -> int:
+        """How many have the file open for writing past the overlay."""
+        return self.fast_path.writers(self.number)
 
     @property
     def is_directory(self) -> bool:
@@ -152,10 +186,16 @@ class Node:
         return join(self.path, name)
 
     def close(self) -> None:
-        for fd in (self.anchor, self.fd):
+        for fd in (self.anchor, self.fd, self.kept):
             if fd >= 0:
                 syscalls.close(fd)
-        self.anchor = self.fd = -1
+        self.anchor = self.fd = self.kept = -1
+
+    def drop_anchor(self) -> None:
+        """The object has a name again."""
+        if self.anchor >= 0:
+            syscalls.close(self.anchor)
+            self.anchor = -1
 
     def anchor_to(self, at: At) -> None:
         """Keep the object `at` within reach, because its name goes away."""
@@ -166,7 +206,8 @@ class Node:
 class NodeTable:
     """All nodes that are held, by number; those that have a name, by identity, too."""
 
-    def __init__(self) -> None:
+    def __init__(self, fast_path: FastPath) -> None:
+        self._fast_path = fast_path
         self._by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._file_systems: dict[int, int] = {}
@@ -187,8 +228,9 @@ class NodeTable:
         if not number:
             identity = entry.identity if unique else (entry.stat.st_dev, entry.stat.st_ino)
             number = self._free_number(*identity)
-        node = Node(number, modes.S_IFMT(entry.stat.st_mode))
+        node = Node(number, modes.S_IFMT(entry.stat.st_mode), self._fast_path)
         node.bind(entry, generation)
+        node.references = self._fast_path.claim(number)
         self._by_number[number] = node
         if unique:
             self._by_identity[entry.identity] = node
@@ -210,12 +252,38 @@ class NodeTable:
         del self._by_number[node.number]
         node.close()
 
-    def _free_number(self, device: int, inode: int) -> int:
+    def renumber(self, node: Node) -> None:
+        """Give a node another number, with the same ``st_ino``, and know it by the old one, too.
+
+        The kernel then takes it for another inode, which can have other contents open.
+        """
+        node.former[node.number] = node.references
+        node.references = 0
+        node.number = self._free_version(node.number & _VERSIONLESS)
+        self._by_number[node.number] = node
+
+    def forget(self, node: Node, number: int, count: int) -> None:
+        """Give back references that the kernel held to a node by one of its numbers."""
+        if number == node.number:
+            node.references -= count
+            return
+        node.former[number] -= count
+        if not node.former[number]:
+            del node.former[number], self._by_number[number]
+
+    def numbering(self, device: int) -> int | None:
+        """Return what is added to inode numbers of `device`; None if they are not used as such."""
         file_system = self._file_systems.setdefault(device, len(self._file_systems) + 1)
-        if inode >= 1 << _INODE_BITS or file_system >= 1 << _FILE_SYSTEM_BITS:
-            file_system, inode = 0, self._counter
+        return file_system << _INODE_BITS if file_system < 1 << _FILE_SYSTEM_BITS else None
+
+    def _free_number(self, device: int, inode: int) -> int:
+        numbering = self.numbering(device)
+        if inode >= 1 << _INODE_BITS or numbering is None:
+            numbering, inode = 0, self._counter
             self._counter += 1
-        number = file_system << _INODE_BITS | inode
+        return self._free_version(numbering | inode)
+
+    def _free_version(self, number: int) -> int:
         for version in range(_VERSIONS):
             candidate = version << _INODE_BITS + _FILE_SYSTEM_BITS | number
             if candidate not in self._by_number:

@@ -12,10 +12,12 @@ import stat as modes
 from sessiond.overlay import directory, lookup, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
 from sessiond.overlay.directory import NewObject, Place
+from sessiond.overlay.fastpath import FastPath
 from sessiond.overlay.lookup import Entry, Lower, Presence
 from sessiond.overlay.nodes import ROOT_NUMBER, Node, NodeTable
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
+from sessiond.overlay.writers import MovingFile, renew, with_contents_of
 
 
 def _error(code: int) -> OSError:
@@ -29,10 +31,11 @@ class Overlay:
     and no descriptor of it was open.
     """
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, fast_path: FastPath | None = None) -> None:
         """Take over `stack`."""
         self.stack = stack
-        self.nodes = NodeTable()
+        self._fast_path = fast_path or FastPath()
+        self.nodes = NodeTable(self._fast_path)
         self._generation = 0
         self._moving = False
         """The layers are being replaced by copies of them."""
@@ -60,15 +63,50 @@ class Overlay:
         """Return a held node by its number."""
         node = self.nodes.get(number)
         if node is None:
-            raise _error(errno.ESTALE)
+            return self._claim(number)
         if node.generation != self._generation:
             self._refresh(node)
         return node
 
-    def forget(self, node: Node, count: int) -> None:
-        """Give back `count` references that `refer` has taken."""
-        node.references -= count
-        self._collect(node)
+    def _claim(self, number: int) -> Node:
+        """Make a node of what the fast path alone has known so far."""
+        place = self._fast_path.place(number)
+        if place is None:
+            raise _error(errno.ESTALE)
+        parent, name = place
+        try:
+            node, _ = self.lookup(self.node(parent), name)
+        except FileNotFoundError:
+            raise _error(errno.ESTALE) from None
+        if node.number != number:  # the layers were swapped, and the name stands for another
+            self._collect(node)
+            raise _error(errno.ESTALE)
+        return node
+
+    def serve(self, node: Node) -> None:
+        """Let the fast path answer for names in a directory, as far as it can."""
+        bottom = self.stack.lowers[-1]
+        if node.served or not node.linked or not node.lowers or self.stack.data:
+            return
+        last = node.lowers[-1]
+        if last.layer is not bottom or bottom.may_hold_marks:
+            return
+        parts = [lower.layer.directory(lower.path) for lower in node.lowers]
+        device = syscalls.stat(At(parts[-1], b"")).st_dev
+        numbering = self.nodes.numbering(device)
+        if numbering is None:
+            return
+        if node.upper:
+            parts.insert(0, self.stack.writable.directory(node.path))
+        self._fast_path.serve(node.number, tuple(parts), numbering)
+        node.served = True
+
+    def forget(self, number: int, count: int) -> None:
+        """Give back `count` references that `refer` has taken. An unknown number is ignored."""
+        node = self.nodes.get(number)
+        if node is not None:
+            self.nodes.forget(node, number, count)
+            self._collect(node)
 
     def refer(self, node: Node) -> None:
         """Hold `node` until `forget`."""
@@ -76,7 +114,7 @@ class Overlay:
 
     def _collect(self, node: Node) -> None:
         """Drop nodes that nobody holds, and then their parents that were kept for their sake."""
-        while not (node.references or node.opens or node.children or node.is_root):
+        while not (node.references or node.former or node.opens or node.children or node.is_root):
             parents = list(node.links)
             for parent, name in parents:
                 node.drop_link(parent, name)
@@ -121,6 +159,7 @@ class Overlay:
         moved = (entry.stat.st_dev, entry.stat.st_ino) != node.real
         self.nodes.rebind(node, entry, self._generation)
         node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
+        node.drop_anchor()
         if not node.upper:
             # A snapshot holds the file now: the next write has to copy it up.
             node.fd_upper = node.fd_writable = False
@@ -132,6 +171,8 @@ class Overlay:
         if node.anchor < 0:
             if node.fd >= 0:
                 node.anchor = syscalls.duplicate(node.fd)
+            elif (fd := self._fast_path.duplicate(node.number)) >= 0:
+                node.anchor = fd
             elif node.is_directory and self.stack.work is not None:
                 node.anchor = self.stack.work.removed_directory()
         for link in list(node.links):
@@ -202,7 +243,10 @@ class Overlay:
         """Return the stat(2) of the topmost object; see also `link_count`."""
         if node.remains is not None and not node.linked:
             return node.remains
-        return syscalls.stat(locate(self.stack, node))
+        stat = syscalls.stat(locate(self.stack, node))
+        if node.kept >= 0:
+            return with_contents_of(stat, syscalls.stat(At(node.kept, b"")))
+        return stat
 
     def link_count(self, node: Node, stat: os.stat_result) -> int:
         """Return the node's ``st_nlink``, given its stat(2)."""
@@ -218,6 +262,10 @@ class Overlay:
     def resize(self, node: Node, size: int) -> None:
         """Set the size of a regular file, in bytes."""
         copy_up(self.stack, node, size)
+        if node.kept >= 0:
+            fd = syscalls.open_file(At(node.kept, b""), os.O_WRONLY)
+            syscalls.truncate(fd, size)
+            syscalls.close(fd)
         if node.fd_writable:
             syscalls.truncate(node.fd, size)
             return
@@ -283,6 +331,12 @@ class Overlay:
             syscalls.close(fd)
         return node, stat
 
+    def create_contents(
+        self, parent: Node, name: bytes, new: NewObject
+    ) -> tuple[Node, os.stat_result, int]:
+        """Create a regular file; return a descriptor of it, too. Raises EEXIST."""
+        return self._create(parent, name, new)
+
     def create_file(self, parent: Node, name: bytes, new: NewObject) -> tuple[Node, os.stat_result]:
         """Create a regular file and open it, as `open_file` does. Raises EEXIST."""
         node, stat, fd = self._create(parent, name, new)
@@ -302,6 +356,15 @@ class Overlay:
         stat = syscalls.stat(At(self.stack.writable.directory(parent.path), name))
         made = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
         return self._adopt(parent, name, made), stat, fd
+
+    def create_anonymous(self, parent: Node, new: NewObject) -> tuple[Node, os.stat_result, int]:
+        """Create a regular file without a name (O_TMPFILE); return a descriptor of it, too."""
+        fd = directory.create_anonymous(self.stack, self._live(parent), new)
+        stat = syscalls.stat(At(fd, b""))
+        entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
+        node = self.nodes.add(entry, self._generation)
+        node.anchor = syscalls.duplicate(fd)
+        return node, stat, fd
 
     def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
         """Give `node` another name. Raises EEXIST, EPERM for a directory."""
@@ -364,6 +427,37 @@ class Overlay:
         """
         return CopyUp(self.stack, node)
 
+    def make_writable(self, node: Node, size: int | None = None) -> None:
+        """Copy a regular file up; only the first `size` bytes of it, if the rest is to be cut off.
+
+        Raises EROFS, ENOSPC.
+        """
+        copy_up(self.stack, node, size)
+
+    def drop_privileges(self, node: Node) -> None:
+        """Clear set-user-ID and set-group-ID, as before a write (setattr_should_drop_suidgid)."""
+        mode = self.stat(node).st_mode
+        dropped = modes.S_ISUID | (modes.S_ISGID if mode & modes.S_IXGRP else 0)
+        if mode & dropped:
+            self.chmod(node, mode & ~dropped)
+
+    def open_contents(self, node: Node, *, write: bool) -> int:
+        """Return a new descriptor of where the contents are now. Precondition: copied up to write.
+
+        Raises ESTALE for a removed file whose contents nobody holds.
+        """
+        if node.kept >= 0:
+            at = At(node.kept, b"")
+        elif node.metacopy:
+            at = node.data_lower().at()
+        else:
+            at = locate(self.stack, node)
+        return syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
+
+    def open_storage(self, node: Node) -> int:
+        """Return a new descriptor of where the contents are, or will be, in the upper."""
+        return syscalls.open_file(locate(self.stack, node), os.O_RDONLY)
+
     def open_file(self, node: Node, *, write: bool, truncate: bool = False) -> None:
         """Open the contents of a regular file, until `release_file`; opens are counted."""
         if write or truncate:
@@ -384,8 +478,7 @@ class Overlay:
 
     def _open_data(self, node: Node, *, write: bool) -> None:
         """Open the contents where they are now, in place of an earlier descriptor."""
-        at = node.data_lower().at() if node.metacopy else locate(self.stack, node)
-        fd = syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
+        fd = self.open_contents(node, write=write)
         if node.fd >= 0:
             syscalls.close(node.fd)
         node.fd, node.fd_writable = fd, write
@@ -411,6 +504,25 @@ class Overlay:
                 syscalls.fsync_directory(self.stack.writable.directory(node.path))
         elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
+
+    def renew_kept(self, node: Node) -> None:
+        """Bring contents that are still kept in earlier layers to where they belong."""
+        if node.kept >= 0 and node.linked:
+            copy_up(self.stack, node)
+            renew(locate(self.stack, node), node.kept)
+
+    def finish_kept(self, node: Node) -> None:
+        """The same after the last close; from then on the contents are where they belong."""
+        if node.kept < 0:
+            return
+        self.renew_kept(node)
+        before = syscalls.stat(At(node.kept, b""))
+        if not self._fast_path.finish(node.number):
+            return  # opened again
+        if syscalls.stat(At(node.kept, b"")).st_mtime_ns != before.st_mtime_ns:
+            self.renew_kept(node)  # and written, in the moment between
+        syscalls.close(node.kept)
+        node.kept = -1
 
     # The stack
 
@@ -439,17 +551,64 @@ class Overlay:
         files that are open go on in them. The caller tells the kernel that its names and attributes
         are out of date.
         """
-        opened = [node for node in self.nodes.all() if node.opens] if moved else []
-        for node in opened:
-            self.node(node.number)
-        old, self.stack = self.stack, stack
-        self._generation += 1
-        old.close()
+        for node in self.nodes.all():
+            if node.kept >= 0:
+                self.renew_kept(self.node(node.number))
+        opened = self._opened()
+        moving = [] if moved else self._move_writers(opened, stack)
+        if moved:
+            self._keep_writers(opened)
+        self._exchange(stack)
+        unclaimed = self._fast_path.begin_generation()
         self._refresh(self.root)
         self._moving = True
         try:
-            for node in opened:
+            for node in opened if moved else [file.node for file in moving]:
                 self.node(node.number)
         finally:
             self._moving = False
-        return [node.number for node in self.nodes.all() if node.is_directory]
+        for file in moving:
+            file.arrive()
+        return unclaimed + [node.number for node in self.nodes.all() if node.is_directory]
+
+    def _opened(self) -> list[Node]:
+        """Return files that are, or may be, open, each found in the present layers."""
+        opened = [node for node in self.nodes.all() if modes.S_ISREG(node.kind) and node.is_open]
+        return [self.node(node.number) for node in opened]
+
+    def _exchange(self, stack: Stack) -> None:
+        old, self.stack = self.stack, stack
+        self._generation += 1
+        old.close()
+
+    def _move_writers(self, opened: list[Node], new: Stack) -> list[MovingFile]:
+        """If the upper becomes a lower, get files out of it that are written past the overlay."""
+        old = self.stack.upper
+        if old is None or not any(old.is_same(layer) for layer in new.lowers):
+            self._hold_contents(opened)
+            return []
+        moving: list[MovingFile] = []
+        try:
+            for node in opened:
+                if node.upper and node.linked and node.writers and node.kept < 0:
+                    contents = self._fast_path.duplicate(node.number)
+                    moving.append(MovingFile(old, new, node, contents))
+        except BaseException:
+            for file in moving:
+                file.abandon()
+            raise
+        for file in moving:
+            file.leave()
+        return moving
+
+    def _keep_writers(self, opened: list[Node]) -> None:
+        for node in opened:
+            if node.upper and node.linked and node.writers and node.kept < 0:
+                node.kept = self._fast_path.duplicate(node.number)
+                self._fast_path.keep(node.number)
+
+    def _hold_contents(self, opened: list[Node]) -> None:
+        """Keep files of the upper, which goes away, within reach of who may have them open."""
+        for node in opened:
+            if node.upper and node.linked and not self._fast_path.holds(node.number):
+                node.anchor_to(locate(self.stack, node))

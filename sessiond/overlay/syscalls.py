@@ -1,7 +1,8 @@
 """Every system call that the overlay makes, and no other module's.
 
-One place for safety: an object is addressed as `At`, a name in an open directory, and is never
-reached through a symlink. One place for faults: tests replace a function here to make it fail.
+One place for safety: an object is addressed as a name in an open directory, or by a descriptor of
+itself, and never reached through a symlink. One place for faults: tests replace a function here to
+make it fail.
 
 All functions raise `OSError`. None keeps state, so all may be called from any thread.
 """
@@ -18,6 +19,14 @@ from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
+_libc.fchmodat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_int)
+_libc.renameat2.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_uint,
+)
 
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
@@ -27,6 +36,7 @@ _SYS_OPEN_TREE = 428
 _SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 _AT_FDCWD = -100
+_AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY = 0x1
@@ -38,9 +48,12 @@ _RESOLVE_BENEATH = 0x08
 _FICLONE = 0x40049409
 _FS_IOC_GETFSUUID = 0x80111500
 _HANDLE_LIMIT = 128  # MAX_HANDLE_SZ
+_HANDLE_REQUEST = struct.pack("Ii", _HANDLE_LIMIT, 0) + bytes(_HANDLE_LIMIT)
 
 _NO_XATTR = frozenset({errno.ENODATA, errno.EOPNOTSUPP})
 _COPY_CHUNK = 1 << 26
+_SMALL_FILE = 1 << 16
+"""Up to this size, in bytes, reading and writing is quicker than having the kernel copy."""
 
 
 class At(NamedTuple):
@@ -52,6 +65,10 @@ class At(NamedTuple):
     name: bytes
 
 
+Object = At | int
+"""An object by its name, or by a descriptor that is open for reading or writing."""
+
+
 class FileHandle(NamedTuple):
     """What name_to_handle_at(2) tells of an inode."""
 
@@ -60,7 +77,8 @@ class FileHandle(NamedTuple):
 
 
 def _path(at: At) -> bytes:
-    """Return a path to `at` for calls that take no directory descriptor.
+    """Return a path to `at` for calls that take no directory descriptor. A walk through /proc costs
+    more than most calls do.
 
     The descriptor's link in /proc leads to the open file itself, whatever it is: that last step is
     no symlink, so a symlink that is open with O_PATH is not followed either.
@@ -146,6 +164,11 @@ def create_file(at: At, mode: int) -> int:
     return os.open(at.name, flags, mode, dir_fd=at.directory)
 
 
+def create_anonymous(directory: int, mode: int) -> int:
+    """Create a regular file without a name, which `link_descriptor` can give it (O_TMPFILE)."""
+    return os.open(b".", os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, mode, dir_fd=directory)
+
+
 def with_umask(umask: int, create: Callable[[], int]) -> int:
     """Call `create` under another umask, and return its result. Not for two threads at once."""
     before = os.umask(umask)
@@ -163,7 +186,9 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
-def stat(at: At) -> os.stat_result:
+def stat(at: Object) -> os.stat_result:
+    if isinstance(at, int):
+        return os.fstat(at)
     if at.name:
         return os.stat(at.name, dir_fd=at.directory, follow_symlinks=False)
     return os.fstat(at.directory)
@@ -228,6 +253,12 @@ def link(source: At, target: At) -> None:
     )
 
 
+def link_descriptor(fd: int, target: At) -> None:
+    """Give the file that is open as `fd` a name."""
+    source = _path(At(fd, b""))
+    os.link(source, target.name, dst_dir_fd=target.directory, follow_symlinks=True)
+
+
 def unlink(at: At) -> None:
     os.unlink(at.name, dir_fd=at.directory)
 
@@ -246,35 +277,46 @@ def rename(source: At, target: At, flags: int = 0) -> None:
     _checked(_libc.renameat2(source.directory, source.name, target.directory, target.name, flags))
 
 
-def chmod(at: At, mode: int) -> None:
+def chmod(at: Object, mode: int) -> None:
     """Set the mode of anything but a symlink (EOPNOTSUPP)."""
-    if not at.name:
+    if isinstance(at, int):
+        os.fchmod(at, mode)
+    elif at.name:
+        _checked(_libc.fchmodat(at.directory, at.name, mode, _AT_SYMLINK_NOFOLLOW))
+    else:
         os.chmod(_path(at), mode)
-        return
-    fd = open_path(at)
-    try:
-        os.chmod(_path(At(fd, b"")), mode)
-    finally:
-        os.close(fd)
 
 
-def chown(at: At, uid: int, gid: int) -> None:
+def chown(at: Object, uid: int, gid: int) -> None:
     """Set the owner; -1 leaves a part as it is. Clears setuid and setgid bits, as chown(2) does."""
-    os.chown(_path(at), uid, gid, follow_symlinks=not at.name)
+    if isinstance(at, int):
+        os.fchown(at, uid, gid)
+    elif at.name:
+        os.chown(at.name, uid, gid, dir_fd=at.directory, follow_symlinks=False)
+    else:
+        os.chown(_path(at), uid, gid)
 
 
-def utime(at: At, atime: int, mtime: int) -> None:
+def utime(at: Object, atime: int, mtime: int) -> None:
     """Set both times, in nanoseconds."""
-    os.utime(_path(at), ns=(atime, mtime), follow_symlinks=not at.name)
+    times = (atime, mtime)
+    if isinstance(at, int):
+        os.utime(at, ns=times)
+    elif at.name:
+        os.utime(at.name, ns=times, dir_fd=at.directory, follow_symlinks=False)
+    else:
+        os.utime(_path(at), ns=times)
 
 
 def truncate(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def getxattr(at: At, name: bytes) -> bytes | None:
+def getxattr(at: Object, name: bytes) -> bytes | None:
     """Return the value; None where there is none, or no support for it."""
     try:
+        if isinstance(at, int):
+            return os.getxattr(at, name)
         return os.getxattr(_path(at), name, follow_symlinks=not at.name)
     except OSError as error:
         if error.errno in _NO_XATTR:
@@ -282,18 +324,25 @@ def getxattr(at: At, name: bytes) -> bytes | None:
         raise
 
 
-def listxattr(at: At) -> list[bytes]:
+def listxattr(at: Object) -> list[bytes]:
     """Return all names; none where the file system has no support."""
     try:
-        return [os.fsencode(name) for name in os.listxattr(_path(at), follow_symlinks=not at.name)]
+        if isinstance(at, int):
+            names = os.listxattr(at)
+        else:
+            names = os.listxattr(_path(at), follow_symlinks=not at.name)
     except OSError as error:
         if error.errno == errno.EOPNOTSUPP:
             return []
         raise
+    return [os.fsencode(name) for name in names]
 
 
-def setxattr(at: At, name: bytes, value: bytes) -> None:
-    os.setxattr(_path(at), name, value, follow_symlinks=not at.name)
+def setxattr(at: Object, name: bytes, value: bytes) -> None:
+    if isinstance(at, int):
+        os.setxattr(at, name, value)
+    else:
+        os.setxattr(_path(at), name, value, follow_symlinks=not at.name)
 
 
 def removexattr(at: At, name: bytes) -> None:
@@ -350,22 +399,27 @@ def lock(directory: int) -> int:
     return fd
 
 
-def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
+def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> bool:
     """Copy `size` bytes into the empty file `target`: as a reflink where possible; holes stay
     holes.
+
+    Return whether anything was written, and may have to be synchronised. Blocks that a reflink
+    shares are on disk.
 
     Raises ECANCELED soon after `cancelled` has begun to return True.
     """
     if size == 0:
-        return
+        return False
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
         _copy_extents(source, target, size, cancelled)
+        return True
+    return False
 
 
 def _copy_extents(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
-    copy: Callable[[int, int, int, int], int] = _copy_range
+    copy: Callable[[int, int, int, int], int] = _copy_small if size <= _SMALL_FILE else _copy_range
     position = 0
     while position < size:
         try:
@@ -389,15 +443,19 @@ def _copy_extents(source: int, target: int, size: int, cancelled: Callable[[], b
                     errno.EINVAL,
                     errno.ENOSYS,
                 }
-                if copy is _send_range or not unsupported:
+                if copy is not _copy_range or not unsupported:
                     raise
                 copy = _send_range
                 continue
             if not copied:
                 break  # the file has become shorter
             position += copied
-        position = max(position, end)
-    os.ftruncate(target, size)
+    if position < size:
+        os.ftruncate(target, size)
+
+
+def _copy_small(source: int, target: int, position: int, count: int) -> int:
+    return write(target, read(source, count, position), position)
 
 
 def _copy_range(source: int, target: int, position: int, count: int) -> int:
@@ -412,7 +470,7 @@ def _send_range(source: int, target: int, position: int, count: int) -> int:
 
 def file_handle(at: At) -> FileHandle | None:
     """Return the object's file handle; None where the file system has none."""
-    buffer = ctypes.create_string_buffer(struct.pack("Ii", _HANDLE_LIMIT, 0), 8 + _HANDLE_LIMIT)
+    buffer = ctypes.create_string_buffer(_HANDLE_REQUEST, len(_HANDLE_REQUEST))
     mount = ctypes.c_int()
     flags = 0 if at.name else _AT_EMPTY_PATH
     if _libc.name_to_handle_at(at.directory, at.name, buffer, ctypes.byref(mount), flags) < 0:

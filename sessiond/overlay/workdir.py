@@ -72,14 +72,26 @@ class Workdir:
     def preparing(self) -> Iterator[At]:
         """Hand out an unused name; whatever is still there on the way out is removed.
 
-        So a name that was published is gone, one that was exchanged holds what it replaced, and one
-        that failed holds a half-made object.
+        So a name that was exchanged holds what it replaced, and one that failed holds a half-made
+        object.
         """
         at = self.temporary()
         try:
             yield at
         finally:
             remove_tree(at)
+
+    @contextmanager
+    def publishing(self) -> Iterator[At]:
+        """Hand out an unused name, which a rename takes to the upper: on failure only, something is
+        left to remove.
+        """
+        at = self.temporary()
+        try:
+            yield at
+        except BaseException:
+            remove_tree(at)
+            raise
 
     def make_whiteout(self, at: At) -> None:
         """Put a whiteout at `at`, which must be free: a link to a shared one (ovl_whiteout)."""

@@ -12,7 +12,7 @@ import errno
 import os
 
 from sessiond.overlay import syscalls
-from sessiond.overlay.syscalls import At
+from sessiond.overlay.syscalls import At, Object
 
 _ESCAPE = b"overlay."
 _MUST_COPY = (b"security.", b"system.posix_acl_")
@@ -43,6 +43,13 @@ class OverlayXattrs:
         """Return the names that the merged view shows of those stored in a layer."""
         return [self._unescaped(name) for name in names if not self.is_own(name)]
 
+    def own(self, at: Object) -> list[bytes]:
+        """Return the names of the overlay's own attributes that an object of a layer has.
+
+        One call answers for all of them, and most objects have none.
+        """
+        return [name for name in syscalls.listxattr(at) if self.is_own(name)]
+
     def is_own(self, name: bytes) -> bool:
         return name.startswith(self.prefix) and not name.startswith(self._escaped)
 
@@ -51,7 +58,7 @@ class OverlayXattrs:
             return self.prefix + name[len(self._escaped) :]
         return name
 
-    def copy(self, source: At, target: At) -> None:
+    def copy(self, source: Object, target: Object) -> None:
         """Copy all attributes but the overlay's own, ACLs included.
 
         What the target's file system does not support is left out, except ACLs and ``security.``
@@ -70,7 +77,9 @@ class OverlayXattrs:
                     raise
 
 
-def copy_attributes(source: At, target: At, stat: os.stat_result, xattrs: OverlayXattrs) -> None:
+def copy_attributes(
+    source: Object, target: Object, stat: os.stat_result, xattrs: OverlayXattrs
+) -> None:
     """Give `target` the xattrs, owner, mode and times of `source`, whose stat(2) is `stat`."""
     syscalls.chown(target, stat.st_uid, stat.st_gid)
     xattrs.copy(source, target)  # after chown(2), which drops security.capability
@@ -85,6 +94,8 @@ def is_symlink(mode: int) -> bool:
 
 def default_acl(directory: At) -> bytes | None:
     """Return the ACL that new entries of `directory` inherit."""
+    if _DEFAULT_ACL not in syscalls.listxattr(directory):  # cheaper than asking for it in vain
+        return None
     return syscalls.getxattr(directory, _DEFAULT_ACL)
 
 

@@ -21,6 +21,7 @@ from sessiond.session.accounts import Account, find_account, session_ids
 from sessiond.session.faults import explained, quoted
 from sessiond.session.images import Image, Images
 from sessiond.session.model import (
+    DataPath,
     ImageSource,
     SessionId,
     SessionRecord,
@@ -368,6 +369,7 @@ def _new_record(
         mount_point=target,
         nosuid=unprivileged if settings.nosuid is None else settings.nosuid,
         nodev=unprivileged if settings.nodev is None else settings.nodev,
+        data_path=DataPath(settings.data_path),
         storage=StorageKind(settings.storage),
         created_at=datetime.now(UTC),
     )

@@ -62,6 +62,17 @@ class StorageKind(StrEnum):
     PERSISTENT = "persistent"
 
 
+class DataPath(StrEnum):
+    """How the contents of files get from the layers to programs; see docs/design/data-path.md."""
+
+    PASSTHROUGH = "passthrough"
+    """The kernel reads and writes open files by itself."""
+    CACHED = "cached"
+    """The kernel opens files without asking, and caches what it reads."""
+    PLAIN = "plain"
+    """The worker is asked for everything."""
+
+
 class SessionState(StrEnum):
     """What a session is doing; published as the `State` property."""
 
@@ -122,6 +133,7 @@ class SessionRecord(BaseModel):
     """Absolute, without symlinks."""
     nosuid: bool
     nodev: bool
+    data_path: DataPath = DataPath.PASSTHROUGH
     storage: StorageKind
     created_at: AwareDatetime
     last_reset: AwareDatetime | None = None

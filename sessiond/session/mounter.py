@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sessiond.session.model import ChangeSummary, SessionId, Stack
+from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,8 @@ class MountRequest:
     stack: Stack
     nosuid: bool
     nodev: bool
+    data_path: DataPath
+    """The one wanted; another is used where it cannot be had."""
 
 
 class Mount(Protocol):

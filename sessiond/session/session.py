@@ -469,6 +469,7 @@ class Session:
                 stack=self._stack(record, image),
                 nosuid=record.nosuid,
                 nodev=record.nodev,
+                data_path=record.data_path,
             )
         )
         self.failure = ""

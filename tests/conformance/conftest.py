@@ -72,6 +72,8 @@ FILE_SYSTEMS: dict[str, FileSystem | None] = {
     "plain": None,
     "kernel": KernelOverlay(),
     "sessiond": SessiondOverlay(),
+    "sessiond-cached": SessiondOverlay("cached"),
+    "sessiond-plain": SessiondOverlay("plain"),
 }
 
 
@@ -83,7 +85,7 @@ def merge(request: pytest.FixtureRequest, disk: str, fast: str) -> Iterator[Merg
     merge.close()
 
 
-@pytest.fixture(params=["kernel", "sessiond"])
+@pytest.fixture(params=[name for name in FILE_SYSTEMS if name != "plain"])
 def merge_layers(request: pytest.FixtureRequest, disk: str, fast: str) -> Iterator[Merge]:
     """The same for what only an overlay has: layers."""
     merge = Merge(FILE_SYSTEMS[request.param], disk, fast)

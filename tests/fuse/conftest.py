@@ -12,7 +12,7 @@ import pytest
 from sessiond.fuse import device
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import SessionId, Stack, UpperDirectories
+from sessiond.session.model import DataPath, SessionId, Stack, UpperDirectories
 from sessiond.session.mounter import MountRequest
 
 
@@ -30,8 +30,9 @@ def mounter(request: pytest.FixtureRequest) -> Iterator[FuseMounter]:
 class Playground:
     """An image, uppers on demand, and a place to mount them."""
 
-    def __init__(self, directory: Path, mounter: FuseMounter) -> None:
+    def __init__(self, directory: Path, mounter: FuseMounter, data_path: DataPath) -> None:
         self._directory = directory
+        self.data_path = data_path
         self._mounter = mounter
         self._layers = 0
         self.image = directory / "image"
@@ -50,15 +51,27 @@ class Playground:
 
     @asynccontextmanager
     async def mounted(self, stack: Stack) -> AsyncIterator[FuseMount]:
-        request = MountRequest(SessionId("test"), self.root, stack, nosuid=False, nodev=False)
+        request = MountRequest(
+            SessionId("test"),
+            self.root,
+            stack,
+            nosuid=False,
+            nodev=False,
+            data_path=self.data_path,
+        )
         mount = await self._mounter.mount(request)
         try:
             yield mount
         finally:
             await mount.unmount()
 
+    @property
+    def descriptors_follow_copy_ups(self) -> bool:
+        """Whether a descriptor from before a copy-up reads what is written after it."""
+        return self.data_path is not DataPath.PASSTHROUGH
 
-@pytest.fixture
-def playground(mounter: FuseMounter) -> Iterator[Playground]:
+
+@pytest.fixture(params=DataPath)
+def playground(request: pytest.FixtureRequest, mounter: FuseMounter) -> Iterator[Playground]:
     with tempfile.TemporaryDirectory() as directory:
-        yield Playground(Path(directory), mounter)
+        yield Playground(Path(directory), mounter, request.param)

@@ -102,7 +102,7 @@ async def test_a_stack_that_cannot_be_served_is_refused(playground: Playground) 
 async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playground) -> None:
     await trio.run_process(["mount", "-t", "tmpfs", "-o", "size=1m", "x", playground.image.parent])
     try:
-        small = Playground(playground.image.parent, playground._mounter)
+        small = Playground(playground.image.parent, playground._mounter, playground.data_path)
         (small.image / "file").write_bytes(b"x" * 300_000)
         async with small.mounted(small.stack()) as mount:
             with (
@@ -110,8 +110,11 @@ async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playg
                 open(small.root / "big", "wb") as big,
             ):
                 big.write(b"x" * (2 << 20))
-            with pytest.raises(OSError, match="No space left"), open(small.root / "file", "r+b"):
-                pass
+            with (
+                pytest.raises(OSError, match="No space left"),
+                open(small.root / "file", "r+b", buffering=0) as file,
+            ):
+                file.write(b"y")
             assert (small.root / "file").read_bytes() == b"x" * 300_000
             await mount.swap(small.stack())
             assert os.listdir(small.root) == ["file"]

@@ -14,6 +14,7 @@ class KernelOverlay:
 
     name = "kernel"
     descriptors_follow_changes = False
+    copy_up_makes_another_inode = False
 
     # Without these, rename(2) of a lower directory gives EXDEV, a copy-up breaks hard links, and
     # st_dev differs from layer to layer.

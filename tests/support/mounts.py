@@ -35,6 +35,9 @@ class FileSystem(Protocol):
     descriptors_follow_changes: bool
     """Whether a read-only descriptor of a lower file tells what was done to the file since: what
     was written, and how many links are left. overlayfs documents that its descriptors do not."""
+    copy_up_makes_another_inode: bool
+    """Whether what opens a file that was copied up while open gets another inode: with locks of its
+    own, and not through the descriptor that is open."""
 
     def mounted(
         self, layers: Layers, mount_point: str, *options: str

@@ -24,10 +24,14 @@ class SessiondOverlay:
     """Each mount is served by a worker in the foreground, which must end well and in silence."""
 
     name = "sessiond"
-    descriptors_follow_changes = True
 
     # What others may do is decided by modes and owners, as everywhere else.
     _OPTIONS = ("allow_other",)
+
+    def __init__(self, data_path: str = "passthrough") -> None:
+        self._environment = {**os.environ, "SESSIOND_DATAPATH": data_path}
+        self.descriptors_follow_changes = data_path != "passthrough"
+        self.copy_up_makes_another_inode = data_path == "passthrough"
 
     @contextmanager
     def mounted(self, layers: Layers, mount_point: str, *options: str) -> Iterator[None]:
@@ -37,6 +41,7 @@ class SessiondOverlay:
             worker = subprocess.Popen(
                 [*_MORTAL, "-f", "-o", wanted, mount_point],
                 cwd=REPOSITORY,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,

@@ -30,6 +30,11 @@ class View:
         """See `FileSystem`."""
         return self.file_system is None or self.file_system.descriptors_follow_changes
 
+    @property
+    def copy_up_makes_another_inode(self) -> bool:
+        """See `FileSystem`."""
+        return self.file_system is not None and self.file_system.copy_up_makes_another_inode
+
     def mount(self) -> None:
         """Mount the view, if there is anything to mount: a plain directory is simply there."""
         if self.file_system is not None and self.layers is not None:

@@ -131,7 +131,7 @@ def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
             "'persistent'.\n"
             f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: image, "
             "verity_root_hash, verity_hash_device, storage, size, inodes, mount_point, nosuid, "
-            "nodev.\n"
+            "nodev, data_path.\n"
         )
 
 

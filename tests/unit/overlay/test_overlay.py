@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable
 
 import pytest
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.diff import ChangeKind, changes
+from sessiond.overlay.directory import NewObject
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
@@ -118,7 +120,7 @@ def test_nothing_is_kept_of_what_nobody_holds(bench: Bench) -> None:
     node = find(overlay, "a/b/c")
     overlay.refer(node)
     assert len(overlay.nodes.all()) == 4
-    overlay.forget(node, 1)
+    overlay.forget(node.number, 1)
     assert overlay.nodes.all() == [overlay.root]
 
 
@@ -129,24 +131,61 @@ def test_names_that_are_too_long(bench: Bench) -> None:
     assert caught.value.errno == errno.ENAMETOOLONG
 
 
+@pytest.mark.parametrize("call", ["create_file", "copy_data", "setxattr", "rename"])
 def test_a_failed_copy_up_leaves_nothing_behind(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     (bench.layer("low") / "file").write_text("low")
     overlay = bench.overlay("low")
+    descriptors = os.listdir("/proc/self/fd")
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(syscalls, "rename", full)
+    monkeypatch.setattr(syscalls, call, full)
     with pytest.raises(OSError) as caught:
         overlay.chmod(find(overlay, "file"), 0o600)
     monkeypatch.undo()
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(bench.layer("upper-work") / "work") == []
     assert os.listdir(bench.layer("upper")) == []
+    assert os.listdir("/proc/self/fd") == descriptors
     overlay.chmod(find(overlay, "file"), 0o600)
     assert stat.S_IMODE((bench.layer("upper") / "file").stat().st_mode) == 0o600
+
+
+def test_data_is_on_disk_before_a_copy_is_published(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where there is none, nobody waits for the disk."""
+    for name in ("written", "emptied"):
+        (bench.layer("low") / name).write_text("low")
+    overlay = bench.overlay("low")
+    written, emptied = find(overlay, "written"), find(overlay, "emptied")
+    calls = []
+
+    def recorded(name: str) -> Callable[..., object]:
+        call = getattr(syscalls, name)
+
+        def record(*args: object) -> object:
+            calls.append(name)
+            return call(*args)
+
+        return record
+
+    def copied(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> bool:
+        return copy_data(source, target, size, cancelled) or size > 0  # as without reflinks
+
+    copy_data = syscalls.copy_data
+    monkeypatch.setattr(syscalls, "copy_data", copied)
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(syscalls, name, recorded(name))
+    overlay.chmod(written, 0o600)
+    assert calls == ["fsync", "rename"]
+    calls.clear()
+    overlay.open_file(emptied, write=True, truncate=True)
+    overlay.release_file(emptied)
+    assert calls == ["rename"]
 
 
 def test_a_failed_removal_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +287,7 @@ def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     assert overlay.read(overlay.node(added.number), 9, 0) == b"still"
     assert overlay.link_count(added, overlay.stat(added)) == 0
     overlay.release_file(added)
-    overlay.forget(added, 1)
+    overlay.forget(added.number, 1)
     with pytest.raises(OSError) as caught:
         overlay.node(added.number)
     assert caught.value.errno == errno.ESTALE
@@ -349,3 +388,63 @@ def test_a_copy_up_in_a_thread_outlives_the_descriptors_of_its_layer(bench: Benc
         copy.publish()
     assert overlay.getxattr(node, b"user.note") == b"kept"
     assert (bench.layer("upper") / "directory/file").read_text() == "low"
+
+
+@pytest.mark.parametrize("kind", [new_file(), new_directory()], ids=["file", "directory"])
+def test_a_name_leads_to_the_directory_that_has_it_now(bench: Bench, kind: NewObject) -> None:
+    """After an exchange, and when the one that came in its place has gone again."""
+    overlay = bench.overlay("low")
+    directory, _ = overlay.create(overlay.root, b"directory", new_directory())
+    overlay.create(directory, b"inside", new_directory())
+    other, _ = overlay.create(overlay.root, b"other", kind)
+    for node in (directory, other):
+        overlay.refer(node)
+    assert names(overlay, "directory/inside") == []
+    ends = (overlay.root, b"other"), (overlay.root, b"directory")
+    overlay.rename(*ends, syscalls.RENAME_EXCHANGE)
+    remove = overlay.rmdir if other.is_directory else overlay.unlink
+    remove(overlay.root, b"directory")
+    overlay.create(overlay.root, b"directory", new_directory())
+    assert names(overlay, "directory") == []
+    assert names(overlay, "other") == ["inside"]
+    assert names(overlay, "other/inside") == []
+
+
+@pytest.mark.parametrize("uid", [0, 1000])
+def test_a_new_object_is_owned_and_inherits_as_its_directory_says(bench: Bench, uid: int) -> None:
+    """Whether it is made where it belongs or in the workdir."""
+    for name in ("plain", "shared"):
+        (bench.layer("low") / name).mkdir()
+        (bench.layer("low") / name / "removed").write_text("")
+    overlay = bench.overlay("low")
+    plain, shared = find(overlay, "plain"), find(overlay, "shared")
+    for directory in (plain, shared):
+        overlay.refer(directory)
+        overlay.unlink(directory, b"removed")
+    overlay.chown(shared, 0, 50)
+    overlay.chmod(shared, 0o2775)
+    new = NewObject(0o104666, uid, uid, umask=0o022)
+    for directory, gid in ((plain, uid), (shared, 50)):
+        for name in (b"new", b"removed"):
+            _, made = overlay.create(directory, name, new)
+            assert (made.st_mode, made.st_uid, made.st_gid) == (0o104644, uid, gid)
+    _, made = overlay.create(shared, b"directory", NewObject(0o040755, uid, uid))
+    assert (made.st_mode, made.st_gid) == (0o042755, 50)
+
+
+@pytest.mark.parametrize("unit", [1 << 12, 1 << 16], ids=["small", "large"])
+@pytest.mark.parametrize("pattern", ["d", "-", "d-", "-d", "d-d-", "-d-d"])
+def test_holes_stay_holes(bench: Bench, pattern: str, unit: int) -> None:
+    """`pattern`: where there is data and where is none, in units of that many bytes."""
+    source = bench.layer("low") / "file"
+    with source.open("wb") as file:
+        for position, kind in enumerate(pattern):
+            if kind == "d":
+                file.seek(position * unit)
+                file.write(bytes([position + 1]) * unit)
+        file.truncate(len(pattern) * unit)
+    overlay = bench.overlay("low")
+    overlay.chmod(find(overlay, "file"), 0o600)
+    copy = bench.layer("upper") / "file"
+    assert copy.read_bytes() == source.read_bytes()
+    assert copy.stat().st_blocks <= source.stat().st_blocks

@@ -1,0 +1,44 @@
+"""The extension: requests answered without Python, and passthrough. Built from ``kernel_io/``.
+
+Loaded with RTLD_GLOBAL before pyfuse3, it takes the place of libfuse's ``fuse_session_mount`` and
+puts itself between ``/dev/fuse`` and libfuse. Node numbers are those of `sessiond.overlay.nodes`.
+One mount for each process.
+"""
+
+def configure(path: str, negative_timeout: int) -> None:
+    """Before the mount: "plain" (take no part), "cached" or "passthrough".
+
+    `negative_timeout`: seconds for which the kernel may remember that a name is missing.
+    """
+
+def is_active() -> bool:
+    """Say whether the mount has been made through this module."""
+
+def has_passthrough() -> bool:
+    """Say whether the kernel has agreed to passthrough; known after its first request."""
+
+def hold(held: bool, /) -> None:
+    """Leave every change to Python, which lets it wait, until called with False."""
+
+def serve(number: int, descriptors: tuple[int, ...], numbering: int, /) -> bool: ...
+def withdraw(number: int, /) -> None: ...
+def claim(number: int, /) -> int: ...
+def place(number: int, /) -> tuple[int, bytes] | None: ...
+def begin_generation() -> list[int]: ...
+def keep(number: int, /) -> None: ...
+def finish(number: int, /) -> bool: ...
+def duplicate(number: int, /) -> int:
+    """These are `FastPath`'s."""
+
+def listed(handle: int, /) -> int:
+    """Return the number of the directory that a listing's handle is of; 0 for one of Python's."""
+
+def set_contents(number: int, descriptor: int, writable: bool, /) -> bool:
+    """Take over a descriptor of the node's contents; `writable`: it is in the upper.
+
+    Return False, with the descriptor closed, if the kernel has another file of this node open by
+    passthrough: it cannot have two.
+    """
+
+def opens(number: int, /) -> tuple[int, int]:
+    """Return how often the file is open, and how often of these for writing."""

@@ -1,0 +1,159 @@
+/* What the parts of the extension share. See docs/design/data-path.md for the whole picture.
+ *
+ *   transport.c  the thread that reads /dev/fuse, the queue to Python, the table of opcodes
+ *   replies.c    what is amended in Python's replies on their way to the kernel
+ *   files.c      contents of open files: passthrough, or read and written here
+ *   image.c      objects that only the bottom layer has a say in, answered without Python
+ *   nodes.c      the table of nodes that the kernel holds
+ *   module.c     the Python module
+ *
+ * One mutex guards all state; it is held while a request is answered, never while waiting for one.
+ */
+#ifndef SESSIOND_KERNEL_IO_H
+#define SESSIOND_KERNEL_IO_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include "protocol.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+
+#define ROOT_NUMBER 1
+#define FOREVER 1000000000u /* seconds */
+#define DIRECTORY_LAYERS 8 /* directories with more parts are left to Python */
+
+/* Numbers of nodes, as in overlay/nodes.py: version << 56 | file system << 48 | inode. */
+#define INODE_BITS 48
+#define VERSION_MASK (0x7full << 56)
+
+enum data_path {
+    PLAIN,  /* pyfuse3 alone: nothing here takes part */
+    CACHED, /* the kernel opens files by itself, and caches what it is sent */
+    PASSTHROUGH,
+};
+
+/* A place in an order of use. */
+struct use {
+    struct node *node;
+    struct use *newer, *older;
+};
+struct order {
+    struct use *newest, *oldest;
+    size_t count;
+};
+
+/* The contents of a file, kept open for a while after the last close, too. */
+struct contents {
+    int fd;
+    bool for_writing;   /* how `fd` is open */
+    bool writable;      /* the file is in the upper, so it may be written */
+    bool stale;         /* the node has moved to another file: Python knows which */
+    bool kept;          /* has to stay until the last close, of which Python is told */
+    int32_t backing;    /* 0: the kernel does not read and write by itself */
+    bool refused;       /* it was asked to, and cannot do so with this file */
+    uint32_t opens;
+    uint32_t writers;   /* of these, for writing */
+    uint64_t device, inode;
+    struct use use;     /* among those with no opens */
+};
+
+/* The real directories that a directory of the merged view consists of, topmost first. */
+struct directory {
+    int fds[DIRECTORY_LAYERS];
+    int count;
+    uint64_t device;    /* of the last, which belongs to the bottom layer */
+    uint64_t numbering; /* the file system bits of its inodes' numbers */
+    struct use use;
+};
+
+struct node {
+    struct node *next; /* in its hash chain */
+    uint64_t number;
+    uint64_t lookups;  /* references that the kernel holds */
+    bool python;       /* Python has a node of this number and answers for it */
+    uint32_t generation; /* of the layer stack it was found in; only for those not Python's */
+    mode_t type;
+    struct node *parent; /* with `name`, where it was found; only for those not Python's */
+    char *name;
+    uint32_t children; /* nodes that have this one as parent */
+    struct directory *directory; /* NULL: not known here */
+    struct contents *contents;   /* NULL: not known here */
+};
+
+struct state {
+    pthread_mutex_t lock;
+    int device;
+    enum data_path path;
+    bool passthrough; /* the kernel has agreed to it */
+    bool held;        /* changes wait: the session is frozen */
+    uint32_t generation;
+    uint64_t negative_valid; /* seconds for which the kernel may remember that a name is missing */
+};
+extern struct state state;
+
+/* nodes.c */
+struct node *node_find(uint64_t number);
+struct node *node_get(uint64_t number); /* made, as Python's, if it is not there; NULL: no memory */
+bool node_place(struct node *node, struct node *parent, const char *name);
+void node_forget(struct node *node, uint64_t lookups); /* may free it */
+void node_give_to_python(struct node *node);
+void node_each(void (*visit)(struct node *, void *), void *argument);
+void use_now(struct order *order, struct use *use, struct node *node);
+void use_end(struct order *order, struct use *use);
+
+/* transport.c */
+struct request {
+    struct fuse_in_header *in;
+    void *body;
+};
+int reply(const struct request *request, const void *body, size_t size);
+int reply_error(const struct request *request, int code);
+bool ask_for_contents(const struct request *request, uint64_t number, bool writing);
+
+/* Each of the following answers a request and returns true, or leaves it to Python. */
+
+/* files.c */
+bool answer_open(struct request *request);
+bool answer_release(struct request *request);
+bool answer_read(struct request *request);
+bool answer_write(struct request *request);
+bool answer_fsync(struct request *request);
+bool answer_lseek(struct request *request);
+bool answer_fallocate(struct request *request);
+bool answer_copy_file_range(struct request *request);
+bool contents_set(struct node *node, int fd, bool writable);
+void contents_retire(struct node *node);
+bool contents_finish(struct node *node);
+void contents_close(struct node *node);
+void contents_opened(struct node *node, uint32_t flags, struct open_out *out);
+
+/* image.c */
+struct listing;
+bool answer_lookup(struct request *request);
+bool answer_getattr(struct request *request);
+bool answer_readlink(struct request *request);
+bool answer_getxattr(struct request *request);
+bool answer_listxattr(struct request *request);
+bool answer_opendir(struct request *request);
+bool answer_readdirplus(struct request *request);
+bool answer_releasedir(struct request *request);
+int image_open(struct node *node);
+bool image_serve(struct node *node, const int *fds, int count, uint64_t numbering);
+void image_withdraw(struct node *node);
+uint64_t image_listed(uint64_t handle); /* the number of the directory that a handle is of */
+
+/* replies.c: each amends what follows the header. */
+void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count);
+void amend_entry(struct iovec *parts, int count);
+void amend_attributes(struct iovec *parts, int count);
+void amend_listing(struct iovec *parts, int count);
+void amend_open(uint64_t number, uint32_t flags, struct iovec *parts, int count);
+void amend_create(uint32_t flags, struct iovec *parts, int count);
+void amend_opendir(struct iovec *parts, int count);
+
+#endif

@@ -1,0 +1,255 @@
+/* The Python module; sessiond/fuse/_kernel_io.pyi says what each function does. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kernel_io.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+
+/* The lock is held while the image's disk is read: let other Python threads run meanwhile. */
+static void lock(void)
+{
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&state.lock);
+    Py_END_ALLOW_THREADS
+}
+
+static void unlock(void)
+{
+    pthread_mutex_unlock(&state.lock);
+}
+
+static PyObject *configure(PyObject *self, PyObject *args)
+{
+    const char *path;
+    unsigned long long negative;
+    if (!PyArg_ParseTuple(args, "sK:configure", &path, &negative))
+        return NULL;
+    lock();
+    state.path = !strcmp(path, "passthrough") ? PASSTHROUGH : !strcmp(path, "cached") ? CACHED : PLAIN;
+    state.negative_valid = negative;
+    unlock();
+    Py_RETURN_NONE;
+}
+
+static PyObject *is_active(PyObject *self, PyObject *unused)
+{
+    return PyBool_FromLong(state.device >= 0);
+}
+
+static PyObject *has_passthrough(PyObject *self, PyObject *unused)
+{
+    return PyBool_FromLong(state.passthrough);
+}
+
+static PyObject *hold(PyObject *self, PyObject *held)
+{
+    lock();
+    state.held = held == Py_True;
+    unlock();
+    Py_RETURN_NONE;
+}
+
+static PyObject *serve(PyObject *self, PyObject *args)
+{
+    unsigned long long number, numbering;
+    PyObject *tuple;
+    int fds[DIRECTORY_LAYERS];
+    if (!PyArg_ParseTuple(args, "KO!K:serve", &number, &PyTuple_Type, &tuple, &numbering))
+        return NULL;
+    Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+    if (count < 1 || count > DIRECTORY_LAYERS)
+        Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        fds[i] = PyLong_AsLong(PyTuple_GET_ITEM(tuple, i));
+        if (PyErr_Occurred())
+            return NULL;
+    }
+    lock();
+    struct node *node = node_find(number);
+    bool served = node && node->python && image_serve(node, fds, count, numbering);
+    unlock();
+    return PyBool_FromLong(served);
+}
+
+static PyObject *withdraw(PyObject *self, PyObject *argument)
+{
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node) {
+        image_withdraw(node);
+        contents_retire(node);
+    }
+    unlock();
+    Py_RETURN_NONE;
+}
+
+static PyObject *claim(PyObject *self, PyObject *argument)
+{
+    unsigned long long lookups = 0;
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node && !node->python) {
+        lookups = node->lookups;
+        node_give_to_python(node);
+    }
+    unlock();
+    return PyLong_FromUnsignedLongLong(lookups);
+}
+
+static PyObject *place(PyObject *self, PyObject *argument)
+{
+    PyObject *result = NULL;
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node && !node->python)
+        result = Py_BuildValue("Ky", (unsigned long long)node->parent->number, node->name);
+    unlock();
+    if (result || PyErr_Occurred())
+        return result;
+    Py_RETURN_NONE;
+}
+
+static PyObject *listed(PyObject *self, PyObject *argument)
+{
+    uint64_t handle = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyLong_FromUnsignedLongLong(image_listed(handle));
+}
+
+static void end_generation(struct node *node, void *directories)
+{
+    image_withdraw(node);
+    contents_retire(node);
+    if (node->python || !S_ISDIR(node->type))
+        return;
+    PyObject *number = PyLong_FromUnsignedLongLong(node->number);
+    if (number) {
+        PyList_Append(directories, number);
+        Py_DECREF(number);
+    }
+}
+
+static PyObject *begin_generation(PyObject *self, PyObject *unused)
+{
+    PyObject *directories = PyList_New(0);
+    if (!directories)
+        return NULL;
+    lock();
+    state.generation++;
+    node_each(end_generation, directories);
+    unlock();
+    if (PyErr_Occurred())
+        Py_CLEAR(directories);
+    return directories;
+}
+
+static PyObject *set_contents(PyObject *self, PyObject *args)
+{
+    unsigned long long number;
+    int fd, writable;
+    if (!PyArg_ParseTuple(args, "Kip:set_contents", &number, &fd, &writable))
+        return NULL;
+    lock();
+    struct node *node = node_get(number);
+    bool set = node && contents_set(node, fd, writable);
+    unlock();
+    if (!node)
+        return PyErr_NoMemory();
+    return PyBool_FromLong(set);
+}
+
+static PyObject *opens(PyObject *self, PyObject *argument)
+{
+    uint32_t count = 0, writers = 0;
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node && node->contents) {
+        count = node->contents->opens;
+        writers = node->contents->writers;
+    }
+    unlock();
+    return Py_BuildValue("II", count, writers);
+}
+
+static PyObject *keep(PyObject *self, PyObject *argument)
+{
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node && node->contents)
+        node->contents->kept = true;
+    unlock();
+    Py_RETURN_NONE;
+}
+
+static PyObject *finish(PyObject *self, PyObject *argument)
+{
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    bool finished = !node || contents_finish(node);
+    unlock();
+    return PyBool_FromLong(finished);
+}
+
+static PyObject *duplicate(PyObject *self, PyObject *argument)
+{
+    int fd = -1;
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node && node->contents)
+        fd = fcntl(node->contents->fd, F_DUPFD_CLOEXEC, 0);
+    unlock();
+    return PyLong_FromLong(fd);
+}
+
+static PyMethodDef methods[] = {
+    {"configure", configure, METH_VARARGS, NULL},
+    {"is_active", is_active, METH_NOARGS, NULL},
+    {"has_passthrough", has_passthrough, METH_NOARGS, NULL},
+    {"hold", hold, METH_O, NULL},
+    {"serve", serve, METH_VARARGS, NULL},
+    {"withdraw", withdraw, METH_O, NULL},
+    {"claim", claim, METH_O, NULL},
+    {"place", place, METH_O, NULL},
+    {"listed", listed, METH_O, NULL},
+    {"begin_generation", begin_generation, METH_NOARGS, NULL},
+    {"set_contents", set_contents, METH_VARARGS, NULL},
+    {"opens", opens, METH_O, NULL},
+    {"keep", keep, METH_O, NULL},
+    {"finish", finish, METH_O, NULL},
+    {"duplicate", duplicate, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, .m_name = "_kernel_io", .m_size = -1, .m_methods = methods,
+};
+
+PyMODINIT_FUNC PyInit__kernel_io(void)
+{
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,422 @@
+/* Between /dev/fuse and libfuse: a thread reads requests, answers those it can, and hands the others to
+ * Python through a queue. libfuse is given an eventfd in place of the device, which is readable while
+ * there is something in the queue. */
+#define FUSE_USE_VERSION 314
+#include "kernel_io.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fuse3/fuse_lowlevel.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define BUFFER_SIZE ((1 << 20) + 4096) /* the largest request, and its headers */
+#define PENDING_CHAINS 128
+#define TRIES_LIMIT 3 /* for contents: of two files at most, which may be moved meanwhile */
+
+struct state state = {.lock = PTHREAD_MUTEX_INITIALIZER, .device = -1};
+
+/* A request on its way to Python. */
+struct message {
+    struct message *next;
+    int tries; /* of a request that waits for contents */
+    size_t size;
+    char data[] __attribute__((aligned(8)));
+};
+
+/* What has to be known of a request when Python's reply comes. */
+struct pending {
+    struct pending *next;
+    uint64_t unique, nodeid;
+    uint32_t opcode, flags;
+    struct fuse_init_in init;
+    struct message *retry; /* a request that waits for contents; see ask_for_contents */
+};
+
+static struct message *queue, **queue_end = &queue;
+static struct pending *pending[PENDING_CHAINS];
+static int wake = -1;
+static bool ended;
+static int tries; /* of the request that is being tried again */
+
+/* The table of opcodes: how a request is answered here, and whether Python's reply is amended. */
+struct operation {
+    bool (*answer)(struct request *);
+    bool amended;
+};
+
+static bool answer_forget(struct request *request);
+static bool answer_batch_forget(struct request *request);
+static bool answer_tmpfile(struct request *request);
+
+static const struct operation operations[] = {
+    [FUSE_LOOKUP] = {answer_lookup, true},
+    [FUSE_FORGET] = {answer_forget, false},
+    [FUSE_GETATTR] = {answer_getattr, true},
+    [FUSE_SETATTR] = {NULL, true},
+    [FUSE_READLINK] = {answer_readlink, false},
+    [FUSE_SYMLINK] = {NULL, true},
+    [FUSE_MKNOD] = {NULL, true},
+    [FUSE_MKDIR] = {NULL, true},
+    [FUSE_LINK] = {NULL, true},
+    [FUSE_OPEN] = {answer_open, true},
+    [FUSE_READ] = {answer_read, false},
+    [FUSE_WRITE] = {answer_write, false},
+    [FUSE_FSYNC] = {answer_fsync, false},
+    [FUSE_RELEASE] = {answer_release, false},
+    [FUSE_GETXATTR] = {answer_getxattr, false},
+    [FUSE_LISTXATTR] = {answer_listxattr, false},
+    [FUSE_INIT] = {NULL, true},
+    [FUSE_OPENDIR] = {answer_opendir, true},
+    [FUSE_RELEASEDIR] = {answer_releasedir, false},
+    [FUSE_CREATE] = {NULL, true},
+    [FUSE_BATCH_FORGET] = {answer_batch_forget, false},
+    [FUSE_FALLOCATE] = {answer_fallocate, false},
+    [FUSE_READDIRPLUS] = {answer_readdirplus, true},
+    [FUSE_LSEEK] = {answer_lseek, false},
+    [FUSE_COPY_FILE_RANGE] = {answer_copy_file_range, false},
+    [OPCODE_TMPFILE] = {answer_tmpfile, true},
+    [OPCODE_COPY_FILE_RANGE_64] = {answer_copy_file_range, false},
+};
+
+static const struct operation *operation_of(uint32_t opcode)
+{
+    static const struct operation none;
+    return opcode < sizeof operations / sizeof *operations ? &operations[opcode] : &none;
+}
+
+static void amend(const struct pending *request, struct iovec *parts, int count)
+{
+    switch (request->opcode) {
+    case FUSE_INIT:
+        amend_init(&request->init, parts, count);
+        break;
+    case FUSE_GETATTR:
+    case FUSE_SETATTR:
+        amend_attributes(parts, count);
+        break;
+    case FUSE_OPEN:
+        amend_open(request->nodeid, request->flags, parts, count);
+        break;
+    case FUSE_CREATE:
+        amend_create(request->flags, parts, count);
+        break;
+    case FUSE_OPENDIR:
+        amend_opendir(parts, count);
+        break;
+    case FUSE_READDIRPLUS:
+        amend_listing(parts, count);
+        break;
+    default:
+        amend_entry(parts, count);
+    }
+}
+
+/* Replies */
+
+static int send_parts(struct iovec *parts, int count)
+{
+    return writev(state.device, parts, count) < 0 ? errno : 0;
+}
+
+/* Return 0, or the errno of a reply that did not reach the kernel. */
+static int answer(uint64_t unique, int error, const void *body, size_t size)
+{
+    struct fuse_out_header out = {.len = sizeof out + size, .error = -error, .unique = unique};
+    struct iovec parts[] = {{&out, sizeof out}, {(void *)body, size}};
+    return send_parts(parts, size ? 2 : 1);
+}
+
+int reply(const struct request *request, const void *body, size_t size)
+{
+    return answer(request->in->unique, 0, body, size);
+}
+
+int reply_error(const struct request *request, int code)
+{
+    return answer(request->in->unique, code, NULL, 0);
+}
+
+/* The way to Python */
+
+static struct message *message_new(const void *data, size_t size)
+{
+    struct message *message = malloc(sizeof *message + size);
+    if (!message)
+        return NULL;
+    message->next = NULL;
+    message->tries = 0;
+    message->size = size;
+    if (data)
+        memcpy(message->data, data, size);
+    return message;
+}
+
+static void wake_python(void)
+{
+    uint64_t one = 1;
+    if (write(wake, &one, sizeof one) < 0)
+        abort(); /* it counts to 2^64 */
+}
+
+static void send_to_python(struct message *message)
+{
+    *queue_end = message;
+    queue_end = &message->next;
+    wake_python();
+}
+
+static bool expect_reply(const struct fuse_in_header *in, struct message *retry)
+{
+    const void *body = in + 1;
+    struct pending *entry = calloc(1, sizeof *entry);
+    if (!entry)
+        return false;
+    entry->unique = in->unique;
+    entry->nodeid = in->nodeid;
+    entry->opcode = in->opcode;
+    entry->retry = retry;
+    if (in->opcode == FUSE_OPEN || in->opcode == FUSE_CREATE)
+        entry->flags = *(const uint32_t *)body; /* the first field of both */
+    if (in->opcode == FUSE_INIT) {
+        size_t size = in->len - sizeof *in;
+        memcpy(&entry->init, body, size < sizeof entry->init ? size : sizeof entry->init);
+    }
+    struct pending **chain = &pending[(in->unique >> 1) % PENDING_CHAINS];
+    entry->next = *chain;
+    *chain = entry;
+    return true;
+}
+
+static struct pending *take_pending(uint64_t unique)
+{
+    struct pending **link = &pending[(unique >> 1) % PENDING_CHAINS];
+    while (*link && (*link)->unique != unique)
+        link = &(*link)->next;
+    struct pending *found = *link;
+    if (found)
+        *link = found->next;
+    return found;
+}
+
+static void forward(struct fuse_in_header *in)
+{
+    struct message *message = message_new(in, in->len);
+    if (!message || (operation_of(in->opcode)->amended && !expect_reply(in, NULL))) {
+        free(message);
+        answer(in->unique, ENOMEM, NULL, 0);
+        return;
+    }
+    send_to_python(message);
+}
+
+/* Have Python open the contents of a node, by a read or a write of nothing, and then try `request` again:
+ * for operations that pyfuse3 does not know. So copy-up, and waiting while changes are held, are the
+ * same for these as for any write. */
+bool ask_for_contents(const struct request *request, uint64_t number, bool writing)
+{
+    size_t size = sizeof(struct fuse_in_header) +
+                  (writing ? sizeof(struct fuse_write_in) : sizeof(struct fuse_read_in));
+    struct message *retry = message_new(request->in, request->in->len);
+    struct message *message = message_new(NULL, size);
+    if (!retry || !message || tries > TRIES_LIMIT)
+        goto failed;
+    retry->tries = tries + 1;
+    memset(message->data, 0, size);
+    struct fuse_in_header *in = (struct fuse_in_header *)message->data;
+    *in = *request->in;
+    in->len = size;
+    in->opcode = writing ? FUSE_WRITE : FUSE_READ;
+    in->nodeid = number;
+    *(uint64_t *)(in + 1) = number; /* fh, the first field of both */
+    if (!expect_reply(in, retry))
+        goto failed;
+    send_to_python(message);
+    return true;
+
+failed:
+    free(retry);
+    free(message);
+    reply_error(request, EIO);
+    return true;
+}
+
+static void try_again(struct message *retry, int error)
+{
+    struct request request = {(struct fuse_in_header *)retry->data, retry->data + sizeof *request.in};
+    tries = retry->tries;
+    if (error)
+        answer(request.in->unique, error, NULL, 0);
+    else
+        operation_of(request.in->opcode)->answer(&request);
+    tries = 0;
+    free(retry);
+}
+
+/* Requests that are about the table, or translated */
+
+static bool forget(uint64_t number, uint64_t lookups)
+{
+    struct node *node = node_find(number);
+    bool python = !node || node->python;
+    if (node)
+        node_forget(node, lookups);
+    return !python;
+}
+
+static bool answer_forget(struct request *request)
+{
+    const struct fuse_forget_in *in = request->body;
+    return forget(request->in->nodeid, in->nlookup);
+}
+
+static bool answer_batch_forget(struct request *request)
+{
+    struct fuse_batch_forget_in *in = request->body;
+    struct fuse_forget_one *items = (struct fuse_forget_one *)(in + 1);
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < in->count; i++)
+        if (!forget(items[i].nodeid, items[i].nlookup))
+            items[left++] = items[i];
+    in->count = left;
+    return left == 0;
+}
+
+/* TMPFILE is a CREATE in all but name: pyfuse3 is given one of the name "/", which no file has. */
+static bool answer_tmpfile(struct request *request)
+{
+    request->in->opcode = FUSE_CREATE;
+    return false;
+}
+
+/* The thread */
+
+static void handle(struct fuse_in_header *in)
+{
+    struct request request = {in, in + 1};
+    const struct operation *operation = operation_of(in->opcode);
+    pthread_mutex_lock(&state.lock);
+    if (!operation->answer || !operation->answer(&request))
+        forward(in);
+    pthread_mutex_unlock(&state.lock);
+}
+
+static void *serve(void *argument)
+{
+    char *buffer = argument;
+    for (;;) {
+        ssize_t size = read(state.device, buffer, BUFFER_SIZE);
+        if (size >= (ssize_t)sizeof(struct fuse_in_header))
+            handle((struct fuse_in_header *)buffer);
+        else if (size >= 0 || (errno != EINTR && errno != ENOENT && errno != EAGAIN))
+            break; /* ENODEV: unmounted */
+    }
+    free(buffer);
+    pthread_mutex_lock(&state.lock);
+    ended = true;
+    wake_python();
+    pthread_mutex_unlock(&state.lock);
+    return NULL;
+}
+
+/* What libfuse calls in place of read(2) and writev(2) */
+
+static ssize_t on_read(int fd, void *buffer, size_t size, void *userdata)
+{
+    uint64_t one;
+    ssize_t result = -1;
+    (void)userdata;
+
+    if (read(fd, &one, sizeof one) < 0) {
+        errno = EINTR; /* nothing there: pyfuse3 waits again */
+        return -1;
+    }
+    pthread_mutex_lock(&state.lock);
+    struct message *message = queue;
+    if (message) {
+        queue = message->next;
+        if (!queue)
+            queue_end = &queue;
+        if (message->size <= size) {
+            memcpy(buffer, message->data, message->size);
+            result = message->size;
+        } else {
+            errno = EIO;
+        }
+        free(message);
+    } else if (ended) {
+        wake_python(); /* the next task, too */
+        errno = ENODEV;
+    } else {
+        errno = EINTR;
+    }
+    pthread_mutex_unlock(&state.lock);
+    return result;
+}
+
+static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
+{
+    const struct fuse_out_header *out = parts[0].iov_base;
+    ssize_t size = 0;
+    int error = 0;
+    (void)fd;
+    (void)userdata;
+
+    for (int i = 0; i < count; i++)
+        size += parts[i].iov_len;
+    pthread_mutex_lock(&state.lock);
+    struct pending *request = out->unique ? take_pending(out->unique) : NULL;
+    if (request && request->retry) {
+        try_again(request->retry, -out->error);
+    } else {
+        if (request && !out->error)
+            amend(request, parts + 1, count - 1);
+        error = send_parts(parts, count);
+    }
+    pthread_mutex_unlock(&state.lock);
+    free(request);
+    errno = error;
+    return error ? -1 : size;
+}
+
+/* Take the place of the device in a session that libfuse has just mounted. Return 0 or -1. */
+static int start(struct fuse_session *session, int device)
+{
+    static const struct fuse_custom_io io = {.read = on_read, .writev = on_writev};
+    pthread_t thread;
+    sigset_t all, before;
+    char *buffer = malloc(BUFFER_SIZE);
+
+    wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
+    if (!buffer || wake < 0 || fuse_session_custom_io(session, &io, dup(wake))) {
+        free(buffer);
+        return -1;
+    }
+    state.device = device;
+    struct node *root = node_get(ROOT_NUMBER);
+    if (!root)
+        return -1;
+    root->lookups = 1;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's thread */
+    int failed = pthread_create(&thread, NULL, serve, buffer);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed)
+        return -1;
+    pthread_detach(thread);
+    return 0;
+}
+
+/* pyfuse3 calls this one in place of libfuse's, since this module was loaded before it. */
+__attribute__((visibility("default"))) int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
+{
+    static int (*libfuse)(struct fuse_session *, const char *);
+    if (!libfuse)
+        *(void **)&libfuse = dlsym(RTLD_NEXT, "fuse_session_mount");
+    if (!libfuse || libfuse(session, mountpoint))
+        return -1;
+    return state.path == PLAIN ? 0 : start(session, fuse_session_fd(session));
+}

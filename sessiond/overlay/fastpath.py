@@ -1,0 +1,56 @@
+"""What answers requests for the overlay, without the overlay's being asked."""
+
+from __future__ import annotations
+
+
+class FastPath:
+    """Knows nodes that the overlay has none for, and holds files open. This one does neither.
+
+    It answers for what only the bottom layer has a say in, until the overlay needs a node for it.
+    """
+
+    def claim(self, number: int, /) -> int:
+        """Leave a node to the overlay; return how many references the kernel holds to it."""
+        return 0
+
+    def place(self, number: int, /) -> tuple[int, bytes] | None:
+        """Return the directory, and the name in it, of a node that has not been claimed."""
+        return None
+
+    def serve(self, number: int, descriptors: tuple[int, ...], numbering: int, /) -> bool:
+        """Answer for names in a directory, where only the last of its real parts has a say.
+
+        `numbering`: what is added to an inode number there to make a node's number. Returns whether
+        it will.
+        """
+        return False
+
+    def withdraw(self, number: int, /) -> None:
+        """Forget which real directories or contents a node has: they are changing."""
+
+    def begin_generation(self) -> list[int]:
+        """Forget all layers; return the numbers of directories that have not been claimed."""
+        return []
+
+    def is_open(self, number: int, /) -> bool:
+        """Say whether someone has, or may have, the file open."""
+        return False
+
+    def holds(self, number: int, /) -> bool:
+        """Say whether the contents stay within reach of who has them open, wherever the file is."""
+        return True
+
+    def writers(self, number: int, /) -> int:
+        """Return how many have the file open for writing past the overlay (by passthrough)."""
+        return 0
+
+    def keep(self, number: int, /) -> None:
+        """Go on with the contents as they are open now, until the last close, which is told."""
+
+    def finish(self, number: int, /) -> bool:
+        """Close contents that were kept. False if someone has opened them again."""
+        return True
+
+    def duplicate(self, number: int, /) -> int:
+        """Return a new descriptor of the contents, or -1."""
+        return -1
