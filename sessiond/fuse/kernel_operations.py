@@ -46,6 +46,8 @@ class KernelFastPath(FastPath):
 
     claim = staticmethod(_kernel_io.claim)
     place = staticmethod(_kernel_io.place)
+    is_served = staticmethod(_kernel_io.is_served)
+    unclaimed = staticmethod(_kernel_io.unclaimed)
     serve = staticmethod(_kernel_io.serve)
     withdraw = staticmethod(_kernel_io.withdraw)
     begin_generation = staticmethod(_kernel_io.begin_generation)

@@ -25,8 +25,16 @@ class FastPath:
         """
         return False
 
+    def is_served(self, number: int, /) -> bool:
+        """Say whether it does so; it may stop at any time."""
+        return True
+
     def withdraw(self, number: int, /) -> None:
         """Forget which real directories or contents a node has: they are changing."""
+
+    def unclaimed(self) -> list[int]:
+        """Return the numbers of all nodes that have not been claimed."""
+        return []
 
     def begin_generation(self) -> list[int]:
         """Forget all layers; return the numbers of directories that have not been claimed."""

@@ -65,7 +65,6 @@ class Node:
         "real",
         "references",
         "remains",
-        "served",
     )
 
     def __init__(self, number: int, kind: int, fast_path: FastPath) -> None:
@@ -95,8 +94,6 @@ class Node:
 
     def bind(self, entry: Entry, generation: int) -> None:
         """Take over where the node is now."""
-        self.served = False
-        """Whether the fast path answers for names in this directory."""
         self._upper = entry.presence is Presence.UPPER or entry.indexed is not None
         self.lowers: tuple[Lower, ...] = entry.lowers
         self.index = entry.indexed
@@ -115,7 +112,6 @@ class Node:
     @upper.setter
     def upper(self, upper: bool) -> None:
         self._upper = upper
-        self.served = False
         self.fast_path.withdraw(self.number)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as modes
+from contextlib import suppress
 
 from sessiond.overlay import directory, lookup, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
@@ -86,7 +87,9 @@ class Overlay:
     def serve(self, node: Node) -> None:
         """Let the fast path answer for names in a directory, as far as it can."""
         bottom = self.stack.lowers[-1]
-        if node.served or not node.linked or not node.lowers or self.stack.data:
+        if not node.linked or not node.lowers or self.stack.data:
+            return
+        if self._fast_path.is_served(node.number):
             return
         last = node.lowers[-1]
         if last.layer is not bottom or bottom.may_hold_marks:
@@ -99,7 +102,6 @@ class Overlay:
         if node.upper:
             parts.insert(0, self.stack.writable.directory(node.path))
         self._fast_path.serve(node.number, tuple(parts), numbering)
-        node.served = True
 
     def forget(self, number: int, count: int) -> None:
         """Give back `count` references that `refer` has taken. An unknown number is ignored."""
@@ -528,6 +530,9 @@ class Overlay:
 
     def held_names(self) -> list[tuple[Node, Node, bytes]]:
         """Return all names of nodes that are held: node, parent, name."""
+        for number in self._fast_path.unclaimed():
+            with suppress(OSError):  # ESTALE: of earlier layers, and gone since
+                self.node(number)
         return [(node, *link) for node in self.nodes.all() for link in node.links]
 
     def lost_names(self, held: list[tuple[Node, Node, bytes]]) -> list[tuple[int, bytes]]:

@@ -294,3 +294,49 @@ async def test_unlinked_open_file_outlives_a_snapshot(playground: Playground) ->
             with pytest.raises(OSError) as caught:
                 os.link(f"/proc/self/fd/{file.fileno()}", playground.root / "again")
             assert caught.value.errno in {errno.ENOENT, errno.EXDEV}
+
+
+async def test_a_restore_shows_what_the_snapshot_had(playground: Playground) -> None:
+    """Also of objects of the image that only the fast path has known so far."""
+    for name in ("a/kept", "a/deleted", "a/changed", "a/b/deep"):
+        (playground.image / name).parent.mkdir(parents=True, exist_ok=True)
+        (playground.image / name).write_text("image")
+    root = playground.root
+    async with playground.mounted(first := playground.stack()) as mount:
+        (root / "a/deleted").unlink()
+        (root / "a/b/deep").unlink()
+        (root / "a/changed").write_text("snapshot")
+        await mount.swap(playground.stack())
+        assert sorted(path.name for path in (root / "a").iterdir()) == [
+            "b", "changed", "deleted", "kept"
+        ]  # fmt: skip
+        reads = {name: (root / "a" / name).read_text() for name in ("kept", "deleted", "changed")}
+        assert set(reads.values()) == {"image"}
+        assert (root / "a/b/deep").read_text() == "image"
+        await mount.swap(playground.stack(first.upper.fs))
+        assert not (root / "a/deleted").exists()
+        assert not (root / "a/b/deep").exists()
+        assert (root / "a/changed").read_text() == "snapshot"
+        assert sorted(path.name for path in (root / "a").iterdir()) == ["b", "changed", "kept"]
+        assert not list((root / "a/b").iterdir())
+        (root / "a/kept").write_text("later")
+        await mount.swap(playground.stack())
+        assert (root / "a/kept").read_text() == "image"
+        await until((root / "a/b/deep").exists)  # at once, but for kernels without epochs
+        assert (root / "a/b/deep").read_text() == "image"
+
+
+async def test_hard_links_of_a_file_that_is_written_over_a_snapshot(
+    playground: Playground,
+) -> None:
+    root = playground.root
+    async with playground.mounted(first := playground.stack()) as mount:
+        with open(root / "one", "wb", buffering=0) as file:
+            file.write(b"before")
+            (root / "directory").mkdir()
+            os.link(root / "one", root / "directory/two")
+            await mount.swap(playground.stack(first.upper.fs))
+            file.write(b" after")
+            assert (root / "one").read_bytes() == b"before after"
+            for name in ("one", "directory/two"):
+                assert (first.upper.fs / name).read_bytes() == b"before"

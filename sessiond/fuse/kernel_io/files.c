@@ -192,6 +192,7 @@ bool answer_release(struct request *request)
             use_now(&idle, &contents->use, node);
             if (contents->stale)
                 contents_close(node);
+            node_forget(node, 0);
         }
     }
     reply(request, NULL, 0);

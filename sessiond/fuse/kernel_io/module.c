@@ -129,17 +129,48 @@ static PyObject *listed(PyObject *self, PyObject *argument)
     return PyLong_FromUnsignedLongLong(image_listed(handle));
 }
 
+static PyObject *is_served(PyObject *self, PyObject *argument)
+{
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    bool served = node && node->directory;
+    unlock();
+    return PyBool_FromLong(served);
+}
+
+static void append_unclaimed(struct node *node, void *numbers)
+{
+    if (node->python)
+        return;
+    PyObject *number = PyLong_FromUnsignedLongLong(node->number);
+    if (number) {
+        PyList_Append(numbers, number);
+        Py_DECREF(number);
+    }
+}
+
+static PyObject *unclaimed(PyObject *self, PyObject *unused)
+{
+    PyObject *numbers = PyList_New(0);
+    if (!numbers)
+        return NULL;
+    lock();
+    node_each(append_unclaimed, numbers);
+    unlock();
+    if (PyErr_Occurred())
+        Py_CLEAR(numbers);
+    return numbers;
+}
+
 static void end_generation(struct node *node, void *directories)
 {
     image_withdraw(node);
     contents_retire(node);
-    if (node->python || !S_ISDIR(node->type))
-        return;
-    PyObject *number = PyLong_FromUnsignedLongLong(node->number);
-    if (number) {
-        PyList_Append(directories, number);
-        Py_DECREF(number);
-    }
+    if (S_ISDIR(node->type))
+        append_unclaimed(node, directories);
 }
 
 static PyObject *begin_generation(PyObject *self, PyObject *unused)
@@ -236,6 +267,8 @@ static PyMethodDef methods[] = {
     {"claim", claim, METH_O, NULL},
     {"place", place, METH_O, NULL},
     {"listed", listed, METH_O, NULL},
+    {"is_served", is_served, METH_O, NULL},
+    {"unclaimed", unclaimed, METH_NOARGS, NULL},
     {"begin_generation", begin_generation, METH_NOARGS, NULL},
     {"set_contents", set_contents, METH_VARARGS, NULL},
     {"opens", opens, METH_O, NULL},

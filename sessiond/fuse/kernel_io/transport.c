@@ -367,8 +367,13 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
 
     for (int i = 0; i < count; i++)
         size += parts[i].iov_len;
+    if (!out->unique) { /* a notification, which may have to wait for requests to be answered */
+        error = send_parts(parts, count);
+        errno = error;
+        return error ? -1 : size;
+    }
     pthread_mutex_lock(&state.lock);
-    struct pending *request = out->unique ? take_pending(out->unique) : NULL;
+    struct pending *request = take_pending(out->unique);
     if (request && request->retry) {
         try_again(request->retry, -out->error);
     } else {
