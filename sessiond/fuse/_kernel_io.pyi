@@ -5,6 +5,12 @@ puts itself between ``/dev/fuse`` and libfuse. Node numbers are those of `sessio
 One mount for each process.
 """
 
+TRY_AGAIN: int
+"""Error of a reply to LOOKUP or OPENDIR that has the extension try the request once more."""
+
+NAMES_ONLY: int
+"""Bit of the handle in a READDIRPLUS that stands for a READDIR: nodes are not referred to."""
+
 def configure(path: str, negative_timeout: int) -> None:
     """Before the mount: "plain" (take no part), "cached" or "passthrough".
 

@@ -22,6 +22,7 @@ from pyfuse3 import (
     FileInfo,
     FileNameT,
     FlagT,
+    FUSEError,
     InodeT,
     ModeT,
     ReaddirToken,
@@ -107,7 +108,8 @@ class KernelOperations(OverlayOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        self.overlay.serve(self.overlay.node(parent_inode))
+        if self.overlay.serve(self.overlay.node(parent_inode)):
+            raise FUSEError(_kernel_io.TRY_AGAIN)
         return await super().lookup(parent_inode, name, ctx)
 
     # Contents
@@ -206,10 +208,15 @@ class KernelOperations(OverlayOperations):
         return super()._listing(handle)
 
     @translated
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        if self.overlay.serve(self.overlay.node(inode)):
+            raise FUSEError(_kernel_io.TRY_AGAIN)
+        return await super().opendir(inode, ctx)
+
+    @translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        node, _ = self._listing(fh)
-        self.overlay.serve(node)
-        await super().readdir(fh, start_id, token)
+        names_only = bool(fh & _kernel_io.NAMES_ONLY)
+        self._read_listing(fh & ~_kernel_io.NAMES_ONLY, start_id, token, names_only=names_only)
 
     @translated
     async def releasedir(self, fh: FileHandleT) -> None:

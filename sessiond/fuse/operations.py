@@ -460,22 +460,43 @@ class OverlayOperations(pyfuse3.Operations):
 
     @translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        self._read_listing(fh, start_id, token, names_only=False)
+
+    def _read_listing(
+        self, fh: int, start_id: int, token: ReaddirToken, *, names_only: bool
+    ) -> None:
         node, listing = self._listing(fh)
         if start_id == 0 or not listing:  # also after rewinddir(3), which wants a new listing
             listing = [(1, b"."), (2, b"..")]
             listing += sorted((_position(name), name) for name in self.overlay.names(node))
             self._listings[fh] = (node, listing)
         for position, name in listing[bisect_right(listing, start_id, key=itemgetter(0)) :]:
-            if not self._list(node, name, token, position):
+            if not self._list(node, name, token, position, names_only=names_only):
                 return
 
-    def _list(self, directory: Node, name: bytes, token: ReaddirToken, position: int) -> bool:
-        """Add an entry to a listing; False when there is no more room."""
+    def _list(
+        self,
+        directory: Node,
+        name: bytes,
+        token: ReaddirToken,
+        position: int,
+        *,
+        names_only: bool,
+    ) -> bool:
+        """Add an entry to a listing; False when there is no more room.
+
+        `names_only`: the kernel is given no reference, so no node is needed.
+        """
         if name in {b".", b".."}:
             node = directory if name == b"." or not directory.links else directory.parent
             entry = self._attributes(node, self.overlay.stat(node))
             return pyfuse3.readdir_reply(token, name, entry, position)
         try:
+            if names_only:
+                entry = EntryAttributes()
+                entry.st_ino, stat = self.overlay.peek(directory, name)
+                entry.st_mode = stat.st_mode
+                return pyfuse3.readdir_reply(token, name, entry, position)
             node, stat = self.overlay.lookup(directory, name)
         except FileNotFoundError:
             return True  # removed since it was listed

@@ -272,12 +272,20 @@ class NodeTable:
         file_system = self._file_systems.setdefault(device, len(self._file_systems) + 1)
         return file_system << _INODE_BITS if file_system < 1 << _FILE_SYSTEM_BITS else None
 
+    def number_of(self, entry: Entry) -> int:
+        """Return the number of the node for `entry`, or that it would get."""
+        node = self._by_identity.get(entry.identity)
+        return node.number if node is not None else self._first_number(*entry.identity)
+
     def _free_number(self, device: int, inode: int) -> int:
+        return self._free_version(self._first_number(device, inode))
+
+    def _first_number(self, device: int, inode: int) -> int:
         numbering = self.numbering(device)
         if inode >= 1 << _INODE_BITS or numbering is None:
-            numbering, inode = 0, self._counter
             self._counter += 1
-        return self._free_version(numbering | inode)
+            return self._counter
+        return numbering | inode
 
     def _free_version(self, number: int) -> int:
         for version in range(_VERSIONS):

@@ -37,6 +37,8 @@ class Overlay:
         self.stack = stack
         self._fast_path = fast_path or FastPath()
         self.nodes = NodeTable(self._fast_path)
+        for layer in reversed(stack.layers):
+            self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
         self._generation = 0
         self._moving = False
         """The layers are being replaced by copies of them."""
@@ -84,24 +86,24 @@ class Overlay:
             raise _error(errno.ESTALE)
         return node
 
-    def serve(self, node: Node) -> None:
-        """Let the fast path answer for names in a directory, as far as it can."""
+    def serve(self, node: Node) -> bool:
+        """Let the fast path answer for names in a directory; return whether it has begun to."""
         bottom = self.stack.lowers[-1]
         if not node.linked or not node.lowers or self.stack.data:
-            return
+            return False
         if self._fast_path.is_served(node.number):
-            return
+            return False
         last = node.lowers[-1]
         if last.layer is not bottom or bottom.may_hold_marks:
-            return
+            return False
         parts = [lower.layer.directory(lower.path) for lower in node.lowers]
         device = syscalls.stat(At(parts[-1], b"")).st_dev
         numbering = self.nodes.numbering(device)
         if numbering is None:
-            return
+            return False
         if node.upper:
             parts.insert(0, self.stack.writable.directory(node.path))
-        self._fast_path.serve(node.number, tuple(parts), numbering)
+        return self._fast_path.serve(node.number, tuple(parts), numbering)
 
     def forget(self, number: int, count: int) -> None:
         """Give back `count` references that `refer` has taken. An unknown number is ignored."""
@@ -194,10 +196,31 @@ class Overlay:
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Return the node of that name and its stat(2). Raises ENOENT, ENAMETOOLONG."""
+        known = self._known(parent, name)
+        if known is not None:
+            return known, self.stat(known)
         entry = self._lookup(parent, name)
         if not entry.positive:
             raise _error(errno.ENOENT)
         return self._adopt(parent, name, entry), entry.stat
+
+    def peek(self, parent: Node, name: bytes) -> tuple[int, os.stat_result]:
+        """Return what `lookup` would, the number in place of the node, which is not made."""
+        known = self._known(parent, name)
+        if known is not None:
+            return known.number, self.stat(known)
+        entry = self._lookup(parent, name)
+        if not entry.positive:
+            raise _error(errno.ENOENT)
+        return self.nodes.number_of(entry), entry.stat
+
+    def _known(self, parent: Node, name: bytes) -> Node | None:
+        """Return the node of that name if it is held, and of the present layers.
+
+        Where it is need not be looked up: only this object changes the layers, and notes it.
+        """
+        node = parent.children.get(name)
+        return node if node is not None and node.generation == self._generation else None
 
     def _adopt(self, parent: Node, name: bytes, entry: Entry) -> Node:
         node = self.nodes.by_identity(entry.identity)
@@ -229,6 +252,11 @@ class Overlay:
 
     def _place(self, parent: Node, name: bytes) -> Place:
         """Look a name up for a change to it."""
+        known = self._known(parent, name)
+        if known is not None:
+            in_upper = known.links[parent, name]
+            presence = Presence.UPPER if in_upper else Presence.LOWER
+            return Place(parent, name, known, presence)
         entry = self._lookup(parent, name)
         node = self._adopt(parent, name, entry) if entry.positive else None
         return Place(parent, name, node, entry.presence)
@@ -355,9 +383,10 @@ class Overlay:
         if entry.positive:
             raise _error(errno.EEXIST)
         fd = directory.create(self.stack, parent, name, entry.presence, new)
-        stat = syscalls.stat(At(self.stack.writable.directory(parent.path), name))
-        made = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
-        return self._adopt(parent, name, made), stat, fd
+        made = fd if fd >= 0 else At(self.stack.writable.directory(parent.path), name)
+        stat = syscalls.stat(made)
+        entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
+        return self._adopt(parent, name, entry), stat, fd
 
     def create_anonymous(self, parent: Node, new: NewObject) -> tuple[Node, os.stat_result, int]:
         """Create a regular file without a name (O_TMPFILE); return a descriptor of it, too."""

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define IDLE_LIMIT 512 /* files kept open after the last close */
+#define IDLE_LIMIT 4096 /* files kept open after the last close */
 #define READ_LIMIT (1 << 20)
 
 static struct order idle;

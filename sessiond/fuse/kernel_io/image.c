@@ -42,6 +42,11 @@ struct raw_dirent { /* linux_dirent64, getdents64(2) */
 
 static struct order directories;
 
+static bool is_dots(const char *name)
+{
+    return !strcmp(name, ".") || !strcmp(name, "..");
+}
+
 void image_withdraw(struct node *node)
 {
     struct directory *directory = node->directory;
@@ -307,15 +312,43 @@ bool answer_listxattr(struct request *request)
     return true;
 }
 
+static int open_listing(int directory)
+{
+    return openat(directory, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+static bool is_empty(int directory)
+{
+    char entries[512] __attribute__((aligned(8)));
+    int fd = open_listing(directory);
+    ssize_t got = fd < 0 ? -1 : syscall(SYS_getdents64, fd, entries, sizeof entries);
+    bool empty = got >= 0;
+    for (char *at = entries; at < entries + got && empty; at += ((struct raw_dirent *)at)->length)
+        empty = is_dots(((struct raw_dirent *)at)->name);
+    if (fd >= 0)
+        close(fd);
+    return empty;
+}
+
+/* Return the directory of a node if only the bottom layer has anything in it. */
+static struct directory *plain_directory(struct node *node)
+{
+    struct directory *directory = node ? directory_of(node) : NULL;
+    for (int i = 0; directory && i < directory->count - 1; i++)
+        if (!is_empty(directory->fds[i]))
+            return NULL;
+    return directory;
+}
+
 bool answer_opendir(struct request *request)
 {
     struct node *node = node_find(request->in->nodeid);
-    struct directory *directory = node && !node->python ? directory_of(node) : NULL;
+    struct directory *directory = plain_directory(node);
     struct listing *listing;
 
     if (!directory || !(listing = calloc(1, sizeof *listing)))
         return false;
-    listing->fd = openat(directory->fds[0], ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    listing->fd = open_listing(directory->fds[directory->count - 1]);
     if (listing->fd < 0) {
         free(listing);
         return false;
@@ -356,33 +389,33 @@ uint64_t image_listed(uint64_t handle)
     return listing ? listing->number : 0;
 }
 
-/* Add one entry to a listing, with attributes if it is plain; return its size, 0 if it does not fit. */
+/* Add one entry to a listing, for READDIRPLUS with attributes if it is plain; return its size, 0 if
+ * it does not fit. */
 static size_t list_one(struct node *parent, const struct listing *listing,
-                       const struct raw_dirent *raw, char *buffer, size_t room)
+                       const struct raw_dirent *raw, char *buffer, size_t room, bool plus)
 {
-    struct fuse_direntplus *entry = (struct fuse_direntplus *)buffer;
-    size_t length = strlen(raw->name);
-    size_t size = FUSE_DIRENT_ALIGN(FUSE_NAME_OFFSET_DIRENTPLUS + length);
-    bool dots = !strcmp(raw->name, ".") || !strcmp(raw->name, "..");
-    struct directory *directory = parent->python ? NULL : parent->directory;
-    struct node *node = NULL;
+    size_t length = strlen(raw->name), head = plus ? sizeof(struct fuse_entry_out) : 0;
+    size_t size = FUSE_DIRENT_ALIGN(head + FUSE_NAME_OFFSET + length);
+    struct directory *directory = parent->directory;
+    struct fuse_entry_out *entry = (struct fuse_entry_out *)buffer;
+    struct fuse_dirent *dirent = (struct fuse_dirent *)(buffer + head);
+    struct node *node;
     struct stat stat;
+    int found = 0;
 
     if (size > room)
         return 0;
-    memset(entry, 0, size);
-    entry->dirent = (struct fuse_dirent){
+    memset(buffer, 0, size);
+    *dirent = (struct fuse_dirent){
         .ino = raw->ino | listing->numbering,
         .off = raw->off,
         .namelen = length,
         .type = raw->type,
     };
-    memcpy(entry->dirent.name, raw->name, length);
-    if (!dots && directory && !fstatat(directory->fds[0], raw->name, &stat, AT_SYMLINK_NOFOLLOW) &&
-        is_plain(directory, &stat))
-        node = refer(parent, raw->name, &stat);
-    if (node)
-        fill_entry(&entry->entry_out, &stat, node->number);
+    memcpy(dirent->name, raw->name, length);
+    if (plus && directory && !is_dots(raw->name) && find(directory, raw->name, &stat, &found) &&
+        !found && (node = refer(parent, raw->name, &stat)))
+        fill_entry(entry, &stat, node->number);
     return size;
 }
 
@@ -394,7 +427,7 @@ static bool is_whiteout(int fd, const struct raw_dirent *raw)
 }
 
 /* Fill `buffer` from where the listing stands; return the number of bytes, or -1. */
-static ssize_t list(struct node *node, struct listing *listing, char *buffer, size_t size)
+static ssize_t list(struct node *node, struct listing *listing, char *buffer, size_t size, bool plus)
 {
     static char raw_entries[LISTING_BUFFER] __attribute__((aligned(8)));
     size_t used = 0;
@@ -406,7 +439,7 @@ static ssize_t list(struct node *node, struct listing *listing, char *buffer, si
         for (char *at = raw_entries; at < raw_entries + got;) {
             const struct raw_dirent *raw = (const struct raw_dirent *)at;
             if (!is_whiteout(listing->fd, raw)) {
-                size_t added = list_one(node, listing, raw, buffer + used, size - used);
+                size_t added = list_one(node, listing, raw, buffer + used, size - used, plus);
                 if (!added) {
                     lseek(listing->fd, listing->position, SEEK_SET);
                     return used;
@@ -419,26 +452,30 @@ static ssize_t list(struct node *node, struct listing *listing, char *buffer, si
     }
 }
 
-bool answer_readdirplus(struct request *request)
+bool answer_readdir(struct request *request)
 {
     static char buffer[1 << 20] __attribute__((aligned(8)));
+    bool plus = request->in->opcode == FUSE_READDIRPLUS;
     struct fuse_read_in *in = request->body;
     struct listing *listing = listing_of(in->fh);
     struct node *node = node_find(request->in->nodeid);
 
-    if (!listing || !node)
+    if (listing && node && in->offset == 0) /* opened, or rewound, which shows what is there now */
+        listing->python = !plain_directory(node);
+    if (!listing || !node || listing->python) {
+        if (!plus) /* pyfuse3 does not know READDIR */
+            in->fh |= NAMES_ONLY;
+        request->in->opcode = FUSE_READDIRPLUS;
         return false;
-    bool ours = directory_of(node) && is_current(node);
-    if (in->offset == 0)
-        listing->python = !ours; /* opened, or rewound, which has to show what is there now */
-    if (listing->python)
-        return false;
+    }
     if (in->offset != listing->position && lseek(listing->fd, in->offset, SEEK_SET) < 0) {
         reply_error(request, errno);
         return true;
     }
     listing->position = in->offset;
-    ssize_t size = list(node, listing, buffer, in->size < sizeof buffer ? in->size : sizeof buffer);
+    directory_of(node); /* for `list`, if it can be had */
+    ssize_t size =
+        list(node, listing, buffer, in->size < sizeof buffer ? in->size : sizeof buffer, plus);
     if (size < 0)
         reply_error(request, errno);
     else

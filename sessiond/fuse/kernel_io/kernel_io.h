@@ -140,7 +140,7 @@ bool answer_readlink(struct request *request);
 bool answer_getxattr(struct request *request);
 bool answer_listxattr(struct request *request);
 bool answer_opendir(struct request *request);
-bool answer_readdirplus(struct request *request);
+bool answer_readdir(struct request *request); /* READDIRPLUS, too */
 bool answer_releasedir(struct request *request);
 int image_open(struct node *node);
 bool image_serve(struct node *node, const int *fds, int count, uint64_t numbering);
@@ -152,6 +152,7 @@ void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count);
 void amend_entry(struct iovec *parts, int count);
 void amend_attributes(struct iovec *parts, int count);
 void amend_listing(struct iovec *parts, int count);
+void amend_names(struct iovec *parts, int count); /* makes READDIRPLUS's reply READDIR's */
 void amend_open(uint64_t number, uint32_t flags, struct iovec *parts, int count);
 void amend_create(uint32_t flags, struct iovec *parts, int count);
 void amend_opendir(struct iovec *parts, int count);

@@ -284,5 +284,9 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__kernel_io(void)
 {
-    return PyModule_Create(&module);
+    PyObject *made = PyModule_Create(&module);
+    if (made && (PyModule_AddIntConstant(made, "TRY_AGAIN", TRY_AGAIN) ||
+                 PyModule_AddIntConstant(made, "NAMES_ONLY", NAMES_ONLY)))
+        Py_CLEAR(made);
+    return made;
 }

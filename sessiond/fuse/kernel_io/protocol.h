@@ -9,6 +9,12 @@
 #define OPCODE_TMPFILE 51           /* 6.3 */
 #define OPCODE_COPY_FILE_RANGE_64 53 /* 6.18 */
 
+/* Error by which Python asks to have a request tried here once more; the kernel never sees it. */
+#define TRY_AGAIN 511
+
+/* In the handle of a READDIRPLUS that Python is asked for in place of a READDIR. */
+#define NAMES_ONLY (1ull << 62)
+
 #define OPEN_PASSTHROUGH (1u << 7)  /* 6.9 */
 
 /* In flags2 of INIT. */

@@ -26,6 +26,7 @@ void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count)
     if (!out)
         return;
     out->flags |= in->flags & wanted;
+    out->flags |= in->flags & FUSE_READDIRPLUS_AUTO;
     if (in->flags & FUSE_EXPLICIT_INVAL_DATA)
         out->flags &= ~FUSE_AUTO_INVAL_DATA;
     if (state.path == CACHED) /* or O_TRUNC would be lost with the OPEN that is not sent */
@@ -77,6 +78,22 @@ void amend_listing(struct iovec *parts, int count)
             given(&plus->entry_out); /* of the dots the kernel keeps none */
         entry += FUSE_DIRENTPLUS_SIZE(plus);
     }
+}
+
+void amend_names(struct iovec *parts, int count)
+{
+    if (count < 1)
+        return;
+    char *from = parts[0].iov_base, *to = from, *end = from + parts[0].iov_len;
+    while (from + FUSE_NAME_OFFSET_DIRENTPLUS < end) {
+        struct fuse_direntplus *plus = (struct fuse_direntplus *)from;
+        size_t size = FUSE_DIRENT_SIZE(&plus->dirent);
+        from += FUSE_DIRENTPLUS_SIZE(plus);
+        plus->dirent.ino &= ~VERSION_MASK;
+        memmove(to, &plus->dirent, size);
+        to += size;
+    }
+    parts[0].iov_len = to - (char *)parts[0].iov_base;
 }
 
 void amend_open(uint64_t number, uint32_t flags, struct iovec *parts, int count)

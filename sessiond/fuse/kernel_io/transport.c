@@ -33,7 +33,9 @@ struct pending {
     uint64_t unique, nodeid;
     uint32_t opcode, flags;
     struct fuse_init_in init;
-    struct message *retry; /* a request that waits for contents; see ask_for_contents */
+    bool names_only;
+    struct message *retry; /* a request that may be tried again */
+    bool contents;         /* and is, since it waits for contents; see ask_for_contents */
 };
 
 static struct message *queue, **queue_end = &queue;
@@ -75,7 +77,8 @@ static const struct operation operations[] = {
     [FUSE_CREATE] = {NULL, true},
     [FUSE_BATCH_FORGET] = {answer_batch_forget, false},
     [FUSE_FALLOCATE] = {answer_fallocate, false},
-    [FUSE_READDIRPLUS] = {answer_readdirplus, true},
+    [FUSE_READDIR] = {answer_readdir, true},
+    [FUSE_READDIRPLUS] = {answer_readdir, true},
     [FUSE_LSEEK] = {answer_lseek, false},
     [FUSE_COPY_FILE_RANGE] = {answer_copy_file_range, false},
     [OPCODE_TMPFILE] = {answer_tmpfile, true},
@@ -108,7 +111,7 @@ static void amend(const struct pending *request, struct iovec *parts, int count)
         amend_opendir(parts, count);
         break;
     case FUSE_READDIRPLUS:
-        amend_listing(parts, count);
+        (request->names_only ? amend_names : amend_listing)(parts, count);
         break;
     default:
         amend_entry(parts, count);
@@ -169,26 +172,29 @@ static void send_to_python(struct message *message)
     wake_python();
 }
 
-static bool expect_reply(const struct fuse_in_header *in, struct message *retry)
+static struct pending *expect_reply(const struct fuse_in_header *in)
 {
     const void *body = in + 1;
     struct pending *entry = calloc(1, sizeof *entry);
     if (!entry)
-        return false;
+        return NULL;
     entry->unique = in->unique;
     entry->nodeid = in->nodeid;
     entry->opcode = in->opcode;
-    entry->retry = retry;
     if (in->opcode == FUSE_OPEN || in->opcode == FUSE_CREATE)
         entry->flags = *(const uint32_t *)body; /* the first field of both */
     if (in->opcode == FUSE_INIT) {
         size_t size = in->len - sizeof *in;
         memcpy(&entry->init, body, size < sizeof entry->init ? size : sizeof entry->init);
     }
+    if (in->opcode == FUSE_READDIRPLUS)
+        entry->names_only = ((const struct fuse_read_in *)body)->fh & NAMES_ONLY;
+    if (in->opcode == FUSE_LOOKUP || in->opcode == FUSE_OPENDIR)
+        entry->retry = message_new(in, in->len);
     struct pending **chain = &pending[(in->unique >> 1) % PENDING_CHAINS];
     entry->next = *chain;
     *chain = entry;
-    return true;
+    return entry;
 }
 
 static struct pending *take_pending(uint64_t unique)
@@ -205,7 +211,7 @@ static struct pending *take_pending(uint64_t unique)
 static void forward(struct fuse_in_header *in)
 {
     struct message *message = message_new(in, in->len);
-    if (!message || (operation_of(in->opcode)->amended && !expect_reply(in, NULL))) {
+    if (!message || (operation_of(in->opcode)->amended && !expect_reply(in))) {
         free(message);
         answer(in->unique, ENOMEM, NULL, 0);
         return;
@@ -232,8 +238,11 @@ bool ask_for_contents(const struct request *request, uint64_t number, bool writi
     in->opcode = writing ? FUSE_WRITE : FUSE_READ;
     in->nodeid = number;
     *(uint64_t *)(in + 1) = number; /* fh, the first field of both */
-    if (!expect_reply(in, retry))
+    struct pending *entry = expect_reply(in);
+    if (!entry)
         goto failed;
+    entry->retry = retry;
+    entry->contents = true;
     send_to_python(message);
     return true;
 
@@ -244,16 +253,16 @@ failed:
     return true;
 }
 
-static void try_again(struct message *retry, int error)
+static void try_again(const struct message *retry, int error)
 {
-    struct request request = {(struct fuse_in_header *)retry->data, retry->data + sizeof *request.in};
+    struct request request = {(struct fuse_in_header *)retry->data,
+                              (char *)retry->data + sizeof *request.in};
     tries = retry->tries;
     if (error)
         answer(request.in->unique, error, NULL, 0);
-    else
-        operation_of(request.in->opcode)->answer(&request);
+    else if (!operation_of(request.in->opcode)->answer(&request))
+        forward(request.in);
     tries = 0;
-    free(retry);
 }
 
 /* Requests that are about the table, or translated */
@@ -359,7 +368,7 @@ static ssize_t on_read(int fd, void *buffer, size_t size, void *userdata)
 
 static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
 {
-    const struct fuse_out_header *out = parts[0].iov_base;
+    struct fuse_out_header *out = parts[0].iov_base;
     ssize_t size = 0;
     int error = 0;
     (void)fd;
@@ -374,14 +383,22 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
     }
     pthread_mutex_lock(&state.lock);
     struct pending *request = take_pending(out->unique);
-    if (request && request->retry) {
+    if (request && request->contents) {
         try_again(request->retry, -out->error);
+    } else if (request && request->retry && out->error == -TRY_AGAIN) {
+        try_again(request->retry, 0);
     } else {
-        if (request && !out->error)
+        if (request && !out->error) {
             amend(request, parts + 1, count - 1);
+            out->len = sizeof *out;
+            for (int i = 1; i < count; i++)
+                out->len += parts[i].iov_len;
+        }
         error = send_parts(parts, count);
     }
     pthread_mutex_unlock(&state.lock);
+    if (request)
+        free(request->retry);
     free(request);
     errno = error;
     return error ? -1 : size;
