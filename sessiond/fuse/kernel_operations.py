@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as modes
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import trio
@@ -111,6 +111,12 @@ class KernelOperations(OverlayOperations):
         if self.overlay.serve(self.overlay.node(parent_inode)):
             raise FUSEError(_kernel_io.TRY_AGAIN)
         return await super().lookup(parent_inode, name, ctx)
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """See `pyfuse3.Operations.forget`."""
+        await super().forget(inode_list)
+        for number, count in inode_list:
+            _kernel_io.forget(number, count)
 
     # Contents
 

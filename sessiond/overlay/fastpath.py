@@ -17,11 +17,13 @@ class FastPath:
         """Return the directory, and the name in it, of a node that has not been claimed."""
         return None
 
-    def serve(self, number: int, descriptors: tuple[int, ...], numbering: int, /) -> bool:
-        """Answer for names in a directory, where only the last of its real parts has a say.
+    def serve(
+        self, number: int, descriptors: tuple[int, ...], bottom: bool, numbering: int, /
+    ) -> bool:
+        """Answer for names in a directory, of which these are the real parts, topmost first.
 
-        `numbering`: what is added to an inode number there to make a node's number. Returns whether
-        it will.
+        With `bottom`, the last is the bottom layer's, and `numbering` is what is added to an inode
+        number there to make a node's number. Returns whether it will answer.
         """
         return False
 

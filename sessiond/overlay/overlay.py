@@ -88,22 +88,17 @@ class Overlay:
 
     def serve(self, node: Node) -> bool:
         """Let the fast path answer for names in a directory; return whether it has begun to."""
-        bottom = self.stack.lowers[-1]
-        if not node.linked or not node.lowers or self.stack.data:
-            return False
-        if self._fast_path.is_served(node.number):
-            return False
-        last = node.lowers[-1]
-        if last.layer is not bottom or bottom.may_hold_marks:
+        if not node.linked or self.stack.data or self._fast_path.is_served(node.number):
             return False
         parts = [lower.layer.directory(lower.path) for lower in node.lowers]
-        device = syscalls.stat(At(parts[-1], b"")).st_dev
-        numbering = self.nodes.numbering(device)
-        if numbering is None:
-            return False
         if node.upper:
             parts.insert(0, self.stack.writable.directory(node.path))
-        return self._fast_path.serve(node.number, tuple(parts), numbering)
+        bottom = self.stack.lowers[-1]
+        has_bottom = bool(node.lowers) and node.lowers[-1].layer is bottom
+        numbering = self.nodes.numbering(syscalls.stat(At(parts[-1], b"")).st_dev)
+        if has_bottom and (bottom.may_hold_marks or numbering is None):
+            return False
+        return self._fast_path.serve(node.number, tuple(parts), has_bottom, numbering or 0)
 
     def forget(self, number: int, count: int) -> None:
         """Give back `count` references that `refer` has taken. An unknown number is ignored."""

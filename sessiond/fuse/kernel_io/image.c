@@ -1,4 +1,5 @@
-/* Objects of the image: what only the bottom layer has a say in, answered without Python.
+/* Objects of the image: what only the bottom layer has a say in, answered without Python; and names
+ * that no layer has.
  *
  * One rule keeps the overlay's semantics out of here: a name is answered if none of the layers above
  * the bottom one has anything of that name, not even a whiteout. All else is Python's, and so is an
@@ -59,7 +60,7 @@ void image_withdraw(struct node *node)
     node->directory = NULL;
 }
 
-bool image_serve(struct node *node, const int *fds, int count, uint64_t numbering)
+bool image_serve(struct node *node, const int *fds, int count, bool bottom, uint64_t numbering)
 {
     struct stat stat;
     struct directory *directory = calloc(1, sizeof *directory);
@@ -77,6 +78,7 @@ bool image_serve(struct node *node, const int *fds, int count, uint64_t numberin
         free(directory);
         return false;
     }
+    directory->bottom = bottom;
     directory->device = stat.st_dev;
     directory->numbering = numbering;
     image_withdraw(node);
@@ -112,7 +114,7 @@ static struct directory *directory_of(struct node *node)
     if (fd < 0)
         return NULL;
     uint64_t device = above->device;
-    bool served = image_serve(node, &fd, 1, above->numbering);
+    bool served = image_serve(node, &fd, 1, true, above->numbering);
     close(fd);
     if (served && node->directory->device != device) /* a subvolume: other inode numbers */
         image_withdraw(node);
@@ -189,7 +191,7 @@ static bool find(const struct directory *directory, const char *name, struct sta
         *found = fstatat(directory->fds[i], name, stat, AT_SYMLINK_NOFOLLOW) ? errno : 0;
         if (*found && *found != ENOENT)
             return false;
-        if (!*found && i < directory->count - 1)
+        if (!*found && (i < directory->count - 1 || !directory->bottom))
             return false;
     }
     return *found || is_plain(directory, stat);
@@ -279,10 +281,17 @@ bool answer_getxattr(struct request *request)
     char path[64 + NAME_MAX];
     const struct fuse_getxattr_in *in = request->body;
     const char *name = (const char *)(in + 1);
+    struct node *node = node_find(request->in->nodeid);
+    ssize_t size;
 
-    if (strstr(name, "overlay.") || !xattr_path(path, sizeof path, node_find(request->in->nodeid)))
+    if (strstr(name, "overlay."))
         return false;
-    ssize_t size = lgetxattr(path, name, value, sizeof value);
+    if (node && node->python && node->contents && !node->contents->stale && !node->contents->kept)
+        size = fgetxattr(node->contents->fd, name, value, sizeof value);
+    else if (xattr_path(path, sizeof path, node))
+        size = lgetxattr(path, name, value, sizeof value);
+    else
+        return false;
     if (size >= 0)
         reply_sized(request, in->size, value, size);
     else if (errno == ENODATA || errno == EOPNOTSUPP)
@@ -337,7 +346,7 @@ static struct directory *plain_directory(struct node *node)
     for (int i = 0; directory && i < directory->count - 1; i++)
         if (!is_empty(directory->fds[i]))
             return NULL;
-    return directory;
+    return directory && directory->bottom ? directory : NULL;
 }
 
 bool answer_opendir(struct request *request)

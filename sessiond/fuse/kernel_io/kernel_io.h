@@ -66,7 +66,8 @@ struct contents {
 struct directory {
     int fds[DIRECTORY_LAYERS];
     int count;
-    uint64_t device;    /* of the last, which belongs to the bottom layer */
+    bool bottom;        /* the last belongs to the bottom layer */
+    uint64_t device;    /* of the last */
     uint64_t numbering; /* the file system bits of its inodes' numbers */
     struct use use;
 };
@@ -143,7 +144,7 @@ bool answer_opendir(struct request *request);
 bool answer_readdir(struct request *request); /* READDIRPLUS, too */
 bool answer_releasedir(struct request *request);
 int image_open(struct node *node);
-bool image_serve(struct node *node, const int *fds, int count, uint64_t numbering);
+bool image_serve(struct node *node, const int *fds, int count, bool bottom, uint64_t numbering);
 void image_withdraw(struct node *node);
 uint64_t image_listed(uint64_t handle); /* the number of the directory that a handle is of */
 

@@ -56,8 +56,8 @@ static PyObject *serve(PyObject *self, PyObject *args)
 {
     unsigned long long number, numbering;
     PyObject *tuple;
-    int fds[DIRECTORY_LAYERS];
-    if (!PyArg_ParseTuple(args, "KO!K:serve", &number, &PyTuple_Type, &tuple, &numbering))
+    int bottom, fds[DIRECTORY_LAYERS];
+    if (!PyArg_ParseTuple(args, "KO!pK:serve", &number, &PyTuple_Type, &tuple, &bottom, &numbering))
         return NULL;
     Py_ssize_t count = PyTuple_GET_SIZE(tuple);
     if (count < 1 || count > DIRECTORY_LAYERS)
@@ -69,7 +69,7 @@ static PyObject *serve(PyObject *self, PyObject *args)
     }
     lock();
     struct node *node = node_find(number);
-    bool served = node && node->python && image_serve(node, fds, count, numbering);
+    bool served = node && node->python && image_serve(node, fds, count, bottom, numbering);
     unlock();
     return PyBool_FromLong(served);
 }
@@ -103,6 +103,19 @@ static PyObject *claim(PyObject *self, PyObject *argument)
     }
     unlock();
     return PyLong_FromUnsignedLongLong(lookups);
+}
+
+static PyObject *forget(PyObject *self, PyObject *args)
+{
+    unsigned long long number, lookups;
+    if (!PyArg_ParseTuple(args, "KK:forget", &number, &lookups))
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    if (node)
+        node_forget(node, lookups);
+    unlock();
+    Py_RETURN_NONE;
 }
 
 static PyObject *place(PyObject *self, PyObject *argument)
@@ -264,6 +277,7 @@ static PyMethodDef methods[] = {
     {"hold", hold, METH_O, NULL},
     {"serve", serve, METH_VARARGS, NULL},
     {"withdraw", withdraw, METH_O, NULL},
+    {"forget", forget, METH_VARARGS, NULL},
     {"claim", claim, METH_O, NULL},
     {"place", place, METH_O, NULL},
     {"listed", listed, METH_O, NULL},

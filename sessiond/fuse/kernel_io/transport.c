@@ -2,19 +2,28 @@
  * Python through a queue. libfuse is given an eventfd in place of the device, which is readable while
  * there is something in the queue. */
 #define FUSE_USE_VERSION 314
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
 #include "kernel_io.h"
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <fuse3/fuse_lowlevel.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #define BUFFER_SIZE ((1 << 20) + 4096) /* the largest request, and its headers */
 #define PENDING_CHAINS 128
+#define FORGET_LIMIT 256
+#define FORGET_DELAY 2 /* milliseconds */
+#define PATIENCE 50000 /* nanoseconds */
 #define TRIES_LIMIT 3 /* for contents: of two files at most, which may be moved meanwhile */
 
 struct state state = {.lock = PTHREAD_MUTEX_INITIALIZER, .device = -1};
@@ -38,10 +47,18 @@ struct pending {
     bool contents;         /* and is, since it waits for contents; see ask_for_contents */
 };
 
+static struct forgotten { /* a BATCH_FORGET in the making, for Python */
+    struct fuse_in_header head;
+    struct fuse_batch_forget_in batch;
+    struct fuse_forget_one items[FORGET_LIMIT + 1];
+} forgotten;
+
 static struct message *queue, **queue_end = &queue;
 static struct pending *pending[PENDING_CHAINS];
 static int wake = -1;
 static bool ended;
+static bool patient; /* there are processors to spare */
+static bool lingering; /* Python is to look out for the next request */
 static int tries; /* of the request that is being tried again */
 
 /* The table of opcodes: how a request is answered here, and whether Python's reply is amended. */
@@ -208,6 +225,21 @@ static struct pending *take_pending(uint64_t unique)
     return found;
 }
 
+/* Nobody waits for what is to be forgotten: it is collected until there is nothing else to do. Until
+ * Python has forgotten a node, and says so, its number is not given to another here. */
+static void send_forgotten(void)
+{
+    if (!forgotten.batch.count)
+        return;
+    forgotten.head.opcode = FUSE_BATCH_FORGET;
+    forgotten.head.len = offsetof(struct forgotten, items[forgotten.batch.count]);
+    struct message *message = message_new(&forgotten, forgotten.head.len);
+    if (message) {
+        forgotten.batch.count = 0;
+        send_to_python(message);
+    }
+}
+
 static void forward(struct fuse_in_header *in)
 {
     struct message *message = message_new(in, in->len);
@@ -267,31 +299,33 @@ static void try_again(const struct message *retry, int error)
 
 /* Requests that are about the table, or translated */
 
-static bool forget(uint64_t number, uint64_t lookups)
+static void forget(uint64_t number, uint64_t lookups)
 {
     struct node *node = node_find(number);
-    bool python = !node || node->python;
-    if (node)
+    if (node && !node->python) {
         node_forget(node, lookups);
-    return !python;
+        return;
+    }
+    forgotten.items[forgotten.batch.count].nodeid = number;
+    forgotten.items[forgotten.batch.count++].nlookup = lookups;
+    if (forgotten.batch.count == FORGET_LIMIT)
+        send_forgotten();
 }
 
 static bool answer_forget(struct request *request)
 {
     const struct fuse_forget_in *in = request->body;
-    return forget(request->in->nodeid, in->nlookup);
+    forget(request->in->nodeid, in->nlookup);
+    return true;
 }
 
 static bool answer_batch_forget(struct request *request)
 {
-    struct fuse_batch_forget_in *in = request->body;
-    struct fuse_forget_one *items = (struct fuse_forget_one *)(in + 1);
-    uint32_t left = 0;
+    const struct fuse_batch_forget_in *in = request->body;
+    const struct fuse_forget_one *items = (const struct fuse_forget_one *)(in + 1);
     for (uint32_t i = 0; i < in->count; i++)
-        if (!forget(items[i].nodeid, items[i].nlookup))
-            items[left++] = items[i];
-    in->count = left;
-    return left == 0;
+        forget(items[i].nodeid, items[i].nlookup);
+    return true;
 }
 
 /* TMPFILE is a CREATE in all but name: pyfuse3 is given one of the name "/", which no file has. */
@@ -303,24 +337,58 @@ static bool answer_tmpfile(struct request *request)
 
 /* The thread */
 
-static void handle(struct fuse_in_header *in)
+static bool answer_here(struct fuse_in_header *in)
 {
     struct request request = {in, in + 1};
     const struct operation *operation = operation_of(in->opcode);
+    return operation->answer && operation->answer(&request);
+}
+
+static void flush_forgotten(void)
+{
     pthread_mutex_lock(&state.lock);
-    if (!operation->answer || !operation->answer(&request))
-        forward(in);
+    send_forgotten();
     pthread_mutex_unlock(&state.lock);
+}
+
+static uint64_t now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000ull + time.tv_nsec;
+}
+
+/* Wait for a request. A program that got an answer is likely to ask again at once, and to be woken
+ * costs more than to look a few times. */
+static void await_request(bool answered)
+{
+    struct pollfd device = {.fd = state.device, .events = POLLIN};
+    if (answered && patient)
+        for (uint64_t end = now() + PATIENCE; now() < end;)
+            if (poll(&device, 1, 0))
+                return;
+    if (!forgotten.batch.count || poll(&device, 1, FORGET_DELAY))
+        poll(&device, 1, -1);
+    else
+        flush_forgotten();
 }
 
 static void *serve(void *argument)
 {
     char *buffer = argument;
+    bool answered = false;
     for (;;) {
         ssize_t size = read(state.device, buffer, BUFFER_SIZE);
-        if (size >= (ssize_t)sizeof(struct fuse_in_header))
-            handle((struct fuse_in_header *)buffer);
-        else if (size >= 0 || (errno != EINTR && errno != ENOENT && errno != EAGAIN))
+        if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
+            struct fuse_in_header *in = (struct fuse_in_header *)buffer;
+            pthread_mutex_lock(&state.lock);
+            answered = answer_here(in);
+            if (!answered)
+                forward(in);
+            pthread_mutex_unlock(&state.lock);
+        } else if (size < 0 && errno == EAGAIN)
+            await_request(answered);
+        else if (size >= 0 || (errno != EINTR && errno != ENOENT))
             break; /* ENODEV: unmounted */
     }
     free(buffer);
@@ -333,10 +401,52 @@ static void *serve(void *argument)
 
 /* What libfuse calls in place of read(2) and writev(2) */
 
-static ssize_t on_read(int fd, void *buffer, size_t size, void *userdata)
+/* Take a request from the queue. Return its size, or 0. */
+static ssize_t take(void *buffer, size_t room)
+{
+    struct message *message = queue;
+    ssize_t size = 0;
+    if (!message)
+        return 0;
+    queue = message->next;
+    if (!queue)
+        queue_end = &queue;
+    if (message->size <= room) {
+        memcpy(buffer, message->data, message->size);
+        size = message->size;
+    }
+    free(message);
+    return size;
+}
+
+/* After a reply of Python's, look out for the next request for a moment, without the thread's help. */
+static ssize_t linger(void *buffer, size_t room)
+{
+    for (uint64_t end = now() + PATIENCE; now() < end;) {
+        ssize_t size = read(state.device, buffer, room);
+        pthread_mutex_lock(&state.lock);
+        if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
+            struct fuse_in_header *in = buffer;
+            if (answer_here(in))
+                end = now() + PATIENCE;
+            else if (!operation_of(in->opcode)->amended || expect_reply(in))
+                end = 0;
+            else
+                answer(in->unique, ENOMEM, NULL, 0);
+        } else {
+            size = queue ? take(buffer, room) : 0;
+            end = size ? 0 : end;
+        }
+        pthread_mutex_unlock(&state.lock);
+        if (!end)
+            return size;
+    }
+    return 0;
+}
+
+static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
 {
     uint64_t one;
-    ssize_t result = -1;
     (void)userdata;
 
     if (read(fd, &one, sizeof one) < 0) {
@@ -344,26 +454,19 @@ static ssize_t on_read(int fd, void *buffer, size_t size, void *userdata)
         return -1;
     }
     pthread_mutex_lock(&state.lock);
-    struct message *message = queue;
-    if (message) {
-        queue = message->next;
-        if (!queue)
-            queue_end = &queue;
-        if (message->size <= size) {
-            memcpy(buffer, message->data, message->size);
-            result = message->size;
-        } else {
-            errno = EIO;
-        }
-        free(message);
-    } else if (ended) {
+    ssize_t size = take(buffer, room);
+    bool linger_now = !size && lingering;
+    if (!size && ended)
         wake_python(); /* the next task, too */
-        errno = ENODEV;
-    } else {
-        errno = EINTR;
-    }
+    lingering = false;
     pthread_mutex_unlock(&state.lock);
-    return result;
+    if (linger_now && !ended) {
+        Py_BEGIN_ALLOW_THREADS
+        size = linger(buffer, room);
+        Py_END_ALLOW_THREADS
+    }
+    errno = ended ? ENODEV : EINTR;
+    return size ? size : -1;
 }
 
 static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
@@ -396,6 +499,10 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
         }
         error = send_parts(parts, count);
     }
+    if (patient && !lingering) {
+        lingering = true;
+        wake_python();
+    }
     pthread_mutex_unlock(&state.lock);
     if (request)
         free(request->retry);
@@ -418,6 +525,9 @@ static int start(struct fuse_session *session, int device)
         return -1;
     }
     state.device = device;
+    patient = sysconf(_SC_NPROCESSORS_ONLN) > 1;
+    if (fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK))
+        return -1;
     struct node *root = node_get(ROOT_NUMBER);
     if (!root)
         return -1;
