@@ -56,6 +56,10 @@ class KernelFastPath(FastPath):
     finish = staticmethod(_kernel_io.finish)
     duplicate = staticmethod(_kernel_io.duplicate)
 
+    def opened(self) -> list[int] | None:
+        """See `FastPath.opened`."""
+        return None if self._path is DataPath.CACHED else _kernel_io.opened()
+
     def is_open(self, number: int, /) -> bool:
         """See `FastPath.is_open`."""
         if self._path is DataPath.CACHED:

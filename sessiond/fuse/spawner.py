@@ -60,8 +60,9 @@ def _serve(channel: socket.socket) -> None:
         os.setsid()  # an interrupt at the terminal is for the manager
         _name_process("sessiond-fork")
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: nobody waits for workers
-        from sessiond.fuse import worker  # noqa: F401  (for its imports)
+        from sessiond.fuse import worker
 
+        worker.rehearse()
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):

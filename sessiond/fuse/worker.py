@@ -13,7 +13,9 @@ import os
 import resource
 import socket
 import stat as modes
-from contextlib import AsyncExitStack
+import tempfile
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
 
 import pyfuse3
 import trio
@@ -52,7 +54,12 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
 def prepare_process() -> None:
     """Set what a worker process needs: many descriptors, and modes of new files taken as given."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with open("/proc/sys/fs/nr_open", encoding="ascii") as file:
+        most = int(file.read())
+    for limit in (most, hard):  # the first takes CAP_SYS_RESOURCE
+        with suppress(ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            break
     os.umask(0)
 
 
@@ -86,14 +93,52 @@ async def serve_fuse() -> None:
     """Serve requests until the mount is gone."""
     try:
         await pyfuse3.main()
+    except* OSError as errors:
+        _, others = errors.split(_is_abort)
+        if others is not None:
+            raise others from None
     finally:
         pyfuse3.close(unmount=False)
+
+
+def _is_abort(error: BaseException) -> bool:
+    """The kernel says so, to pyfuse3 alone, when the mount went away with requests under way."""
+    return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
 def run(start: Start, connection: int, manager: socket.socket) -> None:
     """Serve layers on a FUSE connection until the manager or the mount is gone."""
     prepare_process()
     trio.run(_run, start, connection, manager)
+
+
+def rehearse() -> None:
+    """Do once what every worker does first.
+
+    What Python computes and keeps when code runs for the first time, workers forked later share.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, tempfile.TemporaryDirectory() as directory:
+        lower = Path(directory)
+        layers = LayerStack(upper=lower / "upper", work=lower / "work", lowers=(lower,))
+        Start.model_validate_json(Start(stack=layers, data_path="plain").model_dump_json())
+        for path in (layers.upper, layers.work):
+            path.mkdir()
+        trio.run(_rehearse, layers, ours, theirs)
+
+
+async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.socket) -> None:
+    channel = trio.socket.from_stdlib_socket(ours)
+    manager = trio.socket.from_stdlib_socket(theirs)
+    overlay = Overlay(open_stack(layers, StackOptions()))
+    operations = OverlayOperations(overlay)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_Controlled(operations, -1, channel, nursery).run)
+        for request in (control.Freeze(), control.Thaw(), control.Changes()):
+            await control.send(manager, request)
+            await control.receive(manager)
+        await control.send(manager, control.Stop())
+    overlay.close()
 
 
 async def _run(start: Start, connection: int, manager: socket.socket) -> None:
@@ -114,6 +159,7 @@ async def _run(start: Start, connection: int, manager: socket.socket) -> None:
             await operations.initialised.wait()
             await control.send(channel, Reply(worker=os.getpid(), data_path=operations.data_path))
             await _Controlled(operations, connection, channel, nursery).run()
+            operations.overlay.finish_all_kept()
             nursery.cancel_scope.cancel()
     finally:
         operations.overlay.close()

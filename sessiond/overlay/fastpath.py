@@ -46,6 +46,10 @@ class FastPath:
         """Say whether someone has, or may have, the file open."""
         return False
 
+    def opened(self) -> list[int] | None:
+        """Return the numbers of files that are open past the overlay; None if that is not known."""
+        return []
+
     def holds(self, number: int, /) -> bool:
         """Say whether the contents stay within reach of who has them open, wherever the file is."""
         return True

@@ -207,6 +207,8 @@ class NodeTable:
         self._by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._file_systems: dict[int, int] = {}
+        self.directories: set[int] = set()
+        """Numbers of those that are directories."""
         self._counter = _COUNTER_START
 
     def all(self) -> list[Node]:
@@ -228,6 +230,8 @@ class NodeTable:
         node.bind(entry, generation)
         node.references = self._fast_path.claim(number)
         self._by_number[number] = node
+        if node.is_directory:
+            self.directories.add(number)
         if unique:
             self._by_identity[entry.identity] = node
         return node
@@ -246,6 +250,7 @@ class NodeTable:
     def remove(self, node: Node) -> None:
         self.detach(node)
         del self._by_number[node.number]
+        self.directories.discard(node.number)
         node.close()
 
     def renumber(self, node: Node) -> None:

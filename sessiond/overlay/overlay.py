@@ -6,6 +6,7 @@ Not thread-safe: one thread calls it. The exception is `CopyUp.copy_data` of a `
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat as modes
 from contextlib import suppress
@@ -19,6 +20,10 @@ from sessiond.overlay.nodes import ROOT_NUMBER, Node, NodeTable
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.writers import MovingFile, renew, with_contents_of
+
+log = logging.getLogger(__name__)
+
+_SPARE_DESCRIPTORS = 256
 
 
 def _error(code: int) -> OSError:
@@ -40,6 +45,8 @@ class Overlay:
         for layer in reversed(stack.layers):
             self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
         self._generation = 0
+        self._kept: set[Node] = set()
+        """Those whose contents are kept in earlier layers."""
         self._moving = False
         """The layers are being replaced by copies of them."""
         self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
@@ -531,6 +538,11 @@ class Overlay:
         elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
 
+    def finish_all_kept(self) -> None:
+        """The same for all files, since nobody will go on writing them. Raises the first fault."""
+        for node in list(self._kept):
+            self.renew_kept(self.node(node.number))
+
     def renew_kept(self, node: Node) -> None:
         """Bring contents that are still kept in earlier layers to where they belong."""
         if node.kept >= 0 and node.linked:
@@ -539,7 +551,7 @@ class Overlay:
 
     def finish_kept(self, node: Node) -> None:
         """The same after the last close; from then on the contents are where they belong."""
-        if node.kept < 0:
+        if node not in self._kept:
             return
         self.renew_kept(node)
         before = syscalls.stat(At(node.kept, b""))
@@ -549,6 +561,7 @@ class Overlay:
             self.renew_kept(node)  # and written, in the moment between
         syscalls.close(node.kept)
         node.kept = -1
+        self._kept.discard(node)
 
     # The stack
 
@@ -580,9 +593,8 @@ class Overlay:
         files that are open go on in them. The caller tells the kernel that its names and attributes
         are out of date.
         """
-        for node in self.nodes.all():
-            if node.kept >= 0:
-                self.renew_kept(self.node(node.number))
+        for node in self._kept:
+            self.renew_kept(self.node(node.number))
         opened = self._opened()
         moving = [] if moved else self._move_writers(opened, stack)
         if moved:
@@ -598,11 +610,17 @@ class Overlay:
             self._moving = False
         for file in moving:
             file.arrive()
-        return unclaimed + [node.number for node in self.nodes.all() if node.is_directory]
+        return [*unclaimed, *self.nodes.directories]
 
     def _opened(self) -> list[Node]:
         """Return files that are, or may be, open, each found in the present layers."""
-        opened = [node for node in self.nodes.all() if modes.S_ISREG(node.kind) and node.is_open]
+        numbers = self._fast_path.opened()
+        if numbers is None:
+            opened = [node for node in self.nodes.all() if modes.S_ISREG(node.kind)]
+        else:
+            held = (self.nodes.get(number) for number in numbers)
+            opened = [node for node in held if node is not None]
+            opened += [node for node in self.nodes.all() if node.opens]
         return [self.node(node.number) for node in opened]
 
     def _exchange(self, stack: Stack) -> None:
@@ -634,10 +652,21 @@ class Overlay:
         for node in opened:
             if node.upper and node.linked and node.writers and node.kept < 0:
                 node.kept = self._fast_path.duplicate(node.number)
+                self._kept.add(node)
                 self._fast_path.keep(node.number)
 
     def _hold_contents(self, opened: list[Node]) -> None:
         """Keep files of the upper, which goes away, within reach of who may have them open."""
+        held: list[Node] = []
         for node in opened:
             if node.upper and node.linked and not self._fast_path.holds(node.number):
-                node.anchor_to(locate(self.stack, node))
+                try:
+                    node.anchor_to(locate(self.stack, node))
+                except OSError as error:
+                    if error.errno != errno.EMFILE:
+                        raise
+                    log.warning("too many files may be open; some will be lost to who has them")
+                    for other in held[:_SPARE_DESCRIPTORS]:
+                        other.drop_anchor()
+                    return
+                held.append(node)

@@ -154,10 +154,8 @@ static PyObject *is_served(PyObject *self, PyObject *argument)
     return PyBool_FromLong(served);
 }
 
-static void append_unclaimed(struct node *node, void *numbers)
+static void append(struct node *node, void *numbers)
 {
-    if (node->python)
-        return;
     PyObject *number = PyLong_FromUnsignedLongLong(node->number);
     if (number) {
         PyList_Append(numbers, number);
@@ -165,17 +163,40 @@ static void append_unclaimed(struct node *node, void *numbers)
     }
 }
 
-static PyObject *unclaimed(PyObject *self, PyObject *unused)
+/* Return a list that `visit` makes, node by node. */
+static PyObject *collect_numbers(void (*visit)(struct node *, void *))
 {
     PyObject *numbers = PyList_New(0);
     if (!numbers)
         return NULL;
     lock();
-    node_each(append_unclaimed, numbers);
+    node_each(visit, numbers);
     unlock();
     if (PyErr_Occurred())
         Py_CLEAR(numbers);
     return numbers;
+}
+
+static void append_unclaimed(struct node *node, void *numbers)
+{
+    if (!node->python)
+        append(node, numbers);
+}
+
+static PyObject *unclaimed(PyObject *self, PyObject *unused)
+{
+    return collect_numbers(append_unclaimed);
+}
+
+static void append_opened(struct node *node, void *numbers)
+{
+    if (node->contents && node->contents->opens)
+        append(node, numbers);
+}
+
+static PyObject *opened(PyObject *self, PyObject *unused)
+{
+    return collect_numbers(append_opened);
 }
 
 static void end_generation(struct node *node, void *directories)
@@ -188,16 +209,10 @@ static void end_generation(struct node *node, void *directories)
 
 static PyObject *begin_generation(PyObject *self, PyObject *unused)
 {
-    PyObject *directories = PyList_New(0);
-    if (!directories)
-        return NULL;
     lock();
     state.generation++;
-    node_each(end_generation, directories);
     unlock();
-    if (PyErr_Occurred())
-        Py_CLEAR(directories);
-    return directories;
+    return collect_numbers(end_generation);
 }
 
 static PyObject *set_contents(PyObject *self, PyObject *args)
@@ -282,6 +297,7 @@ static PyMethodDef methods[] = {
     {"place", place, METH_O, NULL},
     {"listed", listed, METH_O, NULL},
     {"is_served", is_served, METH_O, NULL},
+    {"opened", opened, METH_NOARGS, NULL},
     {"unclaimed", unclaimed, METH_NOARGS, NULL},
     {"begin_generation", begin_generation, METH_NOARGS, NULL},
     {"set_contents", set_contents, METH_VARARGS, NULL},
