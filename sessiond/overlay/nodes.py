@@ -212,7 +212,7 @@ class NodeTable:
         self._counter = _COUNTER_START
 
     def all(self) -> list[Node]:
-        return list(self._by_number.values())
+        return [node for number, node in self._by_number.items() if number == node.number]
 
     def get(self, number: int) -> Node | None:
         return self._by_number.get(number)
@@ -249,7 +249,8 @@ class NodeTable:
 
     def remove(self, node: Node) -> None:
         self.detach(node)
-        del self._by_number[node.number]
+        for number in (node.number, *node.former):
+            del self._by_number[number]
         self.directories.discard(node.number)
         node.close()
 

@@ -8,6 +8,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from sessiond.session.model import DataPath
+from sessiond.session.model import DataPath, Stack
 from tests.fuse.conftest import Playground
 from tests.support.sessiond_overlay import COMMAND, REPOSITORY
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.root
 
@@ -82,6 +84,17 @@ async def test_mappings_from_before_and_after_a_copy_up(playground: Playground, 
             if playground.data_path is DataPath.PASSTHROUGH:
                 assert old[:2] == b"aa"
     assert (playground.image / "file").read_bytes() == b"a" * PAGE
+
+
+async def test_a_mapping_changes_the_time(playground: Playground) -> None:
+    async with playground.mounted(playground.stack()):
+        path = playground.root / "file"
+        path.write_bytes(b"a" * PAGE)
+        os.utime(path, (1, 1))
+        with open(path, "r+b") as file, mmap.mmap(file.fileno(), PAGE) as pages:
+            pages[0] = ord("b")
+            pages.flush()
+        await until(lambda: path.stat().st_mtime > 1)
 
 
 async def test_a_program_goes_on_while_it_is_copied_up(playground: Playground) -> None:
@@ -301,3 +314,51 @@ async def test_an_unknown_data_path_is_refused(
     )
     assert result.returncode == 2
     assert b"data path 'fast' is none" in result.stderr
+
+
+async def test_layers_on_a_stacked_file_system(playground: Playground, tmp_path: Path) -> None:
+    """The kernel refuses passthrough for these: the extension reads and writes them itself."""
+    for name in ("below", "changes", "work", "stacked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "below/file").write_bytes(b"a" * 2 * PAGE)
+    options = f"lowerdir={tmp_path}/below,upperdir={tmp_path}/changes,workdir={tmp_path}/work"
+    stacked = tmp_path / "stacked"
+    await trio.run_process(["mount", "-t", "overlay", "-o", options, "stacked", stacked])
+    try:
+        own = playground.stack()
+        async with playground.mounted(Stack(own.upper, (stacked,))):
+            path = playground.root / "file"
+            with open(path, "rb") as old:
+                assert old.read(1) == b"a"
+                with open(path, "r+b") as file, mmap.mmap(file.fileno(), PAGE) as pages:
+                    pages[0] = ord("b")
+                    pages.flush()
+                    os.pwrite(file.fileno(), b"c", PAGE)
+                    assert path.read_bytes()[:2] == b"ba"
+                    assert path.read_bytes()[PAGE : PAGE + 2] == b"ca"
+            assert os.stat(path).st_size == 2 * PAGE
+    finally:
+        await trio.run_process(["umount", "-l", stacked])
+
+
+def test_without_the_extension(tmp_path: Path) -> None:
+    """What cannot be built is not missed, but for its speed."""
+    for name in ("lower", "upper", "work", "merged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lower/file").write_text("lower")
+    program = (
+        "import sys; sys.modules['sessiond.fuse._kernel_io'] = None\n"
+        "from sessiond.fuse import data_path, mount\n"
+        "assert data_path.available() == ['plain'], data_path.available()\n"
+        "assert data_path.choose('passthrough') == 'plain'\n"
+        f"options = 'lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work'\n"
+        f"sys.exit(mount.main(['-o', options, '{tmp_path}/merged']))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    try:
+        assert (tmp_path / "merged/file").read_text() == "lower"
+        (tmp_path / "merged/file").write_text("changed")
+        assert (tmp_path / "merged/file").read_text() == "changed"
+        assert (tmp_path / "upper/file").read_text() == "changed"
+    finally:
+        subprocess.run(["umount", tmp_path / "merged"], check=True)

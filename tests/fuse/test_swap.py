@@ -161,6 +161,22 @@ async def test_a_shared_mapping_of_a_snapshot_file_goes_on(playground: Playgroun
         assert (first.upper.fs / "file").read_bytes()[:3] == b"baa"
 
 
+async def test_a_mapping_that_outlives_its_descriptor(playground: Playground) -> None:
+    async with playground.mounted(first := playground.stack()) as mount:
+        path = playground.root / "file"
+        path.write_bytes(b"a" * 4096)
+        with open(path, "r+b") as file:
+            pages = mmap.mmap(file.fileno(), 4096)
+        with pages:
+            pages[0] = ord("b")
+            pages.flush()
+            await mount.swap(playground.stack(first.upper.fs))
+            pages[1] = ord("c")
+            pages.flush()
+            assert path.read_bytes()[:3] == b"bca"
+        assert (first.upper.fs / "file").read_bytes()[:3] == b"baa"
+
+
 async def test_open_files_go_on_in_copies_of_their_layers(playground: Playground) -> None:
     (playground.image / "lower").write_text("image")
     async with playground.mounted(first := playground.stack()) as mount:

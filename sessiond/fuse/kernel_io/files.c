@@ -26,6 +26,42 @@ void contents_close(struct node *node)
     node->contents = NULL;
 }
 
+static bool open_again(struct contents *contents, int flags)
+{
+    char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", contents->fd);
+    int fd = open(path, flags | O_CLOEXEC);
+    if (fd < 0)
+        return false;
+    close(contents->fd);
+    contents->fd = fd;
+    contents->for_writing = flags == O_RDWR;
+    return true;
+}
+
+/* A mapping has a reference to the file beneath, and none to the one that was opened. A read lease is
+ * refused while someone has the file open for writing (fcntl(2)). */
+bool contents_mapped(struct contents *contents)
+{
+    if (!contents->mapped || (contents->for_writing && !open_again(contents, O_RDONLY)))
+        return contents->mapped;
+    contents->mapped = fcntl(contents->fd, F_SETLEASE, F_RDLCK) && errno == EAGAIN;
+    fcntl(contents->fd, F_SETLEASE, F_UNLCK);
+    return contents->mapped;
+}
+
+/* Close some of those that nobody has open. */
+static void trim(void)
+{
+    for (size_t seen = 0; idle.count > IDLE_LIMIT && seen < IDLE_LIMIT; seen++) {
+        struct use *oldest = idle.oldest;
+        if (contents_mapped(oldest->node->contents))
+            use_now(&idle, oldest, oldest->node);
+        else
+            contents_close(oldest->node);
+    }
+}
+
 /* Take over `fd` as the contents of `node`. False, and `fd` is closed, if the kernel has another
  * file of this node open: it accepts one backing file for an inode at a time. */
 bool contents_set(struct node *node, int fd, bool writable)
@@ -54,6 +90,7 @@ bool contents_set(struct node *node, int fd, bool writable)
         .inode = stat.st_ino,
     };
     if (contents) {
+        fresh->mapped = contents->mapped && contents->inode == fresh->inode;
         fresh->opens = contents->opens;
         fresh->writers = contents->writers;
         fresh->refused = contents->opens; /* read and written here until the last close */
@@ -62,8 +99,7 @@ bool contents_set(struct node *node, int fd, bool writable)
     node->contents = fresh;
     if (!fresh->opens)
         use_now(&idle, &fresh->use, node);
-    while (idle.count > IDLE_LIMIT)
-        contents_close(idle.oldest->node);
+    trim();
     return true;
 
 failed:
@@ -74,7 +110,8 @@ failed:
 /* The node's contents are in another file from now on. Who has it open by passthrough keeps it. */
 void contents_retire(struct node *node)
 {
-    if (node->contents && !node->contents->opens && !node->contents->kept)
+    if (node->contents && !node->contents->opens && !node->contents->kept &&
+        !contents_mapped(node->contents))
         contents_close(node);
     else if (node->contents && !node->contents->kept)
         node->contents->stale = true;
@@ -110,17 +147,7 @@ static struct contents *changeable(struct node *node)
     struct contents *contents = state.held ? NULL : contents_of(node);
     if (!contents || !contents->writable)
         return NULL;
-    if (!contents->for_writing) {
-        char path[32];
-        snprintf(path, sizeof path, "/proc/self/fd/%d", contents->fd);
-        int fd = open(path, O_RDWR | O_CLOEXEC);
-        if (fd < 0)
-            return NULL;
-        close(contents->fd);
-        contents->fd = fd;
-        contents->for_writing = true;
-    }
-    return contents;
+    return contents->for_writing || open_again(contents, O_RDWR) ? contents : NULL;
 }
 
 static bool is_write(uint32_t flags)
@@ -175,6 +202,20 @@ bool answer_open(struct request *request)
     return true;
 }
 
+/* What was written through a mapping has changed times that the kernel has cached. */
+static void notify_attributes(uint64_t number)
+{
+    struct {
+        struct fuse_out_header head;
+        struct fuse_notify_inval_inode_out body;
+    } out = {
+        .head = {.len = sizeof out, .error = FUSE_NOTIFY_INVAL_INODE},
+        .body = {.ino = number, .off = -1},
+    };
+    if (write(state.device, &out, sizeof out) < 0)
+        return; /* it is not cached any more */
+}
+
 bool answer_release(struct request *request)
 {
     struct fuse_release_in *in = request->body;
@@ -183,7 +224,11 @@ bool answer_release(struct request *request)
 
     if (contents && contents->opens) {
         contents->opens--;
-        contents->writers -= is_write(in->flags) && contents->writers;
+        if (is_write(in->flags)) {
+            contents->writers -= contents->writers > 0;
+            contents->mapped |= contents->backing != 0;
+            notify_attributes(node->number);
+        }
         if (contents->kept && !contents->opens) {
             in->fh = request->in->nodeid;
             return false;

@@ -56,6 +56,7 @@ struct contents {
     bool kept;          /* has to stay until the last close, of which Python is told */
     int32_t backing;    /* 0: the kernel does not read and write by itself */
     bool refused;       /* it was asked to, and cannot do so with this file */
+    bool mapped;        /* may be mapped for writing, which outlives the last close */
     uint32_t opens;
     uint32_t writers;   /* of these, for writing */
     uint64_t device, inode;
@@ -130,6 +131,7 @@ bool answer_copy_file_range(struct request *request);
 bool contents_set(struct node *node, int fd, bool writable);
 void contents_retire(struct node *node);
 bool contents_finish(struct node *node);
+bool contents_mapped(struct contents *contents); /* clears `mapped` if it is not so */
 void contents_close(struct node *node);
 void contents_opened(struct node *node, uint32_t flags, struct open_out *out);
 

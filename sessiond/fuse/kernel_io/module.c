@@ -190,7 +190,7 @@ static PyObject *unclaimed(PyObject *self, PyObject *unused)
 
 static void append_opened(struct node *node, void *numbers)
 {
-    if (node->contents && node->contents->opens)
+    if (node->contents && (node->contents->opens || contents_mapped(node->contents)))
         append(node, numbers);
 }
 
@@ -240,7 +240,7 @@ static PyObject *opens(PyObject *self, PyObject *argument)
     struct node *node = node_find(number);
     if (node && node->contents) {
         count = node->contents->opens;
-        writers = node->contents->writers;
+        writers = node->contents->writers + node->contents->mapped;
     }
     unlock();
     return Py_BuildValue("II", count, writers);
