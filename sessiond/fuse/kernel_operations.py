@@ -129,7 +129,8 @@ class KernelOperations(OverlayOperations):
 
         Raises ESTALE, and gives the node a new number, if the kernel has another file of it open.
         """
-        if number == node.number and _kernel_io.set_contents(number, fd, node.upper):
+        writable = node.upper and not node.metacopy
+        if number == node.number and _kernel_io.set_contents(number, fd, writable):
             return
         if number == node.number:
             self.overlay.nodes.renumber(node)

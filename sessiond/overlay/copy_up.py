@@ -208,6 +208,7 @@ def _fill(stack: Stack, node: Node, size: int | None) -> None:
         syscalls.close(target)
     syscalls.removexattr(at, stack.xattrs.metacopy)
     node.lowers, node.metacopy = (), False
+    node.upper = True  # wholly
 
 
 def locate(stack: Stack, node: Node) -> At:

@@ -441,6 +441,8 @@ class Overlay:
             self._after_removal(target.node)
 
     def _after_removal(self, node: Node) -> None:
+        if not node.linked:
+            self._fast_path.withdraw(node.number)  # or its space would not be free at once
         if not node.linked and (node.is_directory or not self.link_count(node, self.stat(node))):
             self.nodes.detach(node)
         self._collect(node)

@@ -164,6 +164,10 @@ void contents_opened(struct node *node, uint32_t flags, struct open_out *out)
     contents->opens++;
     contents->writers += is_write(flags);
     if (state.passthrough && !contents->backing && !contents->refused) {
+        /* The kernel opens it again as it is needed. Held open for writing here, it would look as if
+         * it were mapped so (contents_mapped). */
+        if (contents->for_writing)
+            open_again(contents, O_RDONLY);
         struct backing_map map = {.fd = contents->fd};
         int id = ioctl(state.device, DEV_IOC_BACKING_OPEN, &map);
         if (id > 0)
