@@ -386,10 +386,12 @@ static void *serve(void *argument)
             if (!answered)
                 forward(in);
             pthread_mutex_unlock(&state.lock);
-        } else if (size < 0 && errno == EAGAIN)
+        } else if (size < 0 && errno == EAGAIN) {
             await_request(answered);
-        else if (size >= 0 || (errno != EINTR && errno != ENOENT))
+            answered = false; /* if it is not for this thread, there is one that looks out */
+        } else if (size >= 0 || (errno != EINTR && errno != ENOENT)) {
             break; /* ENODEV: unmounted */
+        }
     }
     free(buffer);
     pthread_mutex_lock(&state.lock);
@@ -461,9 +463,12 @@ static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
     lingering = false;
     pthread_mutex_unlock(&state.lock);
     if (linger_now && !ended) {
-        Py_BEGIN_ALLOW_THREADS
+        PyThreadState *thread = PyGILState_Check() ? PyEval_SaveThread() : NULL;
         size = linger(buffer, room);
-        Py_END_ALLOW_THREADS
+        if (!size)
+            flush_forgotten();
+        if (thread)
+            PyEval_RestoreThread(thread);
     }
     errno = ended ? ENODEV : EINTR;
     return size ? size : -1;
