@@ -45,6 +45,8 @@ class Overlay:
         for layer in reversed(stack.layers):
             self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
         self._generation = 0
+        self._open_here: set[Node] = set()
+        """Those open by `open_file`."""
         self._kept: set[Node] = set()
         """Those whose contents are kept in earlier layers."""
         self._moving = False
@@ -376,6 +378,7 @@ class Overlay:
             syscalls.close(node.fd)
         node.fd, node.fd_upper, node.fd_writable = fd, True, True
         node.opens += 1
+        self._open_here.add(node)
         return node, stat
 
     def _create(
@@ -500,6 +503,7 @@ class Overlay:
         if node.fd < 0:
             self._open_data(node, write=write)
         node.opens += 1
+        self._open_here.add(node)
         if truncate:
             self.resize(node, 0)
 
@@ -507,6 +511,7 @@ class Overlay:
         """Undo one `open_file`."""
         node.opens -= 1
         if not node.opens:
+            self._open_here.discard(node)
             syscalls.close(node.fd)
             node.fd = -1
             self._collect(node)
@@ -622,7 +627,7 @@ class Overlay:
         else:
             held = (self.nodes.get(number) for number in numbers)
             opened = [node for node in held if node is not None]
-            opened += [node for node in self.nodes.all() if node.opens]
+            opened += self._open_here
         return [self.node(node.number) for node in opened]
 
     def _exchange(self, stack: Stack) -> None:

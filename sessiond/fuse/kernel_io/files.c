@@ -8,10 +8,13 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#define IDLE_LIMIT 4096 /* files kept open after the last close */
+/* Files kept open after the last close. Of those that were written it is to be found out at each
+ * snapshot whether they are mapped. */
+#define IDLE_LIMIT 4096
+#define WRITTEN_LIMIT 256
 #define READ_LIMIT (1 << 20)
 
-static struct order idle;
+static struct order idle, written;
 
 void contents_close(struct node *node)
 {
@@ -20,7 +23,7 @@ void contents_close(struct node *node)
         return;
     if (contents->backing)
         ioctl(state.device, DEV_IOC_BACKING_CLOSE, &contents->backing);
-    use_end(&idle, &contents->use);
+    use_end(&contents->use);
     close(contents->fd);
     free(contents);
     node->contents = NULL;
@@ -51,15 +54,20 @@ bool contents_mapped(struct contents *contents)
 }
 
 /* Close some of those that nobody has open. */
-static void trim(void)
+static void trim(struct order *order, size_t limit)
 {
-    for (size_t seen = 0; idle.count > IDLE_LIMIT && seen < IDLE_LIMIT; seen++) {
-        struct use *oldest = idle.oldest;
+    for (size_t seen = 0; order->count > limit && seen < limit; seen++) {
+        struct use *oldest = order->oldest;
         if (contents_mapped(oldest->node->contents))
-            use_now(&idle, oldest, oldest->node);
+            use_now(order, oldest, oldest->node);
         else
             contents_close(oldest->node);
     }
+}
+
+static void rest(struct node *node)
+{
+    use_now(node->contents->mapped ? &written : &idle, &node->contents->use, node);
 }
 
 /* Take over `fd` as the contents of `node`. False, and `fd` is closed, if the kernel has another
@@ -98,8 +106,9 @@ bool contents_set(struct node *node, int fd, bool writable)
     }
     node->contents = fresh;
     if (!fresh->opens)
-        use_now(&idle, &fresh->use, node);
-    trim();
+        rest(node);
+    trim(&idle, IDLE_LIMIT);
+    trim(&written, WRITTEN_LIMIT);
     return true;
 
 failed:
@@ -137,7 +146,7 @@ static struct contents *contents_of(struct node *node)
     if (!node || !node->contents || (node->contents->stale && !node->contents->backing))
         return NULL;
     if (!node->contents->opens && !node->contents->kept)
-        use_now(&idle, &node->contents->use, node);
+        rest(node);
     return node->contents;
 }
 
@@ -160,7 +169,7 @@ void contents_opened(struct node *node, uint32_t flags, struct open_out *out)
 {
     struct contents *contents = node->contents;
 
-    use_end(&idle, &contents->use);
+    use_end(&contents->use);
     contents->opens++;
     contents->writers += is_write(flags);
     if (state.passthrough && !contents->backing && !contents->refused) {
@@ -238,7 +247,7 @@ bool answer_release(struct request *request)
             return false;
         }
         if (!contents->opens) {
-            use_now(&idle, &contents->use, node);
+            rest(node);
             if (contents->stale)
                 contents_close(node);
             node_forget(node, 0);

@@ -53,7 +53,7 @@ void image_withdraw(struct node *node)
     struct directory *directory = node->directory;
     if (!directory)
         return;
-    use_end(&directories, &directory->use);
+    use_end(&directory->use);
     for (int i = 0; i < directory->count; i++)
         close(directory->fds[i]);
     free(directory);

@@ -40,6 +40,7 @@ enum data_path {
 /* A place in an order of use. */
 struct use {
     struct node *node;
+    struct order *order;
     struct use *newer, *older;
 };
 struct order {
@@ -106,7 +107,7 @@ void node_forget(struct node *node, uint64_t lookups); /* may free it */
 void node_give_to_python(struct node *node);
 void node_each(void (*visit)(struct node *, void *), void *argument);
 void use_now(struct order *order, struct use *use, struct node *node);
-void use_end(struct order *order, struct use *use);
+void use_end(struct use *use);
 
 /* transport.c */
 struct request {

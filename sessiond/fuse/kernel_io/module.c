@@ -202,7 +202,8 @@ static PyObject *opened(PyObject *self, PyObject *unused)
 static void end_generation(struct node *node, void *directories)
 {
     image_withdraw(node);
-    contents_retire(node);
+    if (node->python) /* the image stays what it is */
+        contents_retire(node);
     if (S_ISDIR(node->type))
         append_unclaimed(node, directories);
 }

@@ -125,9 +125,10 @@ void node_each(void (*visit)(struct node *, void *), void *argument)
             visit(node, argument);
 }
 
-void use_end(struct order *order, struct use *use)
+void use_end(struct use *use)
 {
-    if (!use->node)
+    struct order *order = use->order;
+    if (!order)
         return;
     *(use->newer ? &use->newer->older : &order->newest) = use->older;
     *(use->older ? &use->older->newer : &order->oldest) = use->newer;
@@ -137,8 +138,9 @@ void use_end(struct order *order, struct use *use)
 
 void use_now(struct order *order, struct use *use, struct node *node)
 {
-    use_end(order, use);
+    use_end(use);
     use->node = node;
+    use->order = order;
     use->older = order->newest;
     *(order->newest ? &order->newest->newer : &order->oldest) = use;
     order->newest = use;
