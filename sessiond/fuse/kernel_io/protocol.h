@@ -2,6 +2,7 @@
 #ifndef SESSIOND_PROTOCOL_H
 #define SESSIOND_PROTOCOL_H
 
+#include <errno.h>
 #include <linux/fuse.h>
 #include <stdint.h>
 #include <sys/ioctl.h>
@@ -9,8 +10,9 @@
 #define OPCODE_TMPFILE 51           /* 6.3 */
 #define OPCODE_COPY_FILE_RANGE_64 53 /* 6.18 */
 
-/* Error by which Python asks to have a request tried here once more; the kernel never sees it. */
-#define TRY_AGAIN 511
+/* Error by which Python asks to have a request tried here once more; the kernel never sees it. No
+ * file system means it, but libfuse lets it pass (3.17 refuses numbers that are none of errno(3)'s). */
+#define TRY_AGAIN EDOTDOT
 
 /* In the handle of a READDIRPLUS that Python is asked for in place of a READDIR. */
 #define NAMES_ONLY (1ull << 62)
