@@ -12,6 +12,7 @@
 #include <fcntl.h>
 #include <fuse3/fuse_lowlevel.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -522,6 +523,7 @@ static int start(struct fuse_session *session, int device)
     static const struct fuse_custom_io io = {.read = on_read, .writev = on_writev};
     pthread_t thread;
     sigset_t all, before;
+    cpu_set_t processors;
     char *buffer = malloc(BUFFER_SIZE);
 
     wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
@@ -530,7 +532,7 @@ static int start(struct fuse_session *session, int device)
         return -1;
     }
     state.device = device;
-    patient = sysconf(_SC_NPROCESSORS_ONLN) > 1;
+    patient = !sched_getaffinity(0, sizeof processors, &processors) && CPU_COUNT(&processors) > 1;
     if (fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK))
         return -1;
     struct node *root = node_get(ROOT_NUMBER);
