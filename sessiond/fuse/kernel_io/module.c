@@ -21,6 +21,18 @@ static void unlock(void)
     pthread_mutex_unlock(&state.lock);
 }
 
+/* Take the lock and find a node by its number; NULL if there is none. False, without the lock and with
+ * an exception set, if the argument is no number. */
+static bool lock_and_find(PyObject *argument, struct node **node)
+{
+    uint64_t number = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return false;
+    lock();
+    *node = node_find(number);
+    return true;
+}
+
 static PyObject *configure(PyObject *self, PyObject *args)
 {
     const char *path;
@@ -76,11 +88,9 @@ static PyObject *serve(PyObject *self, PyObject *args)
 
 static PyObject *withdraw(PyObject *self, PyObject *argument)
 {
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node) {
         image_withdraw(node);
         contents_retire(node);
@@ -92,11 +102,9 @@ static PyObject *withdraw(PyObject *self, PyObject *argument)
 static PyObject *claim(PyObject *self, PyObject *argument)
 {
     unsigned long long lookups = 0;
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node && !node->python) {
         lookups = node->lookups;
         node_give_to_python(node);
@@ -121,11 +129,9 @@ static PyObject *forget(PyObject *self, PyObject *args)
 static PyObject *place(PyObject *self, PyObject *argument)
 {
     PyObject *result = NULL;
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node && !node->python)
         result = Py_BuildValue("Ky", (unsigned long long)node->parent->number, node->name);
     unlock();
@@ -144,11 +150,9 @@ static PyObject *listed(PyObject *self, PyObject *argument)
 
 static PyObject *is_served(PyObject *self, PyObject *argument)
 {
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     bool served = node && node->directory;
     unlock();
     return PyBool_FromLong(served);
@@ -234,11 +238,9 @@ static PyObject *set_contents(PyObject *self, PyObject *args)
 static PyObject *opens(PyObject *self, PyObject *argument)
 {
     uint32_t count = 0, writers = 0;
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node && node->contents) {
         count = node->contents->opens;
         writers = node->contents->writers + node->contents->mapped;
@@ -249,11 +251,9 @@ static PyObject *opens(PyObject *self, PyObject *argument)
 
 static PyObject *keep(PyObject *self, PyObject *argument)
 {
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node && node->contents)
         node->contents->kept = true;
     unlock();
@@ -262,11 +262,9 @@ static PyObject *keep(PyObject *self, PyObject *argument)
 
 static PyObject *finish(PyObject *self, PyObject *argument)
 {
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     bool finished = !node || contents_finish(node);
     unlock();
     return PyBool_FromLong(finished);
@@ -275,11 +273,9 @@ static PyObject *finish(PyObject *self, PyObject *argument)
 static PyObject *duplicate(PyObject *self, PyObject *argument)
 {
     int fd = -1;
-    uint64_t number = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
+    struct node *node;
+    if (!lock_and_find(argument, &node))
         return NULL;
-    lock();
-    struct node *node = node_find(number);
     if (node && node->contents)
         fd = fcntl(node->contents->fd, F_DUPFD_CLOEXEC, 0);
     unlock();
