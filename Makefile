@@ -13,12 +13,14 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PRIVATE := unshare --mount --propagation private --pid --fork --kill-child --mount-proc
 
 IMAGE ?= /
+SOAK ?= 1
 
-.PHONY: help setup demo test bench lock clean
+.PHONY: help setup demo test soak bench lock clean
 
 help:
 	@echo 'make demo [IMAGE=FILE-OR-DIRECTORY]  run the main job for real, narrated'
 	@echo 'make test                            lint, types and every test'
+	@echo 'make soak [SOAK=FACTOR]              the tests that take long, FACTOR times as long'
 	@echo 'make bench [BENCH=OPTIONS]           compare with other overlays: docs/benchmark.md'
 	@echo 'make setup                           Debian packages and $(VENV), as the two above do'
 	@echo 'make lock                            resolve the versions of the dependencies anew'
@@ -35,6 +37,9 @@ test: setup
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(PRIVATE) $(BIN)/python -m pytest --quiet
+
+soak: setup
+	@SOAK='$(SOAK)' $(PRIVATE) $(BIN)/python -m pytest --quiet -m soak
 
 bench: setup
 	@packaging/setup-bench
