@@ -33,6 +33,8 @@ class LayerStack(_Message):
     lowers: tuple[Path, ...]
     indexes: tuple[Path, ...] = ()
     """Of the lowers that were uppers once; those that do not exist are left out."""
+    orphans: Path | None = None
+    """Where files that were removed while they are open are kept; on the upper's file system."""
 
 
 class Start(_Message):
@@ -40,6 +42,8 @@ class Start(_Message):
 
     stack: LayerStack
     data_path: str
+    inherits: bool = False
+    """Go on for a worker that has died, by its journal."""
 
 
 class Swap(_Message):

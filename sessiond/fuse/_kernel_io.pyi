@@ -26,6 +26,34 @@ def has_passthrough() -> bool:
 def hold(held: bool, /) -> None:
     """Leave every change to Python, which lets it wait, until called with False."""
 
+def record(device: int, journal: int, inherits: bool, /) -> bool:
+    """Before the mount, which is that of `device`: keep a journal for a successor of this process.
+
+    `journal` is a descriptor of a file in memory. `inherits`: take over what a predecessor wrote
+    there, and the connection with it. Return False if that cannot be read, or there is none.
+    """
+
+def key() -> bytes:
+    """Return 16 secret bytes, which a successor has, too."""
+
+def is_resent() -> bool:
+    """Say whether the request that Python was given last had been sent to a predecessor before,
+    which may, or may not, have carried it out. Call before the first checkpoint of a handler.
+    """
+
+def inherited_listings() -> list[tuple[int, int]]:
+    """Return listings that a predecessor made here: the handle, and the directory's number."""
+
+def reopen_listing(handle: int, descriptor: int, numbering: int, /) -> bool:
+    """Go on with one of these; take over a descriptor of the directory, open for reading."""
+
+def last_listing() -> int:
+    """Return the largest handle of a listing that a predecessor gave."""
+
+def placed(number: int, kind: int, parent: int, name: bytes, /) -> None: ...
+def removed(number: int, parent: int, name: bytes, /) -> None: ...
+def note(number: int, which: int, data: bytes, /) -> bool: ...
+def inherited() -> list[tuple[int, int, list[tuple[int, bytes]], dict[int, bytes]]]: ...
 def serve(number: int, descriptors: tuple[int, ...], bottom: bool, numbering: int, /) -> bool: ...
 def is_served(number: int, /) -> bool: ...
 def withdraw(number: int, /) -> None: ...

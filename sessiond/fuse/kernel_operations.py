@@ -10,10 +10,11 @@ Descriptors from before go on reading what they have open, as with the kernel's 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat as modes
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import trio
 from pyfuse3 import (
@@ -27,23 +28,36 @@ from pyfuse3 import (
     ModeT,
     ReaddirToken,
     RequestContext,
+    XAttrNameT,
 )
 
 from sessiond.fuse import _kernel_io, device
 from sessiond.fuse.operations import Listing, OverlayOperations, translated
 from sessiond.overlay import syscalls
 from sessiond.overlay.directory import NewObject
-from sessiond.overlay.fastpath import FastPath
+from sessiond.overlay.fastpath import FastPath, Inherited
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.session.model import DataPath
+
+log = logging.getLogger(__name__)
 
 
 class KernelFastPath(FastPath):
     """The extension, as the overlay sees it."""
 
-    def __init__(self, path: DataPath) -> None:
+    def __init__(self, path: DataPath, *, recorded: bool) -> None:
+        """`recorded`: the extension keeps a journal (`_kernel_io.record`)."""
         self._path = path
+        self.recorded = recorded
+
+    placed = staticmethod(_kernel_io.placed)
+    removed = staticmethod(_kernel_io.removed)
+    note = staticmethod(_kernel_io.note)
+
+    def inherited(self) -> list[Inherited]:
+        """See `FastPath.inherited`."""
+        return [Inherited(*left) for left in _kernel_io.inherited()]
 
     claim = staticmethod(_kernel_io.claim)
     place = staticmethod(_kernel_io.place)
@@ -77,6 +91,34 @@ class KernelFastPath(FastPath):
         return writers if _kernel_io.has_passthrough() else 0
 
 
+@contextmanager
+def _dispensable(what: str) -> Iterator[None]:
+    """Go on without something that a predecessor had, if it cannot be had any more."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s is lost: %s", what, error.strerror)
+
+
+class Repeated:
+    """Context in which the error `code` is suppressed if a predecessor of this process may have
+    done, before it died, what is asked again: the name is there, or gone, already.
+
+    Nobody else can have done it, since the kernel keeps the directories locked until the reply.
+    Enter it before the first checkpoint of a handler.
+    """
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+        self._resent = _kernel_io.is_resent()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        return self._resent and isinstance(error, FUSEError) and error.errno == self._code
+
+
 class KernelOperations(OverlayOperations):
     """The overlay with the extension under pyfuse3.
 
@@ -87,7 +129,22 @@ class KernelOperations(OverlayOperations):
         """`path`: not plain. `negative_timeout` as for `OverlayOperations`."""
         super().__init__(overlay, negative_timeout=negative_timeout)
         self._path = path
+        self._position_key = _kernel_io.key()
         _kernel_io.configure(path, int(negative_timeout))
+
+    def take_over(self) -> None:
+        """Go on with the nodes, open files and listings of a predecessor that has died."""
+        self._last_listing = _kernel_io.last_listing()
+        self.overlay.take_over()
+        for number in _kernel_io.opened():
+            with _dispensable(f"an open file, node {number:x}"):
+                node = self.overlay.node(number)
+                fd = self.overlay.open_contents(node, write=False)
+                _kernel_io.set_contents(number, fd, node.upper and not node.metacopy)
+        for handle, number in _kernel_io.inherited_listings():
+            with _dispensable(f"a listing, of node {number:x}"):
+                fd, numbering = self.overlay.open_bottom(self.overlay.node(number))
+                _kernel_io.reopen_listing(handle, fd, numbering)
 
     @property
     def data_path(self) -> DataPath:
@@ -115,6 +172,75 @@ class KernelOperations(OverlayOperations):
         if self.overlay.serve(self.overlay.node(parent_inode)):
             raise FUSEError(_kernel_io.TRY_AGAIN)
         return await super().lookup(parent_inode, name, ctx)
+
+    # Changes that a predecessor may have made
+
+    def _existing(self, parent: int, name: bytes) -> EntryAttributes:
+        return self._given(*self.overlay.lookup(self.overlay.node(parent), name))
+
+    @translated
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        with Repeated(errno.EEXIST):
+            return await super().mknod(parent_inode, name, mode, rdev, ctx)
+        return self._existing(parent_inode, name)
+
+    @translated
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        with Repeated(errno.EEXIST):
+            return await super().mkdir(parent_inode, name, mode, ctx)
+        return self._existing(parent_inode, name)
+
+    @translated
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        with Repeated(errno.EEXIST):
+            return await super().symlink(parent_inode, name, target, ctx)
+        return self._existing(parent_inode, name)
+
+    @translated
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        with Repeated(errno.EEXIST):
+            return await super().link(inode, new_parent_inode, new_name, ctx)
+        return self._existing(new_parent_inode, new_name)
+
+    @translated
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        with Repeated(errno.ENOENT):
+            await super().unlink(parent_inode, name, ctx)
+
+    @translated
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        with Repeated(errno.ENOENT):
+            await super().rmdir(parent_inode, name, ctx)
+
+    @translated
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        if flags & syscalls.RENAME_EXCHANGE and _kernel_io.is_resent():
+            await self._open.wait()
+            if self.overlay.has_exchanged(self.overlay.node(parent_inode_new), name_new):
+                return
+        with Repeated(errno.ENOENT):
+            await super().rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx)
+
+    @translated
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        with Repeated(errno.ENODATA):
+            await super().removexattr(inode, name, ctx)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         """See `pyfuse3.Operations.forget`."""
@@ -158,10 +284,17 @@ class KernelOperations(OverlayOperations):
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
+        resent = _kernel_io.is_resent()
         await self._open.wait()
         new = self._new(ctx, modes.S_IFREG | modes.S_IMODE(mode))
         parent = self.overlay.node(parent_inode)
-        node, stat, fd = self._make_file(parent, name, new)
+        try:
+            node, stat, fd = self._make_file(parent, name, new)
+        except FileExistsError:
+            if not resent:
+                raise
+            node, stat = self.overlay.lookup(parent, name)
+            fd = self.overlay.open_contents(node, write=True)
         self._set_contents(node, node.number, fd)
         return FileInfo(fh=node.number), self._given(node, stat)
 

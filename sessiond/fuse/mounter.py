@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -22,7 +23,7 @@ from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import ChangeSummary, Stack
+from sessiond.session.model import ChangeSummary, DataPath, Stack
 from sessiond.session.mounter import MountRequest
 
 log = logging.getLogger(__name__)
@@ -53,20 +54,10 @@ class FuseMounter:
                 f"Session {request.session} cannot be mounted at {request.mount_point}: "
                 f"{error.strerror}."
             ) from error
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lifeline, held = os.pipe2(os.O_CLOEXEC)
-        mount = FuseMount(request, trio.socket.from_stdlib_socket(ours), lifeline)
+        journal = os.memfd_create(f"sessiond-{request.session}")
+        mount = FuseMount(request, self._spawner, device, journal)
         try:
-            try:
-                start = Start(stack=_layers(request.stack), data_path=request.data_path)
-                self._spawner.spawn(start, device, theirs, held)
-            except OSError as error:
-                raise Failed("The fork server is gone: restart sessiond.") from error
-            finally:
-                os.close(device)
-                os.close(held)
-                theirs.close()
-            await mount.wait_ready()
+            await mount.start()
         except BaseException:
             with trio.CancelScope(shield=True):
                 await mount.unmount()
@@ -80,52 +71,99 @@ def _layers(stack: Stack) -> LayerStack:
         work=stack.upper.work,
         lowers=stack.lowers,
         indexes=stack.indexes,
+        orphans=stack.orphans,
     )
 
 
 class FuseMount:
     """Implements `Mount`. One request at a time is under way on the control socket."""
 
-    def __init__(
-        self, request: MountRequest, channel: trio.socket.SocketType, lifeline: int
-    ) -> None:
-        """`lifeline`: the read end of a pipe whose other end only the worker holds."""
+    def __init__(self, request: MountRequest, spawner: Spawner, device: int, journal: int) -> None:
+        """`device`: the FUSE connection; the kernel keeps it while this descriptor is open, worker
+        or not. `journal`: what a worker leaves for the next one. Both are taken over.
+        """
         self._request = request
-        self._channel = channel
-        self._lifeline = lifeline
+        self._stack = request.stack
+        self._spawner = spawner
+        self._device = device
+        self._journal = journal
+        self._channel: trio.socket.SocketType | None = None
+        self._process = -1
+        """A pidfd of the worker."""
         self._turn = trio.Lock()
         self._died = trio.Event()
+        self._data_path = ""
         self.worker = 0
         """Process id of the worker, once it is ready."""
 
-    async def wait_ready(self) -> None:
-        """Return when the worker serves. Raises `Failed`, `NoSpace`."""
+    async def start(self) -> None:
+        """Start the worker; return when it serves. Raises `Failed`, `NoSpace`."""
         async with self._turn:
-            ready = _checked(await self._reply())
-        self.worker = ready.worker or 0
-        wanted = self._request.data_path
+            await self._start(inherits=False)
         log.log(
-            logging.INFO if ready.data_path == wanted else logging.WARNING,
+            logging.INFO if self._data_path == self._request.data_path else logging.WARNING,
             "The data path of session %s is %s; %s was asked for.",
             self._request.session,
-            ready.data_path,
-            wanted,
+            self._data_path,
+            self._request.data_path,
         )
+
+    async def _start(self, *, inherits: bool) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel = trio.socket.from_stdlib_socket(ours)
+        start = Start(
+            stack=_layers(self._stack), data_path=self._request.data_path, inherits=inherits
+        )
+        try:
+            self._spawner.spawn(start, self._device, self._journal, theirs)
+        except OSError as error:
+            raise Failed("The fork server is gone: restart sessiond.") from error
+        finally:
+            theirs.close()
+        ready = _checked(await self._reply())
+        self.worker = ready.worker or 0
+        self._data_path = ready.data_path or ""
+        self._process = os.pidfd_open(self.worker)
+        self._died = trio.Event()
+
+    async def recover(self) -> None:
+        """See `Mount.recover`."""
+        async with self._turn:
+            if self._data_path == DataPath.PLAIN:
+                raise Failed("A worker with the data path 'plain' leaves nothing to go on with.")
+            if not _is_connected(self._device):
+                raise Failed(f"What was mounted at {self._request.mount_point} is gone.")
+            self._hang_up()
+            await self._start(inherits=True)
+
+    def _hang_up(self) -> None:
+        """Close what belongs to one worker."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._process >= 0:
+            trio.lowlevel.notify_closing(self._process)
+            os.close(self._process)
+            self._process = -1
 
     async def _ask(self, request: control.Request, descriptors: tuple[int, ...] = ()) -> Reply:
         async with self._turn:
             # Whole, or the next request would get this one's reply.
             with trio.CancelScope(shield=True):
                 try:
-                    await control.send(self._channel, request, descriptors)
+                    await control.send(self._open_channel, request, descriptors)
                 except OSError as error:
                     raise self._gone() from error
                 reply = await self._reply()
         return _checked(reply)
 
+    @property
+    def _open_channel(self) -> trio.socket.SocketType:
+        assert self._channel is not None, "start() was not called"
+        return self._channel
+
     async def _reply(self) -> Reply:
         try:
-            packet, descriptors = await control.receive(self._channel)
+            packet, descriptors = await control.receive(self._open_channel)
         except trio.ClosedResourceError:
             raise self._gone() from None
         for fd in descriptors:
@@ -146,6 +184,7 @@ class FuseMount:
     async def swap(self, stack: Stack, *, moved: bool = False) -> None:
         """See `Mount.swap`."""
         await self._ask(control.Swap(stack=_layers(stack), moved=moved))
+        self._stack = stack
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
@@ -178,25 +217,31 @@ class FuseMount:
         detach(self._request.mount_point)
         with trio.CancelScope(shield=True):
             async with self._turn:
-                try:
-                    await control.send(self._channel, control.Stop())
-                    while (await control.receive(self._channel))[0]:
+                if self._device < 0:
+                    return
+                with suppress(OSError, trio.ClosedResourceError):  # it is gone already
+                    await control.send(self._open_channel, control.Stop())
+                    while (await control.receive(self._open_channel))[0]:
                         pass
-                except (OSError, trio.ClosedResourceError):
-                    pass  # it was gone already
-                self._channel.close()
+                self._hang_up()
                 self._died.set()
-                if self._lifeline >= 0:
-                    trio.lowlevel.notify_closing(self._lifeline)
-                    os.close(self._lifeline)
-                    self._lifeline = -1
+                for descriptor in (self._device, self._journal):
+                    os.close(descriptor)
+                self._device = self._journal = -1
 
     async def wait_died(self) -> None:
         """See `Mount.wait_died`."""
         if not self._died.is_set():
             with suppress(trio.ClosedResourceError):
-                await trio.lowlevel.wait_readable(self._lifeline)
+                await trio.lowlevel.wait_readable(self._process)
             self._died.set()
+
+
+def _is_connected(device: int) -> bool:
+    """Say whether the kernel still has the FUSE connection; it ends with the mount."""
+    poll = select.poll()
+    poll.register(device, select.POLLIN)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _checked(reply: Reply) -> Reply:

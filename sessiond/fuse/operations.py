@@ -18,6 +18,7 @@ import stat as modes
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from hashlib import blake2b
 from operator import itemgetter
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -53,13 +54,14 @@ _COPY_IN_THREAD = 1 << 20
 """Files from this size, in bytes, are copied up in a thread: below, waking one costs more."""
 
 _POSITIONS = (1 << 62) - 1
+_POSITION_KEY_SIZE = 16
 
 Listing = list[tuple[int, bytes]]
 """Names of a directory with their positions, in the order of these.
 
 The kernel caches a listing for all who have the directory open, so a position has to mean the same
-to all of them, also when names come and go: it is made from the name. The hash is keyed (PEP 456),
-so that nobody can make two names that collide.
+to all of them, also when names come and go, and to a successor of this process: it is made from the
+name. The hash is keyed, so that nobody can make two names that collide.
 """
 
 P = ParamSpec("P")
@@ -90,10 +92,6 @@ def translated(
     return call
 
 
-def _position(name: bytes) -> int:
-    return (hash(name) & _POSITIONS) + 3
-
-
 class OverlayOperations(pyfuse3.Operations):
     """The overlay as pyfuse3 wants it.
 
@@ -108,6 +106,7 @@ class OverlayOperations(pyfuse3.Operations):
         super().__init__()
         self.overlay = overlay
         self._negative_timeout = negative_timeout
+        self._position_key = os.urandom(_POSITION_KEY_SIZE)
         self._listings: dict[int, tuple[Node, Listing]] = {}
         self._last_listing = 0
         self._copies: dict[int, trio.Lock] = {}
@@ -462,13 +461,17 @@ class OverlayOperations(pyfuse3.Operations):
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         self._read_listing(fh, start_id, token, names_only=False)
 
+    def _position(self, name: bytes) -> int:
+        digest = blake2b(name, digest_size=8, key=self._position_key).digest()
+        return (int.from_bytes(digest, "little") & _POSITIONS) + 3
+
     def _read_listing(
         self, fh: int, start_id: int, token: ReaddirToken, *, names_only: bool
     ) -> None:
         node, listing = self._listing(fh)
         if start_id == 0 or not listing:  # also after rewinddir(3), which wants a new listing
             listing = [(1, b"."), (2, b"..")]
-            listing += sorted((_position(name), name) for name in self.overlay.names(node))
+            listing += sorted((self._position(name), name) for name in self.overlay.names(node))
             self._listings[fh] = (node, listing)
         for position, name in listing[bisect_right(listing, start_id, key=itemgetter(0)) :]:
             if not self._list(node, name, token, position, names_only=names_only):

@@ -40,13 +40,13 @@ class Spawner:
         """End the server; workers live on."""
         self._channel.close()
 
-    def spawn(self, start: Start, device: int, control: socket.socket, lifeline: int) -> None:
+    def spawn(self, start: Start, device: int, journal: int, control: socket.socket) -> None:
         """Start a worker on the FUSE connection `device`. Raises OSError when the server is gone.
 
-        It reports on the other end of `control` when it is ready, and holds `lifeline` open while
-        it lives. The caller closes its copies of all three.
+        It reports on the other end of `control` when it is ready; see `worker.run`. The caller
+        closes its own copies of the descriptors.
         """
-        rights = array.array("i", [device, control.fileno(), lifeline]).tobytes()
+        rights = array.array("i", [device, journal, control.fileno()]).tobytes()
         self._channel.sendmsg(
             [start.model_dump_json().encode()],
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
@@ -66,12 +66,12 @@ def _serve(channel: socket.socket) -> None:
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):
-            start, device, control, lifeline = packet
+            start, device, journal, control = packet
             if os.fork() == 0:
                 channel.close()
-                _become_worker(start, device, control)
+                _become_worker(start, device, journal, control)
             os.close(device)
-            os.close(lifeline)
+            os.close(journal)
             control.close()
     except BaseException:
         log.exception("the fork server failed")
@@ -87,7 +87,7 @@ def _name_process(name: str) -> None:
         comm.write(name)
 
 
-def _receive(channel: socket.socket) -> tuple[Start, int, socket.socket, int] | None:
+def _receive(channel: socket.socket) -> tuple[Start, int, int, socket.socket] | None:
     descriptors = array.array("i")
     packet, ancillary, _, _ = channel.recvmsg(
         MESSAGE_LIMIT, socket.CMSG_SPACE(3 * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -96,12 +96,12 @@ def _receive(channel: socket.socket) -> tuple[Start, int, socket.socket, int] | 
         return None
     for _, _, data in ancillary:
         descriptors.frombytes(data)
-    device, control, lifeline = descriptors
+    device, journal, control = descriptors
     start = Start.model_validate_json(packet)
-    return start, device, socket.socket(fileno=control), lifeline
+    return start, device, journal, socket.socket(fileno=control)
 
 
-def _become_worker(start: Start, device: int, control: socket.socket) -> None:
+def _become_worker(start: Start, device: int, journal: int, control: socket.socket) -> None:
     """Run a worker in this fresh child. Never returns."""
     from sessiond.fuse import worker
 
@@ -109,7 +109,7 @@ def _become_worker(start: Start, device: int, control: socket.socket) -> None:
     try:
         _name_process("sessiond-worker")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        worker.run(start, device, control)
+        worker.run(start, device, control, journal)
     except BaseException:
         log.exception("worker failed")
         status = 1

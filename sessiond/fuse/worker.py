@@ -7,6 +7,7 @@ requests of either side never overlap but at checkpoints.
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
 import os
@@ -25,11 +26,13 @@ from sessiond.control import ChangeCounts, LayerStack, Reply, Start
 from sessiond.fuse import data_path, device
 from sessiond.fuse.operations import FOREVER, OverlayOperations
 from sessiond.overlay.diff import Change, ChangeKind, changes
+from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack, StackOptions
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
+    from sessiond.fuse import _kernel_io
     from sessiond.fuse.kernel_operations import KernelFastPath, KernelOperations
 
 log = logging.getLogger(__name__)
@@ -42,13 +45,22 @@ _SHORT = 1.0  # seconds
 
 def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
     """Open the layers. Raises OSError with a message for people."""
-    return Stack.open(
+    stack = Stack.open(
         [os.fsencode(path) for path in layers.lowers],
         os.fsencode(layers.upper),
         os.fsencode(layers.work),
         options,
         indexes=[os.fsencode(path) for path in layers.indexes if path.is_dir()],
     )
+    stack.orphans = None if layers.orphans is None else _orphans(layers.orphans)
+    return stack
+
+
+@functools.cache
+def _orphans(directory: Path) -> Orphans:
+    """Files there may be needed as long as this process lives, whatever the layers."""
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return Orphans(os.fsencode(directory))
 
 
 def prepare_process() -> None:
@@ -72,18 +84,30 @@ class _AbortedReplies(logging.Filter):
         return "fuse_reply_* failed" not in message or os.strerror(errno.ENOENT) not in message
 
 
-def start_fuse(stack: Stack, mount_point: str, path: DataPath) -> OverlayOperations:
+def start_fuse(
+    stack: Stack,
+    mount_point: str,
+    path: DataPath,
+    *,
+    recorded: bool = False,
+    inherits: bool = False,
+) -> OverlayOperations:
     """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already.
 
-    Takes over `stack`.
+    Takes over `stack`. `recorded`: the extension keeps a journal, which, if this process
+    `inherits`, a predecessor began.
     """
     negative_timeout = FOREVER if device.has_epochs() else _SHORT
     operations: OverlayOperations
     if path is DataPath.PLAIN:
         operations = OverlayOperations(Overlay(stack), negative_timeout=negative_timeout)
     else:
-        overlay = Overlay(stack, KernelFastPath(path))
+        overlay = Overlay(stack, KernelFastPath(path, recorded=recorded))
         operations = KernelOperations(overlay, path, negative_timeout)
+        if inherits:
+            operations.take_over()
+    if stack.orphans is not None and not inherits:
+        stack.orphans.remove_others(())
     logging.getLogger("pyfuse3").addFilter(_AbortedReplies())
     pyfuse3.init(operations, mount_point, {"default_permissions"})
     return operations
@@ -106,10 +130,13 @@ def _is_abort(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
-def run(start: Start, connection: int, manager: socket.socket) -> None:
-    """Serve layers on a FUSE connection until the manager or the mount is gone."""
+def run(start: Start, connection: int, manager: socket.socket, journal: int) -> None:
+    """Serve layers on a FUSE connection until the manager or the mount is gone.
+
+    `journal`: a descriptor of a file in memory, where a successor will find what it has to know.
+    """
     prepare_process()
-    trio.run(_run, start, connection, manager)
+    trio.run(_run, start, connection, manager, journal)
 
 
 def rehearse() -> None:
@@ -120,7 +147,11 @@ def rehearse() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, tempfile.TemporaryDirectory() as directory:
         lower = Path(directory)
-        layers = LayerStack(upper=lower / "upper", work=lower / "work", lowers=(lower,))
+        layers = LayerStack(
+            upper=lower / "upper",
+            work=lower / "work",
+            lowers=(lower,),
+        )
         Start.model_validate_json(Start(stack=layers, data_path="plain").model_dump_json())
         for path in (layers.upper, layers.work):
             path.mkdir()
@@ -141,7 +172,7 @@ async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.sock
     overlay.close()
 
 
-async def _run(start: Start, connection: int, manager: socket.socket) -> None:
+async def _run(start: Start, connection: int, manager: socket.socket, journal: int) -> None:
     channel = trio.socket.from_stdlib_socket(manager)
     try:
         stack = open_stack(start.stack, StackOptions())
@@ -152,7 +183,13 @@ async def _run(start: Start, connection: int, manager: socket.socket) -> None:
     except ValueError as error:
         await control.send(channel, Reply(error=str(error)))
         return
-    operations = start_fuse(stack, f"/dev/fd/{connection}", path)
+    recorded = path is not DataPath.PLAIN
+    if recorded and not _kernel_io.record(connection, journal, start.inherits):
+        await control.send(channel, Reply(error="what the last worker has left cannot be read"))
+        return
+    operations = start_fuse(
+        stack, f"/dev/fd/{connection}", path, recorded=recorded, inherits=start.inherits
+    )
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)

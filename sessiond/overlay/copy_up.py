@@ -13,7 +13,7 @@ import errno
 import os
 import stat as modes
 
-from sessiond.overlay import origin, syscalls
+from sessiond.overlay import origin, orphans, syscalls
 from sessiond.overlay.lookup import origin_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
@@ -156,6 +156,7 @@ class CopyUp:
         syscalls.close(self.node.anchor)
         self.node.anchor = anchor
         self.node.upper = True
+        orphans.record(self.stack, self.node, self._target)
 
     def _publish_index(self, name: bytes, count: int) -> None:
         syscalls.setxattr(self._target, self.stack.xattrs.nlink, b"U%+d" % (count - 1))
@@ -243,7 +244,8 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
     if node.index is not None:
         return _union_links(stack, At(stack.workdir.index, node.index), stat)
     if node.upper or stat.st_nlink == 1:
-        return stat.st_nlink - (not node.linked and not node.upper)
+        own = node.orphan is not None or not (node.linked or node.upper)
+        return stat.st_nlink - own  # a name that is not the user's
     was_upper = node.linked and node.lowers[0].layer is not stack.lowers[-1]
     count = _union_links(stack, node.lowers[0].at(), stat) if was_upper else stat.st_nlink
     return count - (not node.linked)  # a whiteout hides one name; the lower keeps it
@@ -297,6 +299,6 @@ def drop_index(stack: Stack, node: Node) -> None:
     value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
     if value[:1] != b"U" or stat.st_nlink + int(value[1:]) > 0:
         return
-    node.anchor_to(indexed)
+    orphans.anchor(stack, node, indexed)
     syscalls.unlink(indexed)
     node.index = None

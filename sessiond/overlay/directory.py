@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from sessiond.overlay import syscalls
+from sessiond.overlay import orphans, syscalls
 from sessiond.overlay.copy_up import (
     copy_up,
     copy_up_name,
@@ -28,7 +28,7 @@ from sessiond.overlay.copy_up import (
     must_index,
 )
 from sessiond.overlay.lookup import Presence, covered, names
-from sessiond.overlay.nodes import Node
+from sessiond.overlay.nodes import EXCHANGE_FACT, Node, pack_identity
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.workdir import Workdir
@@ -221,7 +221,7 @@ def _keep_in_reach(stack: Stack, node: Node, stat: os.stat_result) -> None:
     if modes.S_ISREG(node.kind) and not node.is_open and stat.st_nlink == 1:
         node.remains = stat
     else:
-        node.anchor_to(locate(stack, node))
+        orphans.anchor(stack, node, locate(stack, node))
 
 
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
@@ -230,7 +230,7 @@ def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     if names(stack, node.directory):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     copy_up(stack, parent)
-    node.anchor_to(locate(stack, node))
+    orphans.anchor(stack, node, locate(stack, node))
     target = _upper_name(stack, parent, name)
     path = parent.child_path(name)
     if not node.upper:
@@ -284,6 +284,7 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
         _prepare_replacement(stack, work, new)
     _prepare_move(stack, node, new)
     hide = _hides_lower(stack, old)
+    _announce(node, new)
     source = _upper_name(stack, old.parent, old.name)
     target = _upper_name(stack, new.parent, new.name)
     if hide and new.presence is Presence.WHITEOUT:
@@ -312,6 +313,9 @@ def exchange(stack: Stack, old: Place, new: Place) -> None:
     _bring_up(stack, new)
     _prepare_move(stack, first, new)
     _prepare_move(stack, second, old)
+    _announce(first, new)
+    _announce(second, old)
+    first.fast_path.note(0, EXCHANGE_FACT, pack_identity(first.real))
     syscalls.rename(
         _upper_name(stack, old.parent, old.name),
         _upper_name(stack, new.parent, new.name),
@@ -319,6 +323,7 @@ def exchange(stack: Stack, old: Place, new: Place) -> None:
     )
     _moved(stack, first, old, new)
     _moved(stack, second, new, old)
+    first.fast_path.note(0, EXCHANGE_FACT, b"")
 
 
 def _bring_up(stack: Stack, place: Place) -> None:
@@ -359,7 +364,7 @@ def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
         return
     if node.upper and syscalls.scan(stack.writable.directory(node.path)):
         _clear(stack, work, node, _upper_name(stack, place.parent, place.name))
-    node.anchor_to(locate(stack, node))
+    orphans.anchor(stack, node, locate(stack, node))
     stack.writable.forget(node.path)
 
 
@@ -410,6 +415,11 @@ def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
     if len(value) > _REDIRECT_LIMIT:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
     return value
+
+
+def _announce(node: Node, new: Place) -> None:
+    """Tell a successor where else to look, should this process die while the node moves."""
+    node.fast_path.placed(node.number, node.kind, new.parent.number, new.name)
 
 
 def _moved(stack: Stack, node: Node, old: Place, new: Place) -> None:

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Inherited(NamedTuple):
+    """What a predecessor of this process has left of a node that the kernel holds."""
+
+    number: int
+    kind: int
+    """``S_IFMT``, or 0 if that is not known."""
+    names: list[tuple[int, bytes]]
+    """Number of the directory, and name in it. Some may have gone when the predecessor died."""
+    facts: dict[int, bytes]
+
 
 class FastPath:
     """Knows nodes that the overlay has none for, and holds files open. This one does neither.
@@ -68,3 +81,28 @@ class FastPath:
     def duplicate(self, number: int, /) -> int:
         """Return a new descriptor of the contents, or -1."""
         return -1
+
+    # For a successor: another process that goes on with the nodes if this one dies
+
+    recorded = False
+    """Whether there can be one. If not, the following do nothing."""
+
+    def placed(self, number: int, kind: int, parent: int, name: bytes, /) -> None:
+        """Record that a node has, or is about to have, a name."""
+
+    def removed(self, number: int, parent: int, name: bytes, /) -> None:
+        """Record that it has it no more."""
+
+    def note(self, number: int, which: int, data: bytes, /) -> bool:
+        """Record a fact of a node, or, for number 0, of the mount; without `data`, no more so.
+
+        Return whether it could be.
+        """
+        return False
+
+    def inherited(self) -> list[Inherited]:
+        """Return, once, what there is to be known of inherited nodes that have not just one name.
+
+        The others are found as if they had not been claimed.
+        """
+        return []

@@ -88,6 +88,11 @@ ABSENT = Entry(Presence.ABSENT, _NO_STAT)
 WHITEOUT = Entry(Presence.WHITEOUT, _NO_STAT)
 
 
+def nothing(kind: int) -> Entry:
+    """Return an entry for an object of a type (``S_IFMT``) that is nowhere any more."""
+    return Entry(Presence.UPPER, os.stat_result([kind, *[0] * 9]))
+
+
 def join(path: bytes, name: bytes) -> bytes:
     return path + b"/" + name if path else name
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import stat as modes
+import struct
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.fastpath import FastPath
@@ -29,6 +30,14 @@ _FILE_SYSTEM_BITS = 8
 _VERSIONS = 1 << 7
 _VERSIONLESS = (1 << _INODE_BITS + _FILE_SYSTEM_BITS) - 1
 _COUNTER_START = 1 << 32
+
+IDENTITY_FACT = 2
+"""Identity of a node whose number does not tell it; see `FastPath.note`."""
+EXCHANGE_FACT = 3
+"""Of the mount: which two objects are about to change places."""
+_FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
+_IDENTITY = struct.Struct("=QQ")
+_DEVICE = struct.Struct("=Q")
 
 
 class Node:
@@ -62,6 +71,7 @@ class Node:
         "metacopy",
         "number",
         "opens",
+        "orphan",
         "real",
         "references",
         "remains",
@@ -77,6 +87,8 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.references = 0
         self.anchor = -1
+        self.orphan: At | None = None
+        """A name that the anchored file has for a successor; see `orphans`."""
         self.fd = -1
         """Open while `opens` is not 0: the file's contents."""
         self.fd_upper = False
@@ -166,9 +178,13 @@ class Node:
     def add_link(self, parent: Node, name: bytes, *, in_upper: bool) -> None:
         self.links[parent, name] = in_upper
         parent.children[name] = self
+        for number in (self.number, *self.former):
+            self.fast_path.placed(number, self.kind, parent.number, name)
 
     def drop_link(self, parent: Node, name: bytes) -> None:
         self.links.pop((parent, name), None)
+        for number in (self.number, *self.former):
+            self.fast_path.removed(number, parent.number, name)
         if parent.children.get(name) is self:
             del parent.children[name]
 
@@ -186,12 +202,19 @@ class Node:
             if fd >= 0:
                 syscalls.close(fd)
         self.anchor = self.fd = self.kept = -1
+        self._drop_orphan()
+
+    def _drop_orphan(self) -> None:
+        if self.orphan is not None:
+            syscalls.unlink(self.orphan)
+            self.orphan = None
 
     def drop_anchor(self) -> None:
         """The object has a name again."""
         if self.anchor >= 0:
             syscalls.close(self.anchor)
             self.anchor = -1
+        self._drop_orphan()
 
     def anchor_to(self, at: At) -> None:
         """Keep the object `at` within reach, because its name goes away."""
@@ -204,9 +227,14 @@ class NodeTable:
 
     def __init__(self, fast_path: FastPath) -> None:
         self._fast_path = fast_path
+        self.inherited = fast_path.inherited()
+        """What a predecessor has left; emptied by `Overlay.take_over`."""
         self._by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._file_systems: dict[int, int] = {}
+        for left in self.inherited:
+            if left.number == 0:
+                self._file_systems = _file_systems(left.facts)
         self.directories: set[int] = set()
         """Numbers of those that are directories."""
         self._counter = _COUNTER_START
@@ -241,6 +269,22 @@ class NodeTable:
         self.detach(node)
         node.bind(entry, generation)
         self._by_identity.setdefault(entry.identity, node)
+        if not self.may_be(node.number, entry):
+            self._fast_path.note(node.number, IDENTITY_FACT, pack_identity(entry.identity))
+
+    def may_be(self, number: int, entry: Entry) -> bool:
+        """Say whether the node of `entry` could have got this number."""
+        number &= _VERSIONLESS
+        real = (entry.stat.st_dev, entry.stat.st_ino)
+        return number >> _INODE_BITS == 0 or number in {
+            self._first_number(*entry.identity),
+            self._first_number(*real),
+        }
+
+    def alias(self, node: Node, number: int) -> None:
+        """Know `node` by another number, too, by which the kernel has come to hold it."""
+        node.former[number] = self._fast_path.claim(number)
+        self._by_number[number] = node
 
     def detach(self, node: Node) -> None:
         """Let a new node take the identity of `node`, which has lost its last name."""
@@ -263,6 +307,8 @@ class NodeTable:
         node.references = 0
         node.number = self._free_version(node.number & _VERSIONLESS)
         self._by_number[node.number] = node
+        for parent, name in node.links:
+            self._fast_path.placed(node.number, node.kind, parent.number, name)
 
     def forget(self, node: Node, number: int, count: int) -> None:
         """Give back references that the kernel held to a node by one of its numbers."""
@@ -275,7 +321,10 @@ class NodeTable:
 
     def numbering(self, device: int) -> int | None:
         """Return what is added to inode numbers of `device`; None if they are not used as such."""
-        file_system = self._file_systems.setdefault(device, len(self._file_systems) + 1)
+        file_system = self._file_systems.get(device)
+        if file_system is None:
+            file_system = self._file_systems[device] = len(self._file_systems) + 1
+            self._fast_path.note(0, _FILE_SYSTEM_FACTS + file_system, _DEVICE.pack(device))
         return file_system << _INODE_BITS if file_system < 1 << _FILE_SYSTEM_BITS else None
 
     def number_of(self, entry: Entry) -> int:
@@ -300,3 +349,22 @@ class NodeTable:
                 return candidate
         self._counter += 1
         return self._counter
+
+
+def pack_identity(identity: Identity) -> bytes:
+    return _IDENTITY.pack(*identity)
+
+
+def unpack_identity(fact: bytes) -> Identity:
+    device, inode = _IDENTITY.unpack(fact)
+    return device, inode
+
+
+def _file_systems(facts: dict[int, bytes]) -> dict[int, int]:
+    """Return the numbers that a predecessor gave to devices."""
+    numbers: dict[int, int] = {}
+    for which, data in sorted(facts.items()):
+        if which > _FILE_SYSTEM_FACTS:
+            (device,) = _DEVICE.unpack(data)
+            numbers[device] = which - _FILE_SYSTEM_FACTS
+    return numbers

@@ -11,12 +11,19 @@ import os
 import stat as modes
 from contextlib import suppress
 
-from sessiond.overlay import directory, lookup, syscalls
+from sessiond.overlay import directory, lookup, orphans, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
 from sessiond.overlay.directory import NewObject, Place
-from sessiond.overlay.fastpath import FastPath
-from sessiond.overlay.lookup import Entry, Lower, Presence
-from sessiond.overlay.nodes import ROOT_NUMBER, Node, NodeTable
+from sessiond.overlay.fastpath import FastPath, Inherited
+from sessiond.overlay.lookup import Entry, Identity, Lower, Presence
+from sessiond.overlay.nodes import (
+    EXCHANGE_FACT,
+    IDENTITY_FACT,
+    ROOT_NUMBER,
+    Node,
+    NodeTable,
+    unpack_identity,
+)
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.writers import MovingFile, renew, with_contents_of
@@ -49,6 +56,8 @@ class Overlay:
         """Those open by `open_file`."""
         self._kept: set[Node] = set()
         """Those whose contents are kept in earlier layers."""
+        self._exchanging: Identity | None = None
+        """What a predecessor was about to exchange with something else when it died."""
         self._moving = False
         """The layers are being replaced by copies of them."""
         self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
@@ -83,17 +92,75 @@ class Overlay:
     def _claim(self, number: int) -> Node:
         """Make a node of what the fast path alone has known so far."""
         place = self._fast_path.place(number)
-        if place is None:
-            raise _error(errno.ESTALE)
-        parent, name = place
-        try:
-            node, _ = self.lookup(self.node(parent), name)
-        except FileNotFoundError:
-            raise _error(errno.ESTALE) from None
-        if node.number != number:  # the layers were swapped, and the name stands for another
-            self._collect(node)
+        node = self._claim_at(number, *place) if place is not None else None
+        if node is None:
             raise _error(errno.ESTALE)
         return node
+
+    def _claim_at(
+        self, number: int, parent_number: int, name: bytes, identity: Identity | None = None
+    ) -> Node | None:
+        """Make a node, with that number, of what has that name. None if it is another object: the
+        layers were swapped, or a process that moved it has died.
+
+        `identity`: the object's, where the number does not tell it.
+        """
+        try:
+            parent = self.node(parent_number)
+            entry = self._lookup(parent, name)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ESTALE}:
+                raise
+            return None
+        if not entry.positive or not (
+            entry.is_directory or entry.identity == identity or self.nodes.may_be(number, entry)
+        ):
+            return None
+        node = self._same(parent, name, entry)
+        if node is None:
+            node = self.nodes.add(entry, self._generation, number=number)
+            node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
+        elif node.is_directory:
+            return None
+        else:
+            self.nodes.alias(node, number)
+        return node
+
+    def take_over(self) -> None:
+        """Go on with the nodes of a predecessor that has died.
+
+        Most are found as they are needed. Here those whose number or name alone does not lead to
+        them are: Overlay.node finds them from then on.
+        """
+        inherited, self.nodes.inherited = self.nodes.inherited, []
+        for left in inherited:
+            if left.number == 0 and EXCHANGE_FACT in left.facts:
+                self._exchanging = unpack_identity(left.facts[EXCHANGE_FACT])
+            if left.number > ROOT_NUMBER and self.nodes.get(left.number) is None:
+                self._inherit(left)
+        if self.stack.orphans is not None:
+            kept = [node.number for node in self.nodes.all() if node.orphan is not None]
+            self.stack.orphans.remove_others(kept)
+
+    def has_exchanged(self, parent: Node, name: bytes) -> bool:
+        """Say whether the exchange with which a predecessor died has got the object to `name`."""
+        entry = self._lookup(parent, name)
+        return (entry.stat.st_dev, entry.stat.st_ino) == self._exchanging
+
+    def _inherit(self, left: Inherited) -> None:
+        fact = left.facts.get(IDENTITY_FACT)
+        identity = unpack_identity(fact) if fact else None
+        for parent, name in left.names:
+            if self._claim_at(left.number, parent, name, identity) is not None:
+                return
+        fact = left.facts.get(orphans.ORPHAN_FACT)
+        found = orphans.find(self.stack, left.number, fact) if fact else None
+        entry = found.entry if found is not None else lookup.nothing(left.kind)
+        node = self.nodes.add(entry, self._generation, number=left.number)
+        self.nodes.detach(node)
+        node.gone = True
+        if found is not None:
+            node.anchor, node.orphan, node.gone = found.anchor, found.orphan, found.gone
 
     def serve(self, node: Node) -> bool:
         """Let the fast path answer for names in a directory; return whether it has begun to."""
@@ -183,6 +250,8 @@ class Overlay:
                 node.anchor = fd
             elif node.is_directory and self.stack.work is not None:
                 node.anchor = self.stack.work.removed_directory()
+        if node.anchor >= 0:
+            orphans.record(self.stack, node, At(node.anchor, b""), gone=True)
         for link in list(node.links):
             node.drop_link(*link)
         node.index = None
@@ -227,18 +296,21 @@ class Overlay:
         return node if node is not None and node.generation == self._generation else None
 
     def _adopt(self, parent: Node, name: bytes, entry: Entry) -> Node:
+        node = self._same(parent, name, entry) or self.nodes.add(entry, self._generation)
+        if (parent, name) not in node.links:
+            node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
+        return node
+
+    def _same(self, parent: Node, name: bytes, entry: Entry) -> Node | None:
+        """Return the node of which `entry` is a name, if it is held."""
         node = self.nodes.by_identity(entry.identity)
         if node is not None and node.generation != self._generation:
             self._refresh(node)
             node = self.nodes.by_identity(entry.identity)
-        if node is None or not self._is_same(node, entry, parent, name):
-            known = parent.children.get(name)
-            if known is not None and self._is_same(known, entry, parent, name):
-                return known
-            node = self.nodes.add(entry, self._generation)
-        if (parent, name) not in node.links:
-            node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
-        return node
+        if node is not None and self._is_same(node, entry, parent, name):
+            return node
+        known = parent.children.get(name)
+        return known if known is not None and self._is_same(known, entry, parent, name) else None
 
     def _is_same(self, node: Node, entry: Entry, parent: Node, name: bytes) -> bool:
         """Say whether `entry` is a name of `node`, and not of another file of the same origin."""
@@ -288,6 +360,18 @@ class Overlay:
 
     def readlink(self, node: Node) -> bytes:
         return syscalls.readlink(locate(self.stack, node))
+
+    def open_bottom(self, node: Node) -> tuple[int, int]:
+        """Open the bottom layer's part of a directory, to list it; return the descriptor, and what
+        is added to inode numbers there to make the numbers of nodes. Raises ENOENT.
+        """
+        bottom = self.stack.lowers[-1]
+        if not node.lowers or node.lowers[-1].layer is not bottom:
+            raise _error(errno.ENOENT)
+        return (
+            syscalls.open_readable(bottom.directory(node.lowers[-1].path)),
+            self.nodes.numbering(bottom.device) or 0,
+        )
 
     def statvfs(self) -> os.statvfs_result:
         """Return the statvfs(3) of the file system that takes new files."""
@@ -400,6 +484,7 @@ class Overlay:
         entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
         node = self.nodes.add(entry, self._generation)
         node.anchor = syscalls.duplicate(fd)
+        orphans.record(self.stack, node, At(fd, b""))
         return node, stat, fd
 
     def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
@@ -617,6 +702,9 @@ class Overlay:
             self._moving = False
         for file in moving:
             file.arrive()
+        if self._fast_path.recorded:  # a successor could not find what only the old layers have
+            for node in opened:
+                self.node(node.number)
         return [*unclaimed, *self.nodes.directories]
 
     def _opened(self) -> list[Node]:

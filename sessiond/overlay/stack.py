@@ -7,12 +7,16 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.workdir import Workdir
 from sessiond.overlay.xattrs import OverlayXattrs
+
+if TYPE_CHECKING:
+    from sessiond.overlay.orphans import Orphans
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Stack:
         self.work = work
         self.options = options
         self.xattrs = OverlayXattrs(user=options.user_xattrs)
+        self.orphans: Orphans | None = None
+        """Where removed files are kept for a successor of this process, if there can be one."""
         self._locks = locks
         for layer in self.layers:
             root = At(layer.root, b".")

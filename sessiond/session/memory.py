@@ -29,6 +29,7 @@ class MemoryMount:
         self.stack = request.stack
         """What is served now."""
         self.frozen_times = 0
+        self.recovered_times = 0
         self.mounted = True
         self.summary = ChangeSummary(added=0, changed=0, deleted=0, bytes=0)
         self.differences: list[dict[str, str | int]] = []
@@ -85,6 +86,12 @@ class MemoryMount:
     async def wait_died(self) -> None:
         await self._dead.wait()
 
+    async def recover(self) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("recover")
+        self.recovered_times += 1
+        self._dead = trio.Event()
+
     def die(self) -> None:
         """Let the worker die, as by SIGKILL."""
         self._dead.set()
@@ -100,7 +107,7 @@ class MemoryMounter:
 
     mounts: dict[SessionId, MemoryMount] = field(default_factory=dict)
     injected: dict[str, list[SessiondError]] = field(default_factory=dict)
-    """What the next calls of ``mount``, ``swap``, ``frozen`` or ``sync`` are to raise, in order."""
+    """What the next calls of ``mount``, or of a mount's method, are to raise, in order."""
 
     async def mount(self, request: MountRequest) -> MemoryMount:
         await trio.lowlevel.checkpoint()

@@ -218,6 +218,8 @@ class Stack:
     lowers: tuple[Path, ...]
     indexes: tuple[Path, ...] = ()
     """Hard links that lowers have kept that were uppers once, topmost first; may be missing."""
+    orphans: Path | None = None
+    """Where removed files are kept while they are open, beside the upper; made if missing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,14 @@ class Mount(Protocol):
     async def wait_died(self) -> None:
         """Return when the worker is gone, whatever the reason."""
 
+    async def recover(self) -> None:
+        """Have another process go on for the worker, which is gone.
+
+        For who uses the mount it was a pause: no request, no open file and no lock is lost. What
+        `swap` or `frozen` was doing when the worker ended has failed. Raises `Failed` where that
+        cannot be; all that is left to do then is `unmount`.
+        """
+
 
 class Mounter(Protocol):
     """Makes mounts."""

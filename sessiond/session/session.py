@@ -81,6 +81,7 @@ class Session:
         self._idle = trio.Event()
         self._job: Job | None = None
         self._attempts = Attempts(most=5, seconds=60.0)
+        self._recoveries = Attempts(most=20, seconds=10.0)
         self._space = SpaceWatch()
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
@@ -442,6 +443,7 @@ class Session:
             upper=store.upper(record),
             lowers=(*store.lowers(record), image.root),
             indexes=store.indexes(record),
+            orphans=store.orphans(record),
         )
 
     async def _require_image(self) -> Image:
@@ -477,8 +479,10 @@ class Session:
         self._tasks.start_soon(self._supervise, self.mount)
 
     async def _supervise(self, mount: Mount) -> None:
-        """Mount again when the worker of `mount` dies."""
+        """When the worker of `mount` dies, have another go on; if that fails, mount again."""
         await mount.wait_died()
+        while not self._closing and await self._recover(mount):
+            await mount.wait_died()
         self.failure = f"The worker of session {self.id} ended unexpectedly."
         log.error("%s It is started again.", self.failure)
         if self._job is not None:
@@ -489,6 +493,17 @@ class Session:
                 await mount.unmount()
                 self.mount = None
                 await self._mount_again()
+
+    async def _recover(self, mount: Mount) -> bool:
+        if not self._recoveries.allowed():
+            return False
+        try:
+            await mount.recover()
+        except SessiondError as error:
+            log.error("Session %s: %s", self.id, error)  # noqa: TRY400
+            return False
+        log.error("The worker of session %s ended unexpectedly; another goes on for it.", self.id)
+        return True
 
     async def _mount_again(self) -> None:
         while self._attempts.allowed():

@@ -115,6 +115,10 @@ class Store:
         """The indexes of hard links of the committed layers, topmost first."""
         return tuple(self.layer(record, number) / "work/index" for number in record.layers)
 
+    def orphans(self, record: SessionRecord) -> Path:
+        """Where removed files are kept while they are open."""
+        return self.storage(record) / "orphans"
+
     # Changes
 
     def create(self, record: SessionRecord, *, size: str, inodes: int | None) -> None:

@@ -3,7 +3,6 @@
 #include "kernel_io.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
@@ -23,8 +22,11 @@ void contents_close(struct node *node)
         return;
     if (contents->backing)
         ioctl(state.device, DEV_IOC_BACKING_CLOSE, &contents->backing);
+    if (contents->backing || contents->mapped)
+        journal_contents(node->number, NULL);
     use_end(&contents->use);
-    close(contents->fd);
+    if (contents->fd >= 0)
+        close(contents->fd);
     free(contents);
     node->contents = NULL;
 }
@@ -46,7 +48,8 @@ static bool open_again(struct contents *contents, int flags)
  * refused while someone has the file open for writing (fcntl(2)). */
 bool contents_mapped(struct contents *contents)
 {
-    if (!contents->mapped || (contents->for_writing && !open_again(contents, O_RDONLY)))
+    if (!contents->mapped || contents->fd < 0 ||
+        (contents->for_writing && !open_again(contents, O_RDONLY)))
         return contents->mapped;
     contents->mapped = fcntl(contents->fd, F_SETLEASE, F_RDLCK) && errno == EAGAIN;
     fcntl(contents->fd, F_SETLEASE, F_UNLCK);
@@ -82,7 +85,12 @@ bool contents_set(struct node *node, int fd, bool writable)
     if (contents && contents->backing && contents->opens) {
         if (contents->device != stat.st_dev || contents->inode != stat.st_ino)
             goto failed;
-        close(fd);
+        if (contents->fd >= 0) {
+            close(fd);
+        } else {
+            contents->fd = fd;
+            contents->for_writing = (fcntl(fd, F_GETFL) & O_ACCMODE) == O_RDWR;
+        }
         contents->writable = writable;
         contents->stale = false;
         return true;
@@ -143,7 +151,8 @@ static struct contents *contents_of(struct node *node)
         if (fd >= 0)
             contents_set(node, fd, false);
     }
-    if (!node || !node->contents || (node->contents->stale && !node->contents->backing))
+    if (!node || !node->contents || node->contents->fd < 0 ||
+        (node->contents->stale && !node->contents->backing))
         return NULL;
     if (!node->contents->opens && !node->contents->kept)
         rest(node);
@@ -159,9 +168,12 @@ static struct contents *changeable(struct node *node)
     return contents->for_writing || open_again(contents, O_RDWR) ? contents : NULL;
 }
 
-static bool is_write(uint32_t flags)
+static void count(struct node *node, uint32_t flags)
 {
-    return (flags & O_ACCMODE) != O_RDONLY;
+    use_end(&node->contents->use);
+    node->contents->opens++;
+    node->contents->writers += is_write(flags);
+    journal_opened(node->number, flags);
 }
 
 /* Count an open, and say how the kernel is to treat it. */
@@ -169,9 +181,7 @@ void contents_opened(struct node *node, uint32_t flags, struct open_out *out)
 {
     struct contents *contents = node->contents;
 
-    use_end(&contents->use);
-    contents->opens++;
-    contents->writers += is_write(flags);
+    count(node, flags);
     if (state.passthrough && !contents->backing && !contents->refused) {
         /* The kernel opens it again as it is needed. Held open for writing here, it would look as if
          * it were mapped so (contents_mapped). */
@@ -179,10 +189,9 @@ void contents_opened(struct node *node, uint32_t flags, struct open_out *out)
             open_again(contents, O_RDONLY);
         struct backing_map map = {.fd = contents->fd};
         int id = ioctl(state.device, DEV_IOC_BACKING_OPEN, &map);
-        if (id > 0)
-            contents->backing = id;
-        else
-            contents->refused = true;
+        contents->backing = id > 0 ? id : 0;
+        contents->refused = !contents->backing;
+        journal_contents(node->number, contents);
     }
     if (contents->backing) {
         out->open_flags = OPEN_PASSTHROUGH | FOPEN_NOFLUSH;
@@ -229,30 +238,70 @@ static void notify_attributes(uint64_t number)
         return; /* it is not cached any more */
 }
 
+/* Undo `count`. */
+static void uncount(struct node *node, uint32_t flags)
+{
+    struct contents *contents = node->contents;
+    journal_closed(node->number, flags);
+    contents->opens--;
+    if (is_write(flags)) {
+        contents->writers -= contents->writers > 0;
+        contents->mapped |= contents->backing != 0;
+        notify_attributes(node->number);
+    }
+}
+
+void contents_closed(struct node *node, uint32_t flags)
+{
+    struct contents *contents = node->contents;
+    uncount(node, flags);
+    if (contents->opens)
+        return;
+    rest(node);
+    if (contents->stale)
+        contents_close(node);
+    node_forget(node, 0);
+}
+
+/* Take over what is open from a predecessor. Which file it is Python has to say. */
+bool contents_inherit(struct node *node, const struct life *life)
+{
+    struct contents *contents = calloc(1, sizeof *contents);
+    if (!contents)
+        return false;
+    *contents = (struct contents){
+        .fd = -1,
+        .stale = true,
+        .backing = life->backing,
+        .refused = !life->backing,
+        .mapped = life->mapped,
+        .opens = life->opens,
+        .writers = life->writers,
+        .device = life->device,
+        .inode = life->inode,
+    };
+    node->contents = contents;
+    if (!contents->opens && !contents->mapped)
+        contents_close(node);
+    else if (!contents->opens)
+        rest(node);
+    return true;
+}
+
 bool answer_release(struct request *request)
 {
     struct fuse_release_in *in = request->body;
     struct node *node = node_find(request->in->nodeid);
     struct contents *contents = node ? node->contents : NULL;
 
-    if (contents && contents->opens) {
-        contents->opens--;
-        if (is_write(in->flags)) {
-            contents->writers -= contents->writers > 0;
-            contents->mapped |= contents->backing != 0;
-            notify_attributes(node->number);
-        }
-        if (contents->kept && !contents->opens) {
-            in->fh = request->in->nodeid;
-            return false;
-        }
-        if (!contents->opens) {
-            rest(node);
-            if (contents->stale)
-                contents_close(node);
-            node_forget(node, 0);
-        }
+    if (contents && contents->kept && contents->opens == 1) {
+        state.unique = 0; /* not taken back: Python replies later */
+        uncount(node, in->flags);
+        in->fh = request->in->nodeid;
+        return false;
     }
+    if (contents && contents->opens)
+        contents_closed(node, in->flags);
     reply(request, NULL, 0);
     return true;
 }

@@ -9,7 +9,6 @@
 
 #include <dirent.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/openat2.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,16 +21,21 @@
 #define LISTING_BUFFER 32768
 #define DIRECTORIES_LIMIT 1024 /* kept open */
 
-/* Handles of listings that are made here: this bit, and an address. Python's are small numbers. */
+/* Handles of listings that are made here have this bit. */
 #define OURS (1ull << 63)
+#define LISTING_CHAINS 64
 
 struct listing {
+    struct listing *next; /* in its hash chain */
+    uint64_t handle;
     uint64_t number; /* of the directory */
     uint64_t numbering;
-    int fd;
-    bool python; /* rewound after the directory had become Python's */
+    int fd; /* -1: a predecessor had it open, and Python has to open it again */
+    bool python; /* opened there, or rewound after the directory had become Python's */
     uint64_t position;
 };
+static struct listing *listings[LISTING_CHAINS];
+static uint64_t last_listing;
 
 struct raw_dirent { /* linux_dirent64, getdents64(2) */
     uint64_t ino;
@@ -168,12 +172,14 @@ static struct node *refer(struct node *parent, const char *name, const struct st
         if (!node || !node_place(node, parent, name))
             return NULL;
         node->type = stat->st_mode & S_IFMT;
+        journal_placed(number, node->type, parent->number, name, strlen(name));
     } else if (node->python || node->parent != parent || strcmp(node->name, name) ||
                node->type != (stat->st_mode & S_IFMT)) {
         return NULL;
     }
     node->generation = state.generation;
     node->lookups++;
+    journal_lookups(number, 1);
     return node;
 }
 
@@ -218,7 +224,7 @@ bool answer_lookup(struct request *request)
         return false;
     fill_entry(&entry, &stat, node->number);
     if (reply(request, &entry, sizeof entry))
-        node_forget(node, 1); /* the caller was interrupted */
+        transport_forget(node->number, 1); /* the caller was interrupted */
     return true;
 }
 
@@ -349,44 +355,108 @@ static struct directory *plain_directory(struct node *node)
     return directory && directory->bottom ? directory : NULL;
 }
 
+static struct listing **listing_link(uint64_t handle)
+{
+    struct listing **link = &listings[handle % LISTING_CHAINS];
+    while (*link && (*link)->handle != handle)
+        link = &(*link)->next;
+    return link;
+}
+
+static struct listing *listing_of(uint64_t handle)
+{
+    return *listing_link(handle);
+}
+
+static struct listing *listing_new(uint64_t handle, uint64_t number, int fd)
+{
+    struct listing *listing = calloc(1, sizeof *listing);
+    if (!listing)
+        return NULL;
+    struct listing **chain = &listings[handle % LISTING_CHAINS];
+    *listing = (struct listing){.next = *chain, .handle = handle, .number = number, .fd = fd};
+    return *chain = listing;
+}
+
+/* Take a listing over from a predecessor. */
+bool listing_inherit(uint64_t handle, uint64_t number, bool python)
+{
+    struct listing *listing = listing_new(handle, number, -1);
+    if (!listing)
+        return false;
+    listing->python = python || !(handle & OURS);
+    if ((handle & ~OURS) > last_listing)
+        last_listing = handle & ~OURS;
+    return true;
+}
+
+/* Go on with an inherited listing; `fd` is taken over. */
+bool listing_reopen(uint64_t handle, int fd, uint64_t numbering)
+{
+    struct listing *listing = listing_of(handle);
+    if (!listing || listing->fd >= 0)
+        return false;
+    listing->fd = fd;
+    listing->numbering = numbering;
+    return true;
+}
+
+/* Show the listings that have to be opened again. */
+void listing_each_inherited(void (*visit)(uint64_t handle, uint64_t number, void *), void *argument)
+{
+    for (size_t i = 0; i < LISTING_CHAINS; i++)
+        for (const struct listing *listing = listings[i]; listing; listing = listing->next)
+            if (listing->fd < 0 && !listing->python)
+                visit(listing->handle, listing->number, argument);
+}
+
+/* The largest handle so far, but for the bit. */
+uint64_t listing_last(void)
+{
+    return last_listing;
+}
+
+void listing_close(uint64_t handle)
+{
+    struct listing **link = listing_link(handle), *listing = *link;
+    journal_unlisted(handle);
+    if (!listing)
+        return;
+    *link = listing->next;
+    if (listing->fd >= 0)
+        close(listing->fd);
+    free(listing);
+}
+
 bool answer_opendir(struct request *request)
 {
     struct node *node = node_find(request->in->nodeid);
     struct directory *directory = plain_directory(node);
     struct listing *listing;
+    int fd = directory ? open_listing(directory->fds[directory->count - 1]) : -1;
 
-    if (!directory || !(listing = calloc(1, sizeof *listing)))
-        return false;
-    listing->fd = open_listing(directory->fds[directory->count - 1]);
-    if (listing->fd < 0) {
-        free(listing);
+    if (fd < 0 || !(listing = listing_new(OURS | ++last_listing, node->number, fd))) {
+        if (fd >= 0)
+            close(fd);
         return false;
     }
-    listing->number = node->number;
     listing->numbering = directory->numbering;
+    journal_listed(listing->handle, node->number);
     struct open_out out = {
-        .fh = OURS | (uintptr_t)listing,
+        .fh = listing->handle,
         .open_flags = FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE,
     };
     reply(request, &out, sizeof out);
     return true;
 }
 
-static struct listing *listing_of(uint64_t handle)
-{
-    return handle & OURS ? (struct listing *)(uintptr_t)(handle & ~OURS) : NULL;
-}
-
 bool answer_releasedir(struct request *request)
 {
     const struct fuse_release_in *in = request->body;
     struct listing *listing = listing_of(in->fh);
+    bool python = listing ? listing->python : !(in->fh & OURS);
 
-    if (!listing)
-        return false;
-    bool python = listing->python;
-    close(listing->fd);
-    free(listing);
+    listing_close(in->fh);
     if (!python)
         reply(request, NULL, 0);
     return !python;
@@ -469,9 +539,14 @@ bool answer_readdir(struct request *request)
     struct listing *listing = listing_of(in->fh);
     struct node *node = node_find(request->in->nodeid);
 
-    if (listing && node && in->offset == 0) /* opened, or rewound, which shows what is there now */
-        listing->python = !plain_directory(node);
-    if (!listing || !node || listing->python) {
+    if (listing && node && listing->handle & OURS && in->offset == 0) {
+        /* Opened, or rewound, which shows what is there now. */
+        if (!listing->python && !plain_directory(node)) {
+            listing->python = true;
+            journal_turned(listing->handle);
+        }
+    }
+    if (!listing || !node || listing->python || listing->fd < 0) {
         if (!plus) /* pyfuse3 does not know READDIR */
             in->fh |= NAMES_ONLY;
         request->in->opcode = FUSE_READDIRPLUS;

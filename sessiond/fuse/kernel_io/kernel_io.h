@@ -5,6 +5,7 @@
  *   files.c      contents of open files: passthrough, or read and written here
  *   image.c      objects that only the bottom layer has a say in, answered without Python
  *   nodes.c      the table of nodes that the kernel holds
+ *   journal.c    what a successor of this process has to know
  *   module.c     the Python module
  *
  * One mutex guards all state; it is held while a request is answered, never while waiting for one.
@@ -18,6 +19,7 @@
 #include "protocol.h"
 
 #include <pthread.h>
+#include <fcntl.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <sys/stat.h>
@@ -91,13 +93,20 @@ struct node {
 struct state {
     pthread_mutex_t lock;
     int device;
+    struct fuse_in_header *inherited; /* the kernel's first request to a predecessor, or NULL */
     enum data_path path;
     bool passthrough; /* the kernel has agreed to it */
     bool held;        /* changes wait: the session is frozen */
     uint32_t generation;
+    uint64_t unique; /* of the request that is being replied to, without RESENT */
     uint64_t negative_valid; /* seconds for which the kernel may remember that a name is missing */
 };
 extern struct state state;
+
+static inline bool is_write(uint32_t flags)
+{
+    return (flags & O_ACCMODE) != O_RDONLY;
+}
 
 /* nodes.c */
 struct node *node_find(uint64_t number);
@@ -117,8 +126,13 @@ struct request {
 int reply(const struct request *request, const void *body, size_t size);
 int reply_error(const struct request *request, int code);
 bool ask_for_contents(const struct request *request, uint64_t number, bool writing);
+void transport_forget(uint64_t number, uint64_t lookups); /* as the kernel has */
+bool transport_is_active(void); /* whether it has taken the place of the device */
+bool transport_resent(void); /* whether the request that Python was given last was sent before */
 
 /* Each of the following answers a request and returns true, or leaves it to Python. */
+
+struct life;
 
 /* files.c */
 bool answer_open(struct request *request);
@@ -135,9 +149,10 @@ bool contents_finish(struct node *node);
 bool contents_mapped(struct contents *contents); /* clears `mapped` if it is not so */
 void contents_close(struct node *node);
 void contents_opened(struct node *node, uint32_t flags, struct open_out *out);
+void contents_closed(struct node *node, uint32_t flags);
+bool contents_inherit(struct node *node, const struct life *life);
 
 /* image.c */
-struct listing;
 bool answer_lookup(struct request *request);
 bool answer_getattr(struct request *request);
 bool answer_readlink(struct request *request);
@@ -150,8 +165,57 @@ int image_open(struct node *node);
 bool image_serve(struct node *node, const int *fds, int count, bool bottom, uint64_t numbering);
 void image_withdraw(struct node *node);
 uint64_t image_listed(uint64_t handle); /* the number of the directory that a handle is of */
+bool listing_inherit(uint64_t handle, uint64_t number, bool python);
+void listing_close(uint64_t handle);
+bool listing_reopen(uint64_t handle, int fd, uint64_t numbering);
+void listing_each_inherited(void (*visit)(uint64_t handle, uint64_t number, void *), void *argument);
+uint64_t listing_last(void);
+
+/* journal.c */
+struct life_name {
+    struct life_name *next;
+    uint64_t parent;
+    size_t length;
+    char bytes[]; /* and a zero */
+};
+struct life_fact {
+    struct life_fact *next;
+    uint32_t which;
+    size_t length;
+    char data[];
+};
+struct life { /* all that the journal has of one node */
+    struct life *next;
+    uint64_t number;
+    int64_t lookups;
+    uint32_t type, opens, writers;
+    int32_t backing;
+    bool mapped, needed;
+    uint64_t device, inode;
+    struct life_name *names;
+    struct life_fact *facts;
+};
+#define JOURNAL_KEY 16 /* bytes */
+bool journal_open(int fd);
+const char *journal_key(void);
+void journal_init(const struct fuse_in_header *in);
+void journal_placed(uint64_t number, mode_t type, uint64_t parent, const char *name, size_t length);
+void journal_removed(uint64_t number, uint64_t parent, const char *name, size_t length);
+void journal_lookups(uint64_t number, int64_t change);
+void journal_opened(uint64_t number, uint32_t flags);
+void journal_closed(uint64_t number, uint32_t flags);
+void journal_contents(uint64_t number, const struct contents *contents); /* NULL: none any more */
+void journal_listed(uint64_t handle, uint64_t number);
+void journal_unlisted(uint64_t handle);
+void journal_turned(uint64_t handle);
+bool journal_fact(uint64_t number, uint32_t which, const char *data, size_t length);
+void journal_tidy(void);
+bool journal_inherit(void);
+void journal_inherited(void (*visit)(const struct life *, void *), void *argument);
+bool journal_settle(uint64_t unique);
 
 /* replies.c: each amends what follows the header. */
+uint32_t largest_write(void); /* in bytes */
 void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count);
 void amend_entry(struct iovec *parts, int count);
 void amend_attributes(struct iovec *parts, int count);
@@ -159,6 +223,6 @@ void amend_listing(struct iovec *parts, int count);
 void amend_names(struct iovec *parts, int count); /* makes READDIRPLUS's reply READDIR's */
 void amend_open(uint64_t number, uint32_t flags, struct iovec *parts, int count);
 void amend_create(uint32_t flags, struct iovec *parts, int count);
-void amend_opendir(struct iovec *parts, int count);
+void amend_opendir(uint64_t number, struct iovec *parts, int count);
 
 #endif

@@ -5,7 +5,6 @@
 #include "kernel_io.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 
 /* The lock is held while the image's disk is read: let other Python threads run meanwhile. */
@@ -46,9 +45,151 @@ static PyObject *configure(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *record(PyObject *self, PyObject *args)
+{
+    int device, journal, inherits;
+    if (!PyArg_ParseTuple(args, "iip:record", &device, &journal, &inherits))
+        return NULL;
+    lock();
+    state.device = device;
+    bool recorded = journal_open(journal) && (!inherits || journal_inherit());
+    unlock();
+    return PyBool_FromLong(recorded);
+}
+
+static PyObject *key(PyObject *self, PyObject *unused)
+{
+    return PyBytes_FromStringAndSize(journal_key(), JOURNAL_KEY);
+}
+
+static PyObject *placed(PyObject *self, PyObject *args)
+{
+    unsigned long long number, parent;
+    unsigned int type;
+    Py_buffer name;
+    if (!PyArg_ParseTuple(args, "KIKy*:placed", &number, &type, &parent, &name))
+        return NULL;
+    lock();
+    journal_placed(number, type, parent, name.buf, name.len);
+    unlock();
+    PyBuffer_Release(&name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *removed(PyObject *self, PyObject *args)
+{
+    unsigned long long number, parent;
+    Py_buffer name;
+    if (!PyArg_ParseTuple(args, "KKy*:removed", &number, &parent, &name))
+        return NULL;
+    lock();
+    journal_removed(number, parent, name.buf, name.len);
+    unlock();
+    PyBuffer_Release(&name);
+    Py_RETURN_NONE;
+}
+
+static PyObject *note(PyObject *self, PyObject *args)
+{
+    unsigned long long number;
+    unsigned int which;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "KIy*:note", &number, &which, &data))
+        return NULL;
+    lock();
+    bool noted = journal_fact(number, which, data.buf, data.len);
+    unlock();
+    PyBuffer_Release(&data);
+    return PyBool_FromLong(noted);
+}
+
+/* Append (number, type, [(parent, name), ...], {which: data, ...}). */
+static void append_inherited(const struct life *life, void *list)
+{
+    PyObject *names = PyList_New(0), *facts = PyDict_New(), *item = NULL;
+    for (const struct life_name *name = life->names; names && name; name = name->next) {
+        PyObject *pair = Py_BuildValue("Ky#", (unsigned long long)name->parent, name->bytes,
+                                       (Py_ssize_t)name->length);
+        if (!pair || PyList_Append(names, pair))
+            Py_CLEAR(names);
+        Py_XDECREF(pair);
+    }
+    for (const struct life_fact *fact = life->facts; facts && fact; fact = fact->next) {
+        PyObject *which = PyLong_FromUnsignedLong(fact->which);
+        PyObject *data = PyBytes_FromStringAndSize(fact->data, fact->length);
+        if (!which || !data || PyDict_SetItem(facts, which, data))
+            Py_CLEAR(facts);
+        Py_XDECREF(which);
+        Py_XDECREF(data);
+    }
+    if (names && facts)
+        item = Py_BuildValue("KIOO", (unsigned long long)life->number, life->type, names, facts);
+    if (item)
+        PyList_Append(list, item);
+    Py_XDECREF(item);
+    Py_XDECREF(names);
+    Py_XDECREF(facts);
+}
+
+static PyObject *inherited(PyObject *self, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+    if (!list)
+        return NULL;
+    lock();
+    journal_inherited(append_inherited, list);
+    unlock();
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+static void append_listing(uint64_t handle, uint64_t number, void *list)
+{
+    PyObject *pair = Py_BuildValue("KK", (unsigned long long)handle, (unsigned long long)number);
+    if (pair)
+        PyList_Append(list, pair);
+    Py_XDECREF(pair);
+}
+
+static PyObject *inherited_listings(PyObject *self, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+    if (!list)
+        return NULL;
+    lock();
+    listing_each_inherited(append_listing, list);
+    unlock();
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *last_listing(PyObject *self, PyObject *unused)
+{
+    return PyLong_FromUnsignedLongLong(listing_last());
+}
+
+static PyObject *reopen_listing(PyObject *self, PyObject *args)
+{
+    unsigned long long handle, numbering;
+    int fd;
+    if (!PyArg_ParseTuple(args, "KiK:reopen_listing", &handle, &fd, &numbering))
+        return NULL;
+    lock();
+    bool reopened = listing_reopen(handle, fd, numbering);
+    unlock();
+    return PyBool_FromLong(reopened);
+}
+
+static PyObject *is_resent(PyObject *self, PyObject *unused)
+{
+    return PyBool_FromLong(transport_resent());
+}
+
 static PyObject *is_active(PyObject *self, PyObject *unused)
 {
-    return PyBool_FromLong(state.device >= 0);
+    return PyBool_FromLong(transport_is_active());
 }
 
 static PyObject *has_passthrough(PyObject *self, PyObject *unused)
@@ -132,7 +273,7 @@ static PyObject *place(PyObject *self, PyObject *argument)
     struct node *node;
     if (!lock_and_find(argument, &node))
         return NULL;
-    if (node && !node->python)
+    if (node && !node->python && node->parent)
         result = Py_BuildValue("Ky", (unsigned long long)node->parent->number, node->name);
     unlock();
     if (result || PyErr_Occurred())
@@ -284,6 +425,16 @@ static PyObject *duplicate(PyObject *self, PyObject *argument)
 
 static PyMethodDef methods[] = {
     {"configure", configure, METH_VARARGS, NULL},
+    {"record", record, METH_VARARGS, NULL},
+    {"key", key, METH_NOARGS, NULL},
+    {"placed", placed, METH_VARARGS, NULL},
+    {"removed", removed, METH_VARARGS, NULL},
+    {"note", note, METH_VARARGS, NULL},
+    {"inherited", inherited, METH_NOARGS, NULL},
+    {"inherited_listings", inherited_listings, METH_NOARGS, NULL},
+    {"last_listing", last_listing, METH_NOARGS, NULL},
+    {"reopen_listing", reopen_listing, METH_VARARGS, NULL},
+    {"is_resent", is_resent, METH_NOARGS, NULL},
     {"is_active", is_active, METH_NOARGS, NULL},
     {"has_passthrough", has_passthrough, METH_NOARGS, NULL},
     {"hold", hold, METH_O, NULL},

@@ -17,10 +17,15 @@
 /* In the handle of a READDIRPLUS that Python is asked for in place of a READDIR. */
 #define NAMES_ONLY (1ull << 62)
 
+/* In the number of a request that was sent before, to a process that has died. */
+#define RESENT (1ull << 63)         /* 6.9 */
+#define NOTIFY_RESEND 7
+
 #define OPEN_PASSTHROUGH (1u << 7)  /* 6.9 */
 
 /* In flags2 of INIT. */
 #define INIT2_PASSTHROUGH (1u << 5) /* 6.9 */
+#define INIT2_HAS_RESEND (1u << 7)  /* 6.9 */
 
 struct backing_map {
     int32_t fd;

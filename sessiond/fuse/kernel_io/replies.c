@@ -17,6 +17,12 @@ static void *at(struct iovec *parts, int count, size_t offset, size_t size)
     return NULL;
 }
 
+/* With passthrough hardly anything is written here, so buffers may be small. */
+uint32_t largest_write(void)
+{
+    return state.path == PASSTHROUGH ? 1 << 17 : 1 << 20;
+}
+
 /* Ask for what the kernel offers and libfuse or pyfuse3 does not know. */
 void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count)
 {
@@ -26,6 +32,8 @@ void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count)
     if (!out)
         return;
     out->flags |= in->flags & wanted;
+    if (out->max_write > largest_write())
+        out->max_write = largest_write();
     out->flags |= in->flags & FUSE_READDIRPLUS_AUTO;
     if (in->flags & FUSE_EXPLICIT_INVAL_DATA)
         out->flags &= ~FUSE_AUTO_INVAL_DATA;
@@ -37,6 +45,10 @@ void amend_init(const struct fuse_init_in *in, struct iovec *parts, int count)
         out->max_stack_depth = 1; /* so that the mount can itself be a layer of the kernel's overlay */
         state.passthrough = true;
     }
+    if (in->flags & FUSE_INIT_EXT && in->flags2 & INIT2_HAS_RESEND) {
+        out->flags |= FUSE_INIT_EXT;
+        out->flags2 |= INIT2_HAS_RESEND;
+    }
 }
 
 /* A reply that gives the kernel a reference. */
@@ -46,8 +58,10 @@ static void given(struct fuse_entry_out *entry)
     if (!entry->nodeid)
         return;
     struct node *node = node_get(entry->nodeid);
-    if (node)
+    if (node) {
         node->lookups++;
+        journal_lookups(entry->nodeid, 1);
+    }
 }
 
 void amend_entry(struct iovec *parts, int count)
@@ -116,9 +130,11 @@ void amend_create(uint32_t flags, struct iovec *parts, int count)
         contents_opened(node, flags, out);
 }
 
-void amend_opendir(struct iovec *parts, int count)
+void amend_opendir(uint64_t number, struct iovec *parts, int count)
 {
     struct open_out *out = at(parts, count, 0, sizeof *out);
-    if (out)
-        out->open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+    if (!out)
+        return;
+    out->open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
+    journal_listed(out->fh, number);
 }

@@ -17,10 +17,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
-#define BUFFER_SIZE ((1 << 20) + 4096) /* the largest request, and its headers */
+#define HEADERS 4096 /* before the data of a write, at most */
 #define PENDING_CHAINS 128
 #define FORGET_LIMIT 256
 #define FORGET_DELAY 2 /* milliseconds */
@@ -56,8 +57,11 @@ static struct forgotten { /* a BATCH_FORGET in the making, for Python */
 
 static struct message *queue, **queue_end = &queue;
 static struct pending *pending[PENDING_CHAINS];
+static char *own_buffer; /* of Python's thread */
 static int wake = -1;
 static bool ended;
+static bool resent; /* the request that Python was given last was sent before */
+static bool replaying; /* libfuse has yet to reply to a predecessor's first request */
 static bool patient; /* there are processors to spare */
 static bool lingering; /* Python is to look out for the next request */
 static int tries; /* of the request that is being tried again */
@@ -126,7 +130,7 @@ static void amend(const struct pending *request, struct iovec *parts, int count)
         amend_create(request->flags, parts, count);
         break;
     case FUSE_OPENDIR:
-        amend_opendir(parts, count);
+        amend_opendir(request->nodeid, parts, count);
         break;
     case FUSE_READDIRPLUS:
         (request->names_only ? amend_names : amend_listing)(parts, count);
@@ -291,6 +295,7 @@ static void try_again(const struct message *retry, int error)
     struct request request = {(struct fuse_in_header *)retry->data,
                               (char *)retry->data + sizeof *request.in};
     tries = retry->tries;
+    state.unique = request.in->unique & ~RESENT;
     if (error)
         answer(request.in->unique, error, NULL, 0);
     else if (!operation_of(request.in->opcode)->answer(&request))
@@ -300,9 +305,10 @@ static void try_again(const struct message *retry, int error)
 
 /* Requests that are about the table, or translated */
 
-static void forget(uint64_t number, uint64_t lookups)
+void transport_forget(uint64_t number, uint64_t lookups)
 {
     struct node *node = node_find(number);
+    journal_lookups(number, -(int64_t)lookups);
     if (node && !node->python) {
         node_forget(node, lookups);
         return;
@@ -316,7 +322,7 @@ static void forget(uint64_t number, uint64_t lookups)
 static bool answer_forget(struct request *request)
 {
     const struct fuse_forget_in *in = request->body;
-    forget(request->in->nodeid, in->nlookup);
+    transport_forget(request->in->nodeid, in->nlookup);
     return true;
 }
 
@@ -325,7 +331,7 @@ static bool answer_batch_forget(struct request *request)
     const struct fuse_batch_forget_in *in = request->body;
     const struct fuse_forget_one *items = (const struct fuse_forget_one *)(in + 1);
     for (uint32_t i = 0; i < in->count; i++)
-        forget(items[i].nodeid, items[i].nlookup);
+        transport_forget(items[i].nodeid, items[i].nlookup);
     return true;
 }
 
@@ -338,10 +344,22 @@ static bool answer_tmpfile(struct request *request)
 
 /* The thread */
 
+static size_t buffer_size(void)
+{
+    return largest_write() + HEADERS;
+}
+
 static bool answer_here(struct fuse_in_header *in)
 {
     struct request request = {in, in + 1};
     const struct operation *operation = operation_of(in->opcode);
+    state.unique = in->unique & ~RESENT;
+    if (in->unique & RESENT && journal_settle(state.unique)) {
+        answer(in->unique, 0, NULL, 0); /* a RELEASE, which was carried out */
+        return true;
+    }
+    if (in->opcode == FUSE_INIT)
+        journal_init(in);
     return operation->answer && operation->answer(&request);
 }
 
@@ -374,18 +392,31 @@ static void await_request(bool answered)
         flush_forgotten();
 }
 
+/* Make room for the largest request. It is in memory for good: the kernel fails a request, and does not
+ * send it again, if it has to wait for a page of a process that is being killed. */
+static char *new_buffer(void)
+{
+    char *buffer = mmap(NULL, buffer_size(), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+    if (buffer == MAP_FAILED)
+        return NULL;
+    mlock(buffer, buffer_size()); /* against swapping, if that is allowed */
+    return buffer;
+}
+
 static void *serve(void *argument)
 {
     char *buffer = argument;
     bool answered = false;
     for (;;) {
-        ssize_t size = read(state.device, buffer, BUFFER_SIZE);
+        ssize_t size = read(state.device, buffer, buffer_size());
         if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
             struct fuse_in_header *in = (struct fuse_in_header *)buffer;
             pthread_mutex_lock(&state.lock);
             answered = answer_here(in);
             if (!answered)
                 forward(in);
+            journal_tidy();
             pthread_mutex_unlock(&state.lock);
         } else if (size < 0 && errno == EAGAIN) {
             await_request(answered);
@@ -394,12 +425,40 @@ static void *serve(void *argument)
             break; /* ENODEV: unmounted */
         }
     }
-    free(buffer);
+    munmap(buffer, buffer_size());
     pthread_mutex_lock(&state.lock);
     ended = true;
     wake_python();
     pthread_mutex_unlock(&state.lock);
     return NULL;
+}
+
+static int begin_serving(void)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    char *buffer = new_buffer();
+    own_buffer = new_buffer();
+    if (!buffer || !own_buffer)
+        return -1;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's thread */
+    int failed = pthread_create(&thread, NULL, serve, buffer);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (failed)
+        return -1;
+    pthread_detach(thread);
+    return 0;
+}
+
+/* Go on where a predecessor has died: the kernel is to send again what was not replied to. Return 0
+ * or an errno. */
+static int take_up(void)
+{
+    struct fuse_out_header notification = {.len = sizeof notification, .error = NOTIFY_RESEND};
+    if (write(state.device, &notification, sizeof notification) < 0)
+        return errno;
+    return begin_serving() ? EAGAIN : 0;
 }
 
 /* What libfuse calls in place of read(2) and writev(2) */
@@ -426,16 +485,19 @@ static ssize_t take(void *buffer, size_t room)
 static ssize_t linger(void *buffer, size_t room)
 {
     for (uint64_t end = now() + PATIENCE; now() < end;) {
-        ssize_t size = read(state.device, buffer, room);
+        ssize_t size = read(state.device, own_buffer, buffer_size());
         pthread_mutex_lock(&state.lock);
         if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
-            struct fuse_in_header *in = buffer;
-            if (answer_here(in))
+            struct fuse_in_header *in = (struct fuse_in_header *)own_buffer;
+            if (answer_here(in)) {
                 end = now() + PATIENCE;
-            else if (!operation_of(in->opcode)->amended || expect_reply(in))
+            } else if (!operation_of(in->opcode)->amended || expect_reply(in)) {
                 end = 0;
-            else
+                size = (size_t)size <= room ? size : 0;
+                memcpy(buffer, own_buffer, size);
+            } else {
                 answer(in->unique, ENOMEM, NULL, 0);
+            }
         } else {
             size = queue ? take(buffer, room) : 0;
             end = size ? 0 : end;
@@ -458,6 +520,7 @@ static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
     }
     pthread_mutex_lock(&state.lock);
     ssize_t size = take(buffer, room);
+    resent = size && ((struct fuse_in_header *)buffer)->unique & RESENT;
     bool linger_now = !size && lingering;
     if (!size && ended)
         wake_python(); /* the next task, too */
@@ -468,6 +531,8 @@ static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
         size = linger(buffer, room);
         if (!size)
             flush_forgotten();
+        else
+            resent = ((struct fuse_in_header *)buffer)->unique & RESENT;
         if (thread)
             PyEval_RestoreThread(thread);
     }
@@ -492,7 +557,12 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
     }
     pthread_mutex_lock(&state.lock);
     struct pending *request = take_pending(out->unique);
-    if (request && request->contents) {
+    state.unique = out->unique & ~RESENT;
+    if (replaying) {
+        amend(request, parts + 1, count - 1);
+        replaying = false;
+        error = take_up();
+    } else if (request && request->contents) {
         try_again(request->retry, -out->error);
     } else if (request && request->retry && out->error == -TRY_AGAIN) {
         try_again(request->retry, 0);
@@ -509,6 +579,7 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
         lingering = true;
         wake_python();
     }
+    journal_tidy();
     pthread_mutex_unlock(&state.lock);
     if (request)
         free(request->retry);
@@ -521,16 +592,11 @@ static ssize_t on_writev(int fd, struct iovec *parts, int count, void *userdata)
 static int start(struct fuse_session *session, int device)
 {
     static const struct fuse_custom_io io = {.read = on_read, .writev = on_writev};
-    pthread_t thread;
-    sigset_t all, before;
     cpu_set_t processors;
-    char *buffer = malloc(BUFFER_SIZE);
 
     wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK | EFD_SEMAPHORE);
-    if (!buffer || wake < 0 || fuse_session_custom_io(session, &io, dup(wake))) {
-        free(buffer);
+    if (wake < 0 || fuse_session_custom_io(session, &io, dup(wake)))
         return -1;
-    }
     state.device = device;
     patient = !sched_getaffinity(0, sizeof processors, &processors) && CPU_COUNT(&processors) > 1;
     if (fcntl(device, F_SETFL, fcntl(device, F_GETFL) | O_NONBLOCK))
@@ -539,14 +605,21 @@ static int start(struct fuse_session *session, int device)
     if (!root)
         return -1;
     root->lookups = 1;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for Python's thread */
-    int failed = pthread_create(&thread, NULL, serve, buffer);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (failed)
-        return -1;
-    pthread_detach(thread);
+    if (!state.inherited)
+        return begin_serving();
+    forward(state.inherited);
+    replaying = true;
     return 0;
+}
+
+bool transport_is_active(void)
+{
+    return wake >= 0;
+}
+
+bool transport_resent(void)
+{
+    return resent;
 }
 
 /* pyfuse3 calls this one in place of libfuse's, since this module was loaded before it. */

@@ -338,11 +338,46 @@ async def test_a_fault_in_a_job_is_an_error_of_the_job(
 # Workers that die
 
 
-async def test_a_dead_worker_is_replaced(world: World, expect_log: ExpectLog) -> None:
+BEYOND_RECOVERY = Failed("What was mounted is gone.")
+
+
+async def test_another_worker_goes_on_for_a_dead_one(world: World, expect_log: ExpectLog) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        mount = world.mount("s")
+        for times in (1, 2):
+            mount.die()
+            await until(lambda times=times: mount.recovered_times == times)  # type: ignore[misc]
+        assert world.mount("s") is mount
+        assert mount.mounted
+        assert session.state is SessionState.ACTIVE
+        assert "changed s failed" not in world.recorder.events
+    expect_log("another goes on")
+
+
+async def test_workers_that_die_one_after_the_other_are_not_succeeded_for_ever(
+    world: World, expect_log: ExpectLog
+) -> None:
+    async with world.manager() as manager:
+        await create(manager)
+        mount = world.mount("s")
+        for times in range(1, 21):
+            mount.die()
+            await until(lambda times=times: mount.recovered_times == times)  # type: ignore[misc]
+        mount.die()
+        await until(lambda: world.mount("s") is not mount)
+    expect_log("another goes on")
+    expect_log("ended unexpectedly")
+
+
+async def test_where_no_other_can_go_on_it_is_mounted_again(
+    world: World, expect_log: ExpectLog
+) -> None:
     async with world.manager() as manager:
         session = await create(manager)
         await session.snapshot("one")
         dead = world.mount("s")
+        world.mounter.injected["recover"] = [BEYOND_RECOVERY]
         dead.die()
         await until(lambda: world.mount("s") is not dead)
         assert world.mount("s").stack == dead.stack
@@ -359,6 +394,7 @@ async def test_mounting_again_is_given_up_in_the_end(
     async with world.manager() as manager:
         session = await create(manager)
         world.mounter.injected["mount"] = [Failed("There is no memory.")] * 5
+        world.mounter.injected["recover"] = [BEYOND_RECOVERY]
         world.mount("s").die()
         await until(lambda: "given up" in session.failure)
         await until(lambda: session.state is SessionState.FAILED)
@@ -376,6 +412,7 @@ async def test_a_worker_that_dies_again_and_again_is_left_dead(
 ) -> None:
     async with world.manager() as manager:
         session = await create(manager)
+        world.mounter.injected["recover"] = [BEYOND_RECOVERY] * 6
         for _ in range(5):
             dead = world.mount("s")
             dead.die()
@@ -390,6 +427,7 @@ async def test_the_death_of_a_worker_fails_the_job(world: World, expect_log: Exp
     async with world.manager() as manager:
         session = await create(manager)
         dead = world.mount("s")
+        world.mounter.injected["recover"] = [BEYOND_RECOVERY]
         job = session.persist(started_by=UID)
         dead.die()
         with pytest.raises(Failed, match=r"worker of session s (ended|is gone)"):
