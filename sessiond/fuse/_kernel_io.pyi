@@ -11,6 +11,9 @@ TRY_AGAIN: int
 NAMES_ONLY: int
 """Bit of the handle in a READDIRPLUS that stands for a READDIR: nodes are not referred to."""
 
+SETXATTR: int
+"""An opcode."""
+
 def configure(path: str, negative_timeout: int) -> None:
     """Before the mount: "plain" (take no part), "cached" or "passthrough".
 
@@ -36,9 +39,11 @@ def record(device: int, journal: int, inherits: bool, /) -> bool:
 def key() -> bytes:
     """Return 16 secret bytes, which a successor has, too."""
 
-def is_resent() -> bool:
-    """Say whether the request that Python was given last had been sent to a predecessor before,
-    which may, or may not, have carried it out. Call before the first checkpoint of a handler.
+def resent() -> int:
+    """Return the opcode of the request that Python was given last, if it had been sent to a
+    predecessor, which may, or may not, have carried it out; else 0.
+
+    Call before the first checkpoint of a handler.
     """
 
 def inherited_listings() -> list[tuple[int, int]]:
@@ -58,7 +63,7 @@ def serve(number: int, descriptors: tuple[int, ...], bottom: bool, numbering: in
 def is_served(number: int, /) -> bool: ...
 def withdraw(number: int, /) -> None: ...
 def claim(number: int, /) -> int: ...
-def place(number: int, /) -> tuple[int, bytes] | None: ...
+def place(number: int, /) -> tuple[int, int, bytes] | None: ...
 def unclaimed() -> list[int]: ...
 def opened() -> list[int]: ...
 def begin_generation() -> list[int]: ...

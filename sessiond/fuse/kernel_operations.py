@@ -110,7 +110,7 @@ class Repeated:
 
     def __init__(self, code: int) -> None:
         self._code = code
-        self._resent = _kernel_io.is_resent()
+        self._resent = bool(_kernel_io.resent())
 
     def __enter__(self) -> None:
         pass
@@ -230,12 +230,19 @@ class KernelOperations(OverlayOperations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        if flags & syscalls.RENAME_EXCHANGE and _kernel_io.is_resent():
+        if flags & syscalls.RENAME_EXCHANGE and _kernel_io.resent():
             await self._open.wait()
             if self.overlay.has_exchanged(self.overlay.node(parent_inode_new), name_new):
                 return
         with Repeated(errno.ENOENT):
             await super().rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx)
+
+    @translated
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """pyfuse3 asks this first, too, when an attribute is to be set that must not exist."""
+        if _kernel_io.resent() == _kernel_io.SETXATTR and self.overlay.was_setting(inode, name):
+            raise FUSEError(errno.ENODATA)
+        return await super().getxattr(inode, name, ctx)
 
     @translated
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
@@ -284,7 +291,7 @@ class KernelOperations(OverlayOperations):
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
-        resent = _kernel_io.is_resent()
+        resent = _kernel_io.resent()
         await self._open.wait()
         new = self._new(ctx, modes.S_IFREG | modes.S_IMODE(mode))
         parent = self.overlay.node(parent_inode)

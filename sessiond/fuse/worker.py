@@ -297,6 +297,8 @@ class _Controlled:
             self._is_frozen = True
 
     async def _swap(self, layers: LayerStack, *, moved: bool) -> None:
+        if moved and not self._is_frozen:  # they were copied by what a predecessor held back
+            raise OSError(errno.EAGAIN, "a worker died while changes were held back; try again")
         stack = open_stack(layers, self._operations.overlay.stack.options)
         if self._is_frozen:
             names, directories = self._exchange(stack, moved=moved)

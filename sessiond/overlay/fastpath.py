@@ -26,8 +26,8 @@ class FastPath:
         """Leave a node to the overlay; return how many references the kernel holds to it."""
         return 0
 
-    def place(self, number: int, /) -> tuple[int, bytes] | None:
-        """Return the directory, and the name in it, of a node that has not been claimed."""
+    def place(self, number: int, /) -> tuple[int, int, bytes] | None:
+        """Return the type, the directory, and the name in it, of a node that is not claimed."""
         return None
 
     def serve(

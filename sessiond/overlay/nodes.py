@@ -33,6 +33,8 @@ _COUNTER_START = 1 << 32
 
 IDENTITY_FACT = 2
 """Identity of a node whose number does not tell it; see `FastPath.note`."""
+SETTING_FACT = 4
+"""The extended attribute that is about to be set."""
 EXCHANGE_FACT = 3
 """Of the mount: which two objects are about to change places."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
@@ -280,6 +282,12 @@ class NodeTable:
             self._first_number(*entry.identity),
             self._first_number(*real),
         }
+
+    def by_orphan(self, orphan: At | None) -> Node | None:
+        """Return the node that has that name among the orphans."""
+        if orphan is None:
+            return None
+        return next((node for node in self._by_number.values() if node.orphan == orphan), None)
 
     def alias(self, node: Node, number: int) -> None:
         """Know `node` by another number, too, by which the kernel has come to hold it."""

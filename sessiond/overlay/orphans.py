@@ -25,6 +25,7 @@ ORPHAN_FACT = 1
 
 _KEPT, _LOWER, _DIRECTORY = b"KLD"
 _HEAD = struct.Struct("=B?")  # which of these, and whether the layers were swapped away under it
+_NUMBER = struct.Struct("=Q")  # by which a file is kept
 _LAYER = struct.Struct("=QQ")  # device and inode of a layer's root; its path in the layer follows
 
 _NOT_LINKABLE = frozenset({errno.EXDEV, errno.ENOENT, errno.EMLINK, errno.EPERM})
@@ -58,9 +59,9 @@ class Orphans:
             return None
         return kept
 
-    def remove_others(self, numbers: Collection[int]) -> None:
-        """Remove all files but those of the nodes `numbers`."""
-        known = {self.at(number).name for number in numbers}
+    def remove_others(self, kept: Collection[At]) -> None:
+        """Remove all files but those."""
+        known = {at.name for at in kept}
         for name, _ in syscalls.scan(self._directory):
             if name not in known:
                 syscalls.unlink(At(self._directory, name))
@@ -83,12 +84,13 @@ def record(stack: Stack, node: Node, at: At, *, gone: bool = False) -> None:
             node.orphan = stack.orphans.keep(node.number, at)
         if node.orphan is None:
             return
-        fact = _HEAD.pack(_KEPT, gone)
+        fact = _HEAD.pack(_KEPT, gone) + _NUMBER.pack(node.number)
     else:
         layer, path, _ = node.lowers[0]
         root = syscalls.stat(At(layer.root, b""))
         fact = _HEAD.pack(_LOWER, gone) + _LAYER.pack(root.st_dev, root.st_ino) + path
-    node.fast_path.note(node.number, ORPHAN_FACT, fact)
+    for number in (node.number, *node.former):
+        node.fast_path.note(number, ORPHAN_FACT, fact)
 
 
 class Found(NamedTuple):
@@ -102,7 +104,7 @@ class Found(NamedTuple):
     gone: bool
 
 
-def find(stack: Stack, number: int, fact: bytes) -> Found | None:
+def find(stack: Stack, fact: bytes) -> Found | None:
     """Find what a predecessor has recorded of a node. None if it is not there any more."""
     which, gone = _HEAD.unpack_from(fact)
     orphan = None
@@ -111,7 +113,7 @@ def find(stack: Stack, number: int, fact: bytes) -> Found | None:
         if which == _DIRECTORY:
             fd = stack.workdir.removed_directory()
         elif which == _KEPT and stack.orphans is not None:
-            orphan = stack.orphans.at(number)
+            orphan = stack.orphans.at(*_NUMBER.unpack_from(fact, _HEAD.size))
             fd = syscalls.open_path(orphan)
         else:
             lowers = _find_lower(stack, fact[_HEAD.size :])

@@ -20,6 +20,7 @@ from sessiond.overlay.nodes import (
     EXCHANGE_FACT,
     IDENTITY_FACT,
     ROOT_NUMBER,
+    SETTING_FACT,
     Node,
     NodeTable,
     unpack_identity,
@@ -58,6 +59,8 @@ class Overlay:
         """Those whose contents are kept in earlier layers."""
         self._exchanging: Identity | None = None
         """What a predecessor was about to exchange with something else when it died."""
+        self._setting: dict[int, bytes] = {}
+        """Extended attributes that a predecessor was about to set, by the node's number."""
         self._moving = False
         """The layers are being replaced by copies of them."""
         self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
@@ -98,12 +101,17 @@ class Overlay:
         return node
 
     def _claim_at(
-        self, number: int, parent_number: int, name: bytes, identity: Identity | None = None
+        self,
+        number: int,
+        kind: int,
+        parent_number: int,
+        name: bytes,
+        identity: Identity | None = None,
     ) -> Node | None:
         """Make a node, with that number, of what has that name. None if it is another object: the
         layers were swapped, or a process that moved it has died.
 
-        `identity`: the object's, where the number does not tell it.
+        `kind`: its type. `identity`: the object's, where the number does not tell it.
         """
         try:
             parent = self.node(parent_number)
@@ -112,7 +120,9 @@ class Overlay:
             if error.errno not in {errno.ENOENT, errno.ESTALE}:
                 raise
             return None
-        if not entry.positive or not (
+        if not entry.positive or modes.S_IFMT(entry.stat.st_mode) != kind:
+            return None
+        if not (
             entry.is_directory or entry.identity == identity or self.nodes.may_be(number, entry)
         ):
             return None
@@ -136,11 +146,17 @@ class Overlay:
         for left in inherited:
             if left.number == 0 and EXCHANGE_FACT in left.facts:
                 self._exchanging = unpack_identity(left.facts[EXCHANGE_FACT])
+            if SETTING_FACT in left.facts:
+                self._setting[left.number] = left.facts[SETTING_FACT]
             if left.number > ROOT_NUMBER and self.nodes.get(left.number) is None:
                 self._inherit(left)
         if self.stack.orphans is not None:
-            kept = [node.number for node in self.nodes.all() if node.orphan is not None]
+            kept = [node.orphan for node in self.nodes.all() if node.orphan is not None]
             self.stack.orphans.remove_others(kept)
+
+    def was_setting(self, number: int, name: bytes) -> bool:
+        """Say whether a predecessor died about when it set that extended attribute of a node."""
+        return self._setting.get(number) == name
 
     def has_exchanged(self, parent: Node, name: bytes) -> bool:
         """Say whether the exchange with which a predecessor died has got the object to `name`."""
@@ -151,16 +167,21 @@ class Overlay:
         fact = left.facts.get(IDENTITY_FACT)
         identity = unpack_identity(fact) if fact else None
         for parent, name in left.names:
-            if self._claim_at(left.number, parent, name, identity) is not None:
+            if self._claim_at(left.number, left.kind, parent, name, identity) is not None:
                 return
         fact = left.facts.get(orphans.ORPHAN_FACT)
-        found = orphans.find(self.stack, left.number, fact) if fact else None
+        found = orphans.find(self.stack, fact) if fact else None
+        if found is not None and (node := self.nodes.by_orphan(found.orphan)) is not None:
+            syscalls.close(found.anchor)
+            self.nodes.alias(node, left.number)
+            return
         entry = found.entry if found is not None else lookup.nothing(left.kind)
         node = self.nodes.add(entry, self._generation, number=left.number)
         self.nodes.detach(node)
         node.gone = True
         if found is not None:
             node.anchor, node.orphan, node.gone = found.anchor, found.orphan, found.gone
+        self._collect(node)  # the kernel may have it open and have forgotten it
 
     def serve(self, node: Node) -> bool:
         """Let the fast path answer for names in a directory; return whether it has begun to."""
@@ -424,7 +445,9 @@ class Overlay:
 
     def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
         copy_up(self.stack, node)
+        self._fast_path.note(node.number, SETTING_FACT, name)
         syscalls.setxattr(locate(self.stack, node), self.stack.xattrs.stored(name), value)
+        self._fast_path.note(node.number, SETTING_FACT, b"")
 
     def removexattr(self, node: Node, name: bytes) -> None:
         """Raises ENODATA."""
@@ -485,7 +508,7 @@ class Overlay:
         node = self.nodes.add(entry, self._generation)
         node.anchor = syscalls.duplicate(fd)
         orphans.record(self.stack, node, At(fd, b""))
-        return node, stat, fd
+        return node, self.stat(node), fd
 
     def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
         """Give `node` another name. Raises EEXIST, EPERM for a directory."""

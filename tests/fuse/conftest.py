@@ -47,7 +47,7 @@ class Playground:
         for name in ("fs", "work"):
             (layer / name).mkdir(parents=True)
         upper = UpperDirectories(layer / "fs", layer / "work")
-        return Stack(upper, (*committed, self.image))
+        return Stack(upper, (*committed, self.image), orphans=self._directory / "orphans")
 
     @asynccontextmanager
     async def mounted(self, stack: Stack) -> AsyncIterator[FuseMount]:

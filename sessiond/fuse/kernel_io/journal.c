@@ -346,6 +346,7 @@ static bool take_in(struct picture *picture, struct record *record, bool doubted
     case PLACED:
         return add_name(life, name, name_length);
     case REMOVED:
+        life->type = name->type ? name->type : life->type;
         remove_name(life, name, name_length);
         break;
     case LOOKUPS:
@@ -482,6 +483,8 @@ static void write_life(const struct life *life)
     uint64_t number = life->number;
     for (const struct life_name *name = life->names; name; name = name->next)
         journal_placed(number, life->type, name->parent, name->bytes, name->length);
+    if (!life->names) /* for its type */
+        append_name(REMOVED, number, life->type, 0, NULL, 0);
     if (life->lookups > 0)
         append(LOOKUPS, 0, number, &life->lookups, sizeof life->lookups, NULL, 0);
     for (uint32_t i = 0; i < life->opens; i++) {

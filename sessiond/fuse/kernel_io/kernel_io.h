@@ -128,7 +128,7 @@ int reply_error(const struct request *request, int code);
 bool ask_for_contents(const struct request *request, uint64_t number, bool writing);
 void transport_forget(uint64_t number, uint64_t lookups); /* as the kernel has */
 bool transport_is_active(void); /* whether it has taken the place of the device */
-bool transport_resent(void); /* whether the request that Python was given last was sent before */
+uint32_t transport_resent(void); /* the opcode of Python's latest request, if sent before, or 0 */
 
 /* Each of the following answers a request and returns true, or leaves it to Python. */
 

@@ -182,9 +182,9 @@ static PyObject *reopen_listing(PyObject *self, PyObject *args)
     return PyBool_FromLong(reopened);
 }
 
-static PyObject *is_resent(PyObject *self, PyObject *unused)
+static PyObject *resent(PyObject *self, PyObject *unused)
 {
-    return PyBool_FromLong(transport_resent());
+    return PyLong_FromUnsignedLong(transport_resent());
 }
 
 static PyObject *is_active(PyObject *self, PyObject *unused)
@@ -274,7 +274,8 @@ static PyObject *place(PyObject *self, PyObject *argument)
     if (!lock_and_find(argument, &node))
         return NULL;
     if (node && !node->python && node->parent)
-        result = Py_BuildValue("Ky", (unsigned long long)node->parent->number, node->name);
+        result = Py_BuildValue("IKy", node->type, (unsigned long long)node->parent->number,
+                               node->name);
     unlock();
     if (result || PyErr_Occurred())
         return result;
@@ -434,7 +435,7 @@ static PyMethodDef methods[] = {
     {"inherited_listings", inherited_listings, METH_NOARGS, NULL},
     {"last_listing", last_listing, METH_NOARGS, NULL},
     {"reopen_listing", reopen_listing, METH_VARARGS, NULL},
-    {"is_resent", is_resent, METH_NOARGS, NULL},
+    {"resent", resent, METH_NOARGS, NULL},
     {"is_active", is_active, METH_NOARGS, NULL},
     {"has_passthrough", has_passthrough, METH_NOARGS, NULL},
     {"hold", hold, METH_O, NULL},
@@ -464,7 +465,8 @@ PyMODINIT_FUNC PyInit__kernel_io(void)
 {
     PyObject *made = PyModule_Create(&module);
     if (made && (PyModule_AddIntConstant(made, "TRY_AGAIN", TRY_AGAIN) ||
-                 PyModule_AddIntConstant(made, "NAMES_ONLY", NAMES_ONLY)))
+                 PyModule_AddIntConstant(made, "NAMES_ONLY", NAMES_ONLY) ||
+                 PyModule_AddIntConstant(made, "SETXATTR", FUSE_SETXATTR)))
         Py_CLEAR(made);
     return made;
 }

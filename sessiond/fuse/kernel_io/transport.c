@@ -60,7 +60,7 @@ static struct pending *pending[PENDING_CHAINS];
 static char *own_buffer; /* of Python's thread */
 static int wake = -1;
 static bool ended;
-static bool resent; /* the request that Python was given last was sent before */
+static uint32_t resent; /* the opcode of the request that Python was given last, if sent before */
 static bool replaying; /* libfuse has yet to reply to a predecessor's first request */
 static bool patient; /* there are processors to spare */
 static bool lingering; /* Python is to look out for the next request */
@@ -509,6 +509,12 @@ static ssize_t linger(void *buffer, size_t room)
     return 0;
 }
 
+static void note_resent(const void *buffer, ssize_t size)
+{
+    const struct fuse_in_header *in = buffer;
+    resent = size && in->unique & RESENT ? in->opcode : 0;
+}
+
 static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
 {
     uint64_t one;
@@ -520,7 +526,7 @@ static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
     }
     pthread_mutex_lock(&state.lock);
     ssize_t size = take(buffer, room);
-    resent = size && ((struct fuse_in_header *)buffer)->unique & RESENT;
+    note_resent(buffer, size);
     bool linger_now = !size && lingering;
     if (!size && ended)
         wake_python(); /* the next task, too */
@@ -532,7 +538,7 @@ static ssize_t on_read(int fd, void *buffer, size_t room, void *userdata)
         if (!size)
             flush_forgotten();
         else
-            resent = ((struct fuse_in_header *)buffer)->unique & RESENT;
+            note_resent(buffer, size);
         if (thread)
             PyEval_RestoreThread(thread);
     }
@@ -617,7 +623,7 @@ bool transport_is_active(void)
     return wake >= 0;
 }
 
-bool transport_resent(void)
+uint32_t transport_resent(void)
 {
     return resent;
 }
