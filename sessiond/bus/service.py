@@ -123,30 +123,39 @@ async def serve(
 ) -> None:
     """Serve `manager` on the bus at `address`, by default the system bus, until cancelled.
 
-    Reports started once the bus name is taken. Before that it raises `Unreachable` when no bus is
-    there, `ConfigError` when the address is unusable or the bus denies us the name, and `Failed`
-    when another process has it. A bus that is lost later is looked for until it is back: sessions
-    do not depend on it.
+    A bus that is not there, denies us the name, or is lost is looked for until it is back, and the
+    reason logged, once: sessions do not depend on it. Reports started when the name is taken, or
+    could not be taken at once.
     """
     service = Service(manager)
-    started = False
+    complaint = ""
+    starting = True
+
+    def report_started() -> None:
+        nonlocal starting
+        if starting:
+            starting = False
+            task_status.started()
+
     while True:
         try:
             async with connect(address, handler=service.tree.handle) as connection:
                 service.tree.connection = connection
                 await _take_name(connection)
-                if not started:
-                    started = True
-                    task_status.started()
-                else:
+                if complaint:
                     log.info("The message bus is back.")
+                    complaint = ""
+                report_started()
                 await trio.sleep_forever()
         except SessiondError as error:
-            if not started:
-                raise
-            log.warning("%s Sessions go on; trying to reach the bus again.", error)
+            if str(error) != complaint:
+                complaint = str(error)
+                log.error(  # noqa: TRY400
+                    "%s Sessions go on without; trying to reach the bus again.", complaint
+                )
         finally:
             service.tree.connection = None
+        report_started()
         await trio.sleep(RECONNECT_INTERVAL)
 
 

@@ -55,9 +55,11 @@ async def open_manager(
     mounts: Mounts | None = None,
     features: Sequence[str] = (),
 ) -> AsyncIterator[Manager]:
-    """Run a manager, which has no sessions before its `start`; on the way out, end them.
+    """Run a manager, which has no sessions before its `start`.
 
-    `mounts` is the kernel's unless given; `features` is what there is to be said of `mounter`.
+    The way out leaves sessions as they are, as a crash would; `Manager.shut_down` or
+    `Manager.leave` come before it. `mounts` is the kernel's unless given; `features` is what there
+    is to be said of `mounter`.
     """
     async with trio.open_nursery() as nursery:
         runtime = config.daemon.runtime_directory.resolve()
@@ -73,8 +75,6 @@ async def open_manager(
         try:
             yield manager
         finally:
-            with trio.CancelScope(shield=True):
-                await manager.shut_down()
             nursery.cancel_scope.cancel()
 
 
@@ -305,6 +305,12 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for session in tuple(self._sessions.values()):
                 nursery.start_soon(self._shut_down, session)
+
+    async def leave(self) -> None:
+        """Stop what is going on in sessions, and leave them mounted for the next manager."""
+        async with trio.open_nursery() as nursery:
+            for session in tuple(self._sessions.values()):
+                nursery.start_soon(session.leave)
 
     async def _shut_down(self, session: Session) -> None:
         store = self._services.store

@@ -21,6 +21,7 @@ from sessiond.errors import (
     Cancelled,
     Failed,
     ImageUnavailable,
+    Interrupted,
     InvalidOption,
     NoSuchSession,
     SessiondError,
@@ -256,21 +257,19 @@ class Session:
                 self.failure = str(error)
                 raise
 
+    async def leave(self) -> None:
+        """Stop what is going on in the session; all else is for the next manager to find."""
+        await self._stop(
+            Interrupted(f"The job on session {self.id} was undone, since sessiond was restarted.")
+        )
+
     async def end(self) -> None:
         """Stop what is going on in the session and unmount it; the files stay. Never fails."""
-        self._closing = True
         self._set_state(SessionState.CLOSING)
-        if self._job is not None:
-            self._job.stop(
-                Cancelled(
-                    f"The {self._job.operation} ended, for session {self.id} is being closed."
-                )
-            )
         with trio.CancelScope(shield=True):
-            await self._become_idle()
-            if self._nursery is not None:
-                self._nursery.cancel_scope.cancel()
-                await self._ended.wait()
+            await self._stop(
+                Cancelled(f"The job on session {self.id} ended, since that is being closed.")
+            )
             if self.mount is not None:
                 await self.mount.unmount()
                 self.mount = None
@@ -278,6 +277,17 @@ class Session:
             if self._image is not None:
                 await self.services.images.release(self._image)
                 self._image = None
+
+    async def _stop(self, reason: SessiondError) -> None:
+        """Let nothing new begin, give up the job that runs, and end all tasks."""
+        self._closing = True
+        if self._job is not None:
+            self._job.stop(reason)
+        with trio.CancelScope(shield=True):
+            await self._become_idle()
+            if self._nursery is not None:
+                self._nursery.cancel_scope.cancel()
+                await self._ended.wait()
 
     def check_space(self) -> None:
         """Tell observers if the storage has become fuller or emptier by a level."""

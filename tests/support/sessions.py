@@ -108,6 +108,7 @@ class World:
             manager.observe(self.recorder)
             await manager.start()
             yield manager
+            await manager.shut_down()
 
     def mount(self, session: str) -> MemoryMount:
         return self.mounter.mounts[SessionId(session)]
