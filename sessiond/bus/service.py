@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 
 import trio
 
@@ -31,6 +30,7 @@ from sessiond.session.model import SnapshotRecord
 log = logging.getLogger(__name__)
 
 FINISHED_JOBS_KEPT = 32
+"""Besides the last job of each session."""
 RECONNECT_INTERVAL = 2.0
 """Seconds between attempts to find a lost bus again."""
 
@@ -42,11 +42,15 @@ class Service:
         self.tree = ObjectTree(names.ROOT_PATH)
         self._manager = manager
         self._operations = Operations(manager, self._publish)
-        self._finished: deque[str] = deque()
+        self._finished: list[Job] = []
         self.tree.add(names.ROOT_PATH, ManagerObject(manager, self._operations))
         manager.observe(self)
         for session in manager.sessions.values():
             self.session_added(session)
+            if session.last_job is not None:
+                self._publish(session.last_job)
+                if session.last_job.finished:
+                    self._finished.append(session.last_job)
 
     def session_added(self, session: Session) -> None:
         path = names.session_path(session.id)
@@ -91,9 +95,15 @@ class Service:
         self.tree.changed(path)
         error = shown(str(job.error)) if job.error else ""
         self.tree.emit(path, COMPLETED, job.error is None, error)
-        self._finished.append(path)
-        if len(self._finished) > FINISHED_JOBS_KEPT:
-            self.tree.remove(self._finished.popleft())
+        self._finished.append(job)
+        unwanted = [other for other in self._finished if not self._is_last(other)]
+        for other in unwanted[:-FINISHED_JOBS_KEPT]:
+            self._finished.remove(other)
+            self.tree.remove(names.job_path(other.id))
+
+    def _is_last(self, job: Job) -> bool:
+        session = self._manager.sessions.get(job.session)
+        return session is not None and session.last_job is job
 
     def _publish(self, job: Job) -> str:
         path = names.job_path(job.id)

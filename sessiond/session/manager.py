@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -32,7 +33,7 @@ from sessiond.session.model import (
 from sessiond.session.model import (
     session_id as checked_session_id,
 )
-from sessiond.session.mounter import Mounter
+from sessiond.session.mounter import VIEW_TYPE, Mounter
 from sessiond.session.mounts import Mounts, SystemMounts
 from sessiond.session.observer import Observer
 from sessiond.session.services import Services
@@ -281,6 +282,8 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for record in found.records:
                 session = Session(record, self._services)
+                if record.id in found.jobs:
+                    await session.recover_job(found.jobs[record.id])
                 await self._services.nursery.start(session.run)
                 self._add(session)
                 nursery.start_soon(self._serve_again, session)
@@ -328,7 +331,9 @@ class Manager:
         target = session.mount_point
         try:
             with explained(f"detach what is mounted at {target}"):
-                await trio.to_thread.run_sync(_detach_stale_view, self._services.mounts, target)
+                # Anything else is none of ours, and stays: the mount point is in use then.
+                detach = partial(self._services.mounts.detach, target, only=VIEW_TYPE)
+                await trio.to_thread.run_sync(detach)
         except SessiondError as error:
             log.error("%s", error)  # noqa: TRY400
         await self._start(session)
@@ -384,14 +389,8 @@ def _new_record(
 def _detach_stale_views(mounts: Mounts, directory: Path) -> None:
     """Take away the merged views that a daemon has left; the storage of volatile sessions stays."""
     with explained(f"detach what is mounted below {directory}"):
-        for target in mounts.mounted_below(directory):
+        # The upper ones first: what is below one goes with it, and could not be reached through it.
+        for target in reversed(mounts.mounted_below(directory)):
             if target != directory / target.parent.name / "storage":
+                log.info("%s is unmounted: another sessiond has left it there.", target)
                 mounts.detach(target)
-
-
-def _detach_stale_view(mounts: Mounts, target: Path) -> None:
-    kind = mounts.file_system(target)
-    # Anything else is none of ours, and stays: the mount point is in use then.
-    while kind is not None and kind.startswith("fuse"):
-        mounts.detach(target)
-        kind = mounts.file_system(target)

@@ -33,6 +33,7 @@ from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
     ChangeSummary,
+    JobRecord,
     LayerNumber,
     Operation,
     SessionId,
@@ -76,6 +77,8 @@ class Session:
         """Why the state is FAILED, as a sentence."""
         self.listed = False
         """Observers know of it; told only of sessions they know. Set by the manager."""
+        self.last_job: Job | None = None
+        """The job that runs, or else ran last."""
         self._image = image
         self._closing = False
         self._operation: str | None = None
@@ -346,20 +349,47 @@ class Session:
         self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
     ) -> Job:
         self._begin(f"a {operation} is running", SessionState.BUSY)
-        number = next(self.services.job_numbers)
+        number = self.services.job_numbers.take()
         job = Job(number, self.id, operation, started_by, self.services.observers)
-        self._job = job
+        self._job = self.last_job = job
         self._tell(lambda observer: observer.job_added(job))
+        self._tell(lambda observer: observer.session_changed(self))
         self._tasks.start_soon(self._run_job, job, body)
         return job
 
     async def _run_job(self, job: Job, body: Callable[[Job], Awaitable[None]]) -> None:
+        begun = JobRecord(
+            number=job.id,
+            operation=job.operation,
+            started_by=job.started_by,
+            storage=self.storage,
+            upper=self.record.upper,
+        )
         try:
+            await self._note_job(begun)
             await job.run(body)
         finally:
+            # Before anyone is told, so that a manager that dies now has told nothing else.
+            await self._note_job(job.noted(begun))
             self._job = None
             self._end()
             job.finish()
+
+    async def recover_job(self, noted: JobRecord) -> None:
+        """Know the last job that an earlier manager has run, and how it has ended."""
+        self.services.job_numbers.skip(noted.number)
+        self.last_job = Job.of_earlier_manager(noted, self.record, self.services.observers)
+        if not noted.finished:
+            self.last_job.log_outcome()
+            await self._note_job(self.last_job.noted(noted))
+
+    async def _note_job(self, job: JobRecord) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self.services.store.write_job, self.id, job)
+            except SessiondError as error:
+                # It goes on: a reset is what frees space.
+                log.warning("%s Should sessiond die, it will not know of the job.", error)
 
     async def _reset(self, _: Job) -> None:
         await self.switch(self.record.reset(datetime.now(UTC)))
@@ -460,7 +490,8 @@ class Session:
         if self._image is None:
             image = await self.services.images.acquire(self.record.source)
             # A directory may hold anything tomorrow; that it is a fixed thing is the user's affair.
-            if image.digest != self.record.image and image.kind != "directory":
+            directories = {image.kind, self.record.image.partition("-")[0]} == {"directory"}
+            if image.digest != self.record.image and not directories:
                 await self.services.images.release(image)
                 raise ImageUnavailable(
                     f"Image {self.record.source.path} is not the one that session {self.id} was "

@@ -251,9 +251,12 @@ async def test_managed_objects_are_those_below_the_root(
 
 async def test_finished_jobs_stay_for_a_while(sessiond: Client, serving: FakeManager) -> None:
     serving.jobs_finish_at_once = True
+    serving.add("other")
     session = await sessiond.session("live")
-    jobs = [await session.reset() for _ in range(service.FINISHED_JOBS_KEPT + 1)]
-    for job in jobs[1:]:
+    last = await (await sessiond.session("other")).reset()
+    # The last job of each session is kept besides.
+    jobs = [await session.reset() for _ in range(service.FINISHED_JOBS_KEPT + 2)]
+    for job in [last, *jobs[1:]]:
         assert (await job.info()).state == "succeeded"
     with pytest.raises(Failed, match="forgotten"):
         await jobs[0].info()
