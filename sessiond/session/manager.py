@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import trio
@@ -33,7 +32,7 @@ from sessiond.session.model import (
 from sessiond.session.model import (
     session_id as checked_session_id,
 )
-from sessiond.session.mounter import VIEW_TYPE, Mounter
+from sessiond.session.mounter import Mounter
 from sessiond.session.mounts import Mounts, SystemMounts
 from sessiond.session.observer import Observer
 from sessiond.session.services import Services
@@ -286,7 +285,7 @@ class Manager:
                     await session.recover_job(found.jobs[record.id])
                 await self._services.nursery.start(session.run)
                 self._add(session)
-                nursery.start_soon(self._serve_again, session)
+                nursery.start_soon(self._start_again, session)
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()
 
@@ -300,7 +299,7 @@ class Manager:
         self._config = config
         for session in tuple(self._sessions.values()):
             if session.state is SessionState.FAILED:
-                await self._start(session)
+                await self._start_again(session)
         await self._create_configured()
 
     async def shut_down(self) -> None:
@@ -327,20 +326,9 @@ class Manager:
             log.error("Session %s is not ended cleanly: %s", session.id, error)  # noqa: TRY400
         self._drop(session)
 
-    async def _serve_again(self, session: Session) -> None:
-        target = session.mount_point
+    async def _start_again(self, session: Session) -> None:
         try:
-            with explained(f"detach what is mounted at {target}"):
-                # Anything else is none of ours, and stays: the mount point is in use then.
-                detach = partial(self._services.mounts.detach, target, only=VIEW_TYPE)
-                await trio.to_thread.run_sync(detach)
-        except SessiondError as error:
-            log.error("%s", error)  # noqa: TRY400
-        await self._start(session)
-
-    async def _start(self, session: Session) -> None:
-        try:
-            await session.start()
+            await session.start(again=True)
         except SessiondError as error:
             log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400
 

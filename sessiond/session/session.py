@@ -29,6 +29,7 @@ from sessiond.errors import (
 )
 from sessiond.session import mount_point
 from sessiond.session.attempts import Attempts
+from sessiond.session.faults import explained
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
@@ -47,7 +48,7 @@ from sessiond.session.model import (
     Usage,
     snapshot_name,
 )
-from sessiond.session.mounter import Mount, MountRequest
+from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
 from sessiond.session.services import Services
@@ -245,20 +246,30 @@ class Session:
         finally:
             self._ended.set()
 
-    async def start(self) -> None:
+    async def start(self, *, again: bool = False) -> None:
         """Mount the merged view, if it is not mounted.
 
-        Raises what prevents it; the state is FAILED then.
+        With `again`, views that a manager that died has left at the mount point are taken away
+        first; what others have mounted there stays. Raises what prevents it; the state is FAILED
+        then.
         """
         await self._become_idle()
         if self.mount is not None:
             return
         with self._operating("it is being mounted", self.state):
             try:
+                if again:
+                    await trio.to_thread.run_sync(self._detach_stale_views)
                 await self._mount_view(self.record)
             except SessiondError as error:
                 self.failure = str(error)
                 raise
+
+    def _detach_stale_views(self) -> None:
+        with explained(f"detach what is mounted at {self.mount_point}"):
+            if self.services.mounts.file_system(self.mount_point) == VIEW_TYPE:
+                log.info("%s is unmounted: another sessiond has left it there.", self.mount_point)
+                self.services.mounts.detach(self.mount_point, only=VIEW_TYPE)
 
     async def leave(self) -> None:
         """Stop what is going on in the session; all else is for the next manager to find."""
