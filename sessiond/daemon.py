@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import fcntl
 import logging
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +23,16 @@ from sessiond.errors import ConfigError, Failed, SessiondError
 from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.manager import Manager, open_manager
+from sessiond.systemd import Systemd
 
 log = logging.getLogger(__name__)
 
 _EXIT_FAILURE = 1
 _EXIT_CONFIGURATION = 2
+
+_LEAVE = signal.SIGUSR1
+"""Asks to end and leave the sessions to the next instance; the unit's RestartKillSignal=."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _LEAVE)
 
 _PRIORITIES = {
     logging.CRITICAL: 2,
@@ -44,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; return its exit status: 0, 1 after a failure, 2 for a bad configuration."""
     options = _parse(arguments)
     _log_to_stderr()
+    # What hangs when the watchdog's SIGABRT comes, or what crashes, says where.
+    faulthandler.enable()
     status = 0
     try:
         config = load(options.config, options.config_directory)
@@ -97,9 +103,10 @@ def _say(group: BaseExceptionGroup[SessiondError]) -> None:
 def _run_alone(config: Config, options: argparse.Namespace) -> None:
     _require_machine()
     with _lock(config.daemon.runtime_directory):
-        spawner = Spawner.start()
+        systemd = Systemd(os.environ)
+        spawner = Spawner.start(systemd.descriptors.inherited.values())
         try:
-            trio.run(_run, config, options, spawner)
+            trio.run(_run, config, options, spawner, systemd)
         finally:
             spawner.close()
 
@@ -146,63 +153,74 @@ def _lock(runtime: Path) -> BinaryIO:
 # Within trio
 
 
-async def _run(config: Config, options: argparse.Namespace, spawner: Spawner) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            wanted, reloads = trio.open_memory_channel[None](1)
-            nursery.start_soon(_obey, signals, wanted, nursery.cancel_scope)
-            mounter = FuseMounter(spawner)
-            async with (
-                open_manager(config, mounter, features=mounter.features) as manager,
-                trio.open_nursery() as serving,
-            ):
-                await manager.start()
-                await serving.start(serve, manager)
-                _notify("READY=1")
-                async for _ in reloads:
-                    await _reload(manager, options)
-
-
-async def _obey(
-    signals: AsyncIterator[int],
-    wanted: trio.MemorySendChannel[None],
-    everything: trio.CancelScope,
+async def _run(
+    config: Config, options: argparse.Namespace, spawner: Spawner, systemd: Systemd
 ) -> None:
-    async for number in signals:
-        if number == signal.SIGHUP:
+    with trio.open_signal_receiver(*_SIGNALS) as signals:
+        mounter = FuseMounter(spawner)
+        # Whatever ends this other than a signal, the sessions are left as they are: neither a fault
+        # here nor a bus that fails is a reason to end what people work in.
+        async with (
+            trio.open_nursery() as background,
+            open_manager(config, mounter, features=mounter.features) as manager,
+        ):
+            background.start_soon(systemd.feed_watchdog)
+            number = await _serve(manager, signals, options, systemd)
+            name, count = signal.Signals(number).name, len(manager.sessions)
+            if number == _LEAVE:
+                log.info("Ending, because of %s; %d sessions are left mounted.", name, count)
+                systemd.stopping(f"Leaving {count} sessions to the next instance.")
+                await manager.leave()
+            else:
+                log.info("Ending, because of %s, and with it %d sessions.", name, count)
+                systemd.stopping(f"Ending {count} sessions.")
+                await manager.shut_down()
+            background.cancel_scope.cancel()
+
+
+async def _serve(
+    manager: Manager, signals: AsyncIterator[int], options: argparse.Namespace, systemd: Systemd
+) -> int:
+    """Serve until a signal asks for an end; return which."""
+    async with trio.open_nursery() as serving:
+        wanted, reloads = trio.open_memory_channel[None](1)
+        serving.start_soon(_start, manager, reloads, options, systemd)
+        async for number in signals:
+            if number != signal.SIGHUP:
+                serving.cancel_scope.cancel()
+                return number
             with suppress(trio.WouldBlock):  # a reload is about to begin anyway
                 wanted.send_nowait(None)
-        else:
-            log.info("Ending, because of %s.", signal.Signals(number).name)
-            _notify("STOPPING=1")
-            everything.cancel()
+    raise AssertionError("the stream of signals has no end")
 
 
-async def _reload(manager: Manager, options: argparse.Namespace) -> None:
-    now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-    _notify(f"RELOADING=1\nMONOTONIC_USEC={now}")
+async def _start(
+    manager: Manager,
+    reloads: AsyncIterator[None],
+    options: argparse.Namespace,
+    systemd: Systemd,
+) -> None:
+    async with trio.open_nursery() as nursery:
+        await manager.start()
+        await nursery.start(serve, manager)
+        systemd.ready(f"{len(manager.sessions)} sessions were mounted at start.")
+        async for _ in reloads:
+            systemd.reloading()
+            systemd.ready(await _reload(manager, options))
+
+
+async def _reload(manager: Manager, options: argparse.Namespace) -> str:
+    """Read the configuration again; return what is to be said of that."""
     try:
         await manager.reload(load(options.config, options.config_directory))
     except ConfigError as error:
         log.error("%s The configuration is kept as it was.", error)  # noqa: TRY400
-    else:
-        log.info("The configuration is read again.")
-    _notify("READY=1")
+        return "The configuration has a mistake, and is kept as it was."
+    log.info("The configuration is read again.")
+    return "The configuration is read again."
 
 
-# systemd
-
-
-def _notify(state: str) -> None:
-    """Tell systemd; see sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
-    except OSError as error:
-        log.warning("systemd could not be told %s: %s", state.split("=")[0], error)
+# Logging
 
 
 class _JournalFormatter(logging.Formatter):

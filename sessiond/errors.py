@@ -61,6 +61,10 @@ class Cancelled(SessiondError):
     """The job was cancelled at someone's request."""
 
 
+class Interrupted(SessiondError):
+    """The job was undone because sessiond ended, or died, while it ran."""
+
+
 class Unreachable(SessiondError):
     """The message bus, or the daemon on it, cannot be reached or does not answer."""
 

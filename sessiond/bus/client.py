@@ -102,6 +102,8 @@ class SessionInfo(_Info):
     last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
     snapshots: tuple[str, ...]
     """Object paths, oldest first."""
+    last_job: str
+    """Object path of the job that runs, or else ran last; ``/`` if there was none."""
 
 
 class SnapshotInfo(_Info):
@@ -321,6 +323,11 @@ class Session(_Proxy):
     async def persist(self) -> Job:
         """Start to move it to disk, so that it survives a reboot."""
         return await self._start("Persist", "a{sv}", {})
+
+    async def last_job(self) -> JobInfo | None:
+        """Return the job that runs, or else ran last, also before a restart; None if none did."""
+        path = (await self.info()).last_job
+        return None if path == "/" else await Job(self._connection, path).info()
 
     async def _start(self, member: str, signature: str, *values: object) -> Job:
         (path,) = await self._call(member, signature, *values)

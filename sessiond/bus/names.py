@@ -39,6 +39,7 @@ ERRORS: dict[type[SessiondError], str] = {
     errors.ImageUnavailable: f"{BUS}.Error.ImageUnavailable",
     errors.NotSupported: f"{BUS}.Error.NotSupported",
     errors.Cancelled: f"{BUS}.Error.Cancelled",
+    errors.Interrupted: f"{BUS}.Error.Interrupted",
     errors.Unreachable: f"{BUS}.Error.Unreachable",
     errors.Failed: f"{BUS}.Error.Failed",
     errors.ConfigError: f"{BUS}.Error.ConfigError",

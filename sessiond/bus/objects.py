@@ -114,6 +114,7 @@ class SessionObject(Interface):
         Property("CreatedAt", "t", Change.NEVER),
         Property("LastReset", "t"),
         Property("Snapshots", "ao"),
+        Property("LastJob", "o"),
     )
     signals = (RESET_DONE, SPACE_LOW)
 
@@ -141,6 +142,7 @@ class SessionObject(Interface):
             "CreatedAt": _microseconds(session.created_at),
             "LastReset": _microseconds(session.last_reset),
             "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
+            "LastJob": names.job_path(session.last_job.id) if session.last_job else "/",
         }
 
     @method("Reset", "a{sv} options", "o job")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 
 import trio
 
@@ -31,6 +30,7 @@ from sessiond.session.model import SnapshotRecord
 log = logging.getLogger(__name__)
 
 FINISHED_JOBS_KEPT = 32
+"""Besides the last job of each session."""
 RECONNECT_INTERVAL = 2.0
 """Seconds between attempts to find a lost bus again."""
 
@@ -42,11 +42,15 @@ class Service:
         self.tree = ObjectTree(names.ROOT_PATH)
         self._manager = manager
         self._operations = Operations(manager, self._publish)
-        self._finished: deque[str] = deque()
+        self._finished: list[Job] = []
         self.tree.add(names.ROOT_PATH, ManagerObject(manager, self._operations))
         manager.observe(self)
         for session in manager.sessions.values():
             self.session_added(session)
+            if session.last_job is not None:
+                self._publish(session.last_job)
+                if session.last_job.finished:
+                    self._finished.append(session.last_job)
 
     def session_added(self, session: Session) -> None:
         path = names.session_path(session.id)
@@ -91,9 +95,15 @@ class Service:
         self.tree.changed(path)
         error = shown(str(job.error)) if job.error else ""
         self.tree.emit(path, COMPLETED, job.error is None, error)
-        self._finished.append(path)
-        if len(self._finished) > FINISHED_JOBS_KEPT:
-            self.tree.remove(self._finished.popleft())
+        self._finished.append(job)
+        unwanted = [other for other in self._finished if not self._is_last(other)]
+        for other in unwanted[:-FINISHED_JOBS_KEPT]:
+            self._finished.remove(other)
+            self.tree.remove(names.job_path(other.id))
+
+    def _is_last(self, job: Job) -> bool:
+        session = self._manager.sessions.get(job.session)
+        return session is not None and session.last_job is job
 
     def _publish(self, job: Job) -> str:
         path = names.job_path(job.id)
@@ -123,30 +133,39 @@ async def serve(
 ) -> None:
     """Serve `manager` on the bus at `address`, by default the system bus, until cancelled.
 
-    Reports started once the bus name is taken. Before that it raises `Unreachable` when no bus is
-    there, `ConfigError` when the address is unusable or the bus denies us the name, and `Failed`
-    when another process has it. A bus that is lost later is looked for until it is back: sessions
-    do not depend on it.
+    A bus that is not there, denies us the name, or is lost is looked for until it is back, and the
+    reason logged, once: sessions do not depend on it. Reports started when the name is taken, or
+    could not be taken at once.
     """
     service = Service(manager)
-    started = False
+    complaint = ""
+    starting = True
+
+    def report_started() -> None:
+        nonlocal starting
+        if starting:
+            starting = False
+            task_status.started()
+
     while True:
         try:
             async with connect(address, handler=service.tree.handle) as connection:
                 service.tree.connection = connection
                 await _take_name(connection)
-                if not started:
-                    started = True
-                    task_status.started()
-                else:
+                if complaint:
                     log.info("The message bus is back.")
+                    complaint = ""
+                report_started()
                 await trio.sleep_forever()
         except SessiondError as error:
-            if not started:
-                raise
-            log.warning("%s Sessions go on; trying to reach the bus again.", error)
+            if str(error) != complaint:
+                complaint = str(error)
+                log.error(  # noqa: TRY400
+                    "%s Sessions go on without; trying to reach the bus again.", complaint
+                )
         finally:
             service.tree.connection = None
+        report_started()
         await trio.sleep(RECONNECT_INTERVAL)
 
 

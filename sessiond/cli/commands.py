@@ -6,9 +6,10 @@ import dataclasses
 import json
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 
-from sessiond.bus.client import Client, Event, SessionInfo, SnapshotInfo
+from sessiond.bus.client import Client, Event, JobInfo, SessionInfo, SnapshotInfo
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.output import (
     Json,
@@ -43,12 +44,14 @@ async def status(client: Client, asked: Arguments) -> None:
     session = await client.session(asked.session)
     info = await session.info()
     snapshots = await session.snapshots()
-    try:
-        changes = await session.changes()
-    except NotAuthorized:
-        changes = None
+    job = await session.last_job()
+    changes = None
+    if info.state != "failed":  # then it is not mounted
+        with suppress(NotAuthorized):
+            changes = await session.changes()
     if asked.json:
         told = _session_json(info)
+        told["last_job"] = None if job is None else _job_json(job)
         told["snapshots"] = [_snapshot_json(snapshot) for snapshot in snapshots]
         told["changes"] = None if changes is None else dataclasses.asdict(changes)
         print_json(told)
@@ -67,6 +70,9 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Last reset", when(info.last_reset)),
         ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
     ]
+    if job is not None:
+        outcome = f"{job.state}: {job.error_message}" if job.error_message else job.state
+        facts.append(("Last job", f"{job.operation} {outcome}"))
     if changes is not None:
         facts.append(
             ("Changes", _counts(changes.added, changes.changed, changes.deleted, changes.bytes))
@@ -192,7 +198,11 @@ def _counts(added: int, changed: int, deleted: int, total: int) -> str:
 
 
 def _session_json(session: SessionInfo) -> dict[str, Json]:
-    return session.model_dump(mode="json", exclude={"snapshots"})
+    return session.model_dump(mode="json", exclude={"snapshots", "last_job"})
+
+
+def _job_json(job: JobInfo) -> dict[str, Json]:
+    return job.model_dump(mode="json", exclude={"session"})
 
 
 def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Json]:

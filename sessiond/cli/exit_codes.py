@@ -23,6 +23,7 @@ class ExitCode(IntEnum):
     IMAGE_UNAVAILABLE = 9
     NOT_SUPPORTED = 10
     CANCELLED = 11
+    INTERRUPTED = 12
 
 
 EXIT_CODES: dict[type[SessiondError], ExitCode] = {
@@ -39,6 +40,7 @@ EXIT_CODES: dict[type[SessiondError], ExitCode] = {
     errors.ImageUnavailable: ExitCode.IMAGE_UNAVAILABLE,
     errors.NotSupported: ExitCode.NOT_SUPPORTED,
     errors.Cancelled: ExitCode.CANCELLED,
+    errors.Interrupted: ExitCode.INTERRUPTED,
     errors.Unreachable: ExitCode.UNREACHABLE,
     errors.ConfigError: ExitCode.FAILED,
     errors.Failed: ExitCode.FAILED,

@@ -24,11 +24,9 @@ from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import ChangeSummary, DataPath, Stack
-from sessiond.session.mounter import MountRequest
+from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
 log = logging.getLogger(__name__)
-
-FS_TYPE = "fuse.sessiond"
 
 
 class FuseMounter:
@@ -47,7 +45,7 @@ class FuseMounter:
         flags = MS_NOSUID * request.nosuid | MS_NODEV * request.nodev
         try:
             device = mount_device(
-                request.mount_point, request.session, flags, fs_type=FS_TYPE, allow_other=True
+                request.mount_point, request.session, flags, fs_type=VIEW_TYPE, allow_other=True
             )
         except OSError as error:
             raise Failed(

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 
 from sessiond.control import MESSAGE_LIMIT, Start
 
@@ -27,11 +28,13 @@ class Spawner:
         self._channel = channel
 
     @classmethod
-    def start(cls) -> Spawner:
-        """Fork the server."""
+    def start(cls, private: Iterable[int] = ()) -> Spawner:
+        """Fork the server; the descriptors `private` stay the manager's alone."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()
+            for descriptor in private:
+                os.close(descriptor)
             _serve(theirs)
         theirs.close()
         return cls(ours)

@@ -60,7 +60,10 @@ class Images:
     def _prepare(self) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for target in self._directory.iterdir():
-            self._unmount(target)
+            try:
+                self._unmount(target)
+            except OSError as error:
+                log.warning("%s is left where images are mounted: %s.", target, error.strerror)
 
     async def acquire(self, source: ImageSource) -> Image:
         """Return the mounted image; `release` it once for each time.
@@ -150,10 +153,10 @@ class Images:
 
     def _unmount(self, target: Path) -> None:
         self._mounts.detach(target)
-        target.rmdir()
         name = _verity_name(target)
         if (Path("/dev/mapper") / name).exists():
             run(["veritysetup", "close", "--deferred", "--", name])
+        target.rmdir()  # last, since it is by this directory that leftovers are found
 
 
 def _verity_name(target: Path) -> str:

@@ -11,13 +11,31 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from sessiond.errors import Cancelled, Failed, SessiondError
-from sessiond.session.model import Operation, SessionId, Uid
+from sessiond.errors import Cancelled, Failed, Interrupted, SessiondError
+from sessiond.session.model import JobRecord, Operation, SessionId, SessionRecord, Uid
 
 if TYPE_CHECKING:
     from sessiond.session.observer import Observers
 
 log = logging.getLogger(__name__)
+
+_ERRORS = {kind.__name__: kind for kind in SessiondError.__subclasses__()}
+
+
+class JobNumbers:
+    """Numbers for jobs: one that a client may still know is not used for another."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def take(self) -> int:
+        """Return a new number."""
+        self._last += 1
+        return self._last
+
+    def skip(self, number: int) -> None:
+        """`number` has been used, by an earlier manager."""
+        self._last = max(self._last, number)
 
 
 class Job:
@@ -56,6 +74,36 @@ class Job:
         self._scope = trio.CancelScope()
         self._stopped_by: SessiondError | None = None
         self._finished = trio.Event()
+
+    @classmethod
+    def of_earlier_manager(
+        cls, noted: JobRecord, session: SessionRecord, observers: Observers
+    ) -> Job:
+        """Return the last job of a session, as a manager that is gone has `noted` it.
+
+        If it was not finished, it has either had its effect on the session or none.
+        """
+        job = cls(noted.number, session.id, noted.operation, noted.started_by, observers)
+        if noted.finished:
+            if noted.error:
+                job.error = _ERRORS.get(noted.error, Failed)(noted.message)
+        elif not noted.was_done(session):
+            job.error = Interrupted(
+                f"The {job.operation} of session {job.session} was running when sessiond ended, "
+                "and was undone; start it again."
+            )
+        job._settle()
+        return job
+
+    def noted(self, begun: JobRecord) -> JobRecord:
+        """Return what is to be noted in place of `begun`, now that there is an outcome."""
+        return begun.model_copy(
+            update={
+                "finished": True,
+                "error": type(self.error).__name__ if self.error else "",
+                "message": str(self.error) if self.error else "",
+            }
+        )
 
     def cancel(self) -> None:
         """Ask the job to stop; it rolls back and completes with `Cancelled`.
@@ -106,6 +154,12 @@ class Job:
 
     def finish(self) -> None:
         """Let everyone know of the outcome."""
+        self.log_outcome()
+        self._settle()
+        self._observers.tell(lambda observer: observer.job_completed(self))
+
+    def log_outcome(self) -> None:
+        """Say in the log how it has ended."""
         outcome = "is done" if self.error is None else f"is not done: {self.error}"
         log.info(
             "The %s of session %s for uid %d %s",
@@ -114,8 +168,9 @@ class Job:
             self.started_by,
             outcome,
         )
+
+    def _settle(self) -> None:
         if self.error is None:
             self.progress, self.progress_valid = 1.0, True
         self.finished = True
-        self._observers.tell(lambda observer: observer.job_completed(self))
         self._finished.set()

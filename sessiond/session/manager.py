@@ -55,9 +55,11 @@ async def open_manager(
     mounts: Mounts | None = None,
     features: Sequence[str] = (),
 ) -> AsyncIterator[Manager]:
-    """Run a manager, which has no sessions before its `start`; on the way out, end them.
+    """Run a manager, which has no sessions before its `start`.
 
-    `mounts` is the kernel's unless given; `features` is what there is to be said of `mounter`.
+    The way out leaves sessions as they are, as a crash would; `Manager.shut_down` or
+    `Manager.leave` come before it. `mounts` is the kernel's unless given; `features` is what there
+    is to be said of `mounter`.
     """
     async with trio.open_nursery() as nursery:
         runtime = config.daemon.runtime_directory.resolve()
@@ -73,8 +75,6 @@ async def open_manager(
         try:
             yield manager
         finally:
-            with trio.CancelScope(shield=True):
-                await manager.shut_down()
             nursery.cancel_scope.cancel()
 
 
@@ -281,9 +281,11 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for record in found.records:
                 session = Session(record, self._services)
+                if record.id in found.jobs:
+                    await session.recover_job(found.jobs[record.id])
                 await self._services.nursery.start(session.run)
                 self._add(session)
-                nursery.start_soon(self._serve_again, session)
+                nursery.start_soon(self._start_again, session)
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()
 
@@ -297,7 +299,7 @@ class Manager:
         self._config = config
         for session in tuple(self._sessions.values()):
             if session.state is SessionState.FAILED:
-                await self._start(session)
+                await self._start_again(session)
         await self._create_configured()
 
     async def shut_down(self) -> None:
@@ -305,6 +307,12 @@ class Manager:
         async with trio.open_nursery() as nursery:
             for session in tuple(self._sessions.values()):
                 nursery.start_soon(self._shut_down, session)
+
+    async def leave(self) -> None:
+        """Stop what is going on in sessions, and leave them mounted for the next manager."""
+        async with trio.open_nursery() as nursery:
+            for session in tuple(self._sessions.values()):
+                nursery.start_soon(session.leave)
 
     async def _shut_down(self, session: Session) -> None:
         store = self._services.store
@@ -318,18 +326,9 @@ class Manager:
             log.error("Session %s is not ended cleanly: %s", session.id, error)  # noqa: TRY400
         self._drop(session)
 
-    async def _serve_again(self, session: Session) -> None:
-        target = session.mount_point
+    async def _start_again(self, session: Session) -> None:
         try:
-            with explained(f"detach what is mounted at {target}"):
-                await trio.to_thread.run_sync(_detach_stale_view, self._services.mounts, target)
-        except SessiondError as error:
-            log.error("%s", error)  # noqa: TRY400
-        await self._start(session)
-
-    async def _start(self, session: Session) -> None:
-        try:
-            await session.start()
+            await session.start(again=True)
         except SessiondError as error:
             log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400
 
@@ -378,14 +377,8 @@ def _new_record(
 def _detach_stale_views(mounts: Mounts, directory: Path) -> None:
     """Take away the merged views that a daemon has left; the storage of volatile sessions stays."""
     with explained(f"detach what is mounted below {directory}"):
-        for target in mounts.mounted_below(directory):
+        # The upper ones first: what is below one goes with it, and could not be reached through it.
+        for target in reversed(mounts.mounted_below(directory)):
             if target != directory / target.parent.name / "storage":
+                log.info("%s is unmounted: another sessiond has left it there.", target)
                 mounts.detach(target)
-
-
-def _detach_stale_view(mounts: Mounts, target: Path) -> None:
-    kind = mounts.file_system(target)
-    # Anything else is none of ours, and stays: the mount point is in use then.
-    while kind is not None and kind.startswith("fuse"):
-        mounts.detach(target)
-        kind = mounts.file_system(target)

@@ -158,8 +158,9 @@ class MemoryMounts:
         below = [target for target in self.mounted if directory in target.parents]
         return sorted(below, key=lambda path: len(path.parts), reverse=True)
 
-    def detach(self, target: Path) -> None:
-        self.mounted.pop(target, None)
+    def detach(self, target: Path, *, only: str | None = None) -> None:
+        if only in {None, self.mounted.get(target)}:
+            self.mounted.pop(target, None)
 
     def supports(self, kind: str) -> bool:
         return kind not in self.unsupported

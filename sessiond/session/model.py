@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import NewType, Self
+from typing import Annotated, NewType, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from sessiond.config import NAME, NAME_LIMIT
 from sessiond.errors import InvalidName, NoSuchSnapshot
@@ -26,6 +26,11 @@ Uid = NewType("Uid", int)
 
 RECORD_FORMAT = 1
 """Written into each record; a record of a higher format is left alone."""
+
+# What records are held to when they are read.
+_NAME = Field(pattern=f"^{NAME.pattern}$", max_length=NAME_LIMIT)
+_Uid = Annotated[Uid, Field(ge=0, lt=2**32 - 1)]  # the highest one is chown's "leave it"
+_Layer = Annotated[LayerNumber, Field(ge=1)]
 
 
 def session_id(text: str) -> SessionId:
@@ -106,10 +111,10 @@ class SnapshotRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: SnapshotName
+    name: Annotated[SnapshotName, _NAME]
     description: str = ""
     created_at: AwareDatetime
-    layers: tuple[LayerNumber, ...]
+    layers: tuple[_Layer, ...]
     """Topmost first, without the image."""
 
 
@@ -121,10 +126,10 @@ class SessionRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = RECORD_FORMAT
-    id: SessionId
+    format: Annotated[int, Field(ge=1)] = RECORD_FORMAT
+    id: Annotated[SessionId, _NAME]
     user: str
-    uid: Uid
+    uid: _Uid
     profile: str
     source: ImageSource
     image: str
@@ -137,12 +142,27 @@ class SessionRecord(BaseModel):
     storage: StorageKind
     created_at: AwareDatetime
     last_reset: AwareDatetime | None = None
-    next_layer: LayerNumber = LayerNumber(2)
+    next_layer: _Layer = LayerNumber(2)
     """No layer has had this number or a higher one: numbers are never used again."""
-    upper: LayerNumber = LayerNumber(1)
-    layers: tuple[LayerNumber, ...] = ()
+    upper: _Layer = LayerNumber(1)
+    layers: tuple[_Layer, ...] = ()
     """Committed layers between the upper and the image, topmost first."""
     snapshots: tuple[SnapshotRecord, ...] = ()
+
+    @model_validator(mode="after")
+    def _make_sense(self) -> Self:
+        if not self.mount_point.is_absolute() or ".." in self.mount_point.parts:
+            raise ValueError(f"the mount point {self.mount_point} is no absolute path")
+        committed = self.all_layers - {self.upper}
+        if self.upper in self.layers or len(self.layers) != len(set(self.layers)):
+            raise ValueError("a layer is in the stack twice")
+        if any(self.upper in snapshot.layers for snapshot in self.snapshots):
+            raise ValueError(f"the upper, layer {self.upper}, belongs to a snapshot")
+        if self.next_layer <= max(self.upper, *committed, 0):
+            raise ValueError(f"layer {self.next_layer} would be the next, and is there already")
+        if len({snapshot.name for snapshot in self.snapshots}) != len(self.snapshots):
+            raise ValueError("two snapshots have the same name")
+        return self
 
     @property
     def all_layers(self) -> frozenset[LayerNumber]:
@@ -186,6 +206,33 @@ class SessionRecord(BaseModel):
     def gone_back_to(self, before: Self) -> Self:
         """The record `before`, except that no layer number made since is used again."""
         return before.model_copy(update={"next_layer": self.next_layer})
+
+
+class JobRecord(BaseModel):
+    """What a restarted manager has to know of a session's last job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    number: Annotated[int, Field(ge=1)]
+    operation: Operation
+    started_by: _Uid
+    storage: StorageKind
+    """What the session was kept on when the job began."""
+    upper: _Layer
+    """Its upper then."""
+    finished: bool = False
+    error: str = ""
+    """The name of the class of the error of a job that has failed; else empty."""
+    message: str = ""
+
+    def was_done(self, record: SessionRecord) -> bool:
+        """Say whether the job, unfinished when its manager died, had its effect on `record`.
+
+        Each job has it by the writing of one record, or not at all.
+        """
+        if self.operation is Operation.PERSIST:
+            return record.storage is not self.storage
+        return record.upper != self.upper
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,9 @@ from typing import Protocol
 
 from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
 
+VIEW_TYPE = "fuse.sessiond"
+"""The type of file system of merged views, by which those of a dead manager are known."""
+
 
 @dataclass(frozen=True, slots=True)
 class MountRequest:

@@ -60,10 +60,10 @@ class Mounts(Protocol):
     def mounted_below(self, directory: Path) -> list[Path]:
         """Return all mount points below `directory`, the deepest first."""
 
-    def detach(self, target: Path) -> None:
-        """Take away all that is mounted at `target`, if anything is, in use or dead.
+    def detach(self, target: Path, *, only: str | None = None) -> None:
+        """Take away what is mounted at `target`, in use or dead, until nothing is left there.
 
-        Raises `OSError`.
+        With `only`, until the topmost is not of that type of file system. Raises `OSError`.
         """
 
     def supports(self, kind: str) -> bool:
@@ -134,8 +134,8 @@ class SystemMounts:
         below = {mount.target for mount in _mount_table() if directory in mount.target.parents}
         return sorted(below, key=lambda path: len(path.parts), reverse=True)
 
-    def detach(self, target: Path) -> None:
-        while self.file_system(target) is not None:
+    def detach(self, target: Path, *, only: str | None = None) -> None:
+        while (kind := self.file_system(target)) is not None and only in {None, kind}:
             _check(_libc.umount2(os.fsencode(target), _MNT_DETACH | _UMOUNT_NOFOLLOW), target)
 
     def supports(self, kind: str) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import count
 from pathlib import Path
 
 import trio
 
 from sessiond.session.images import Images
+from sessiond.session.jobs import JobNumbers
 from sessiond.session.mounter import Mounter
 from sessiond.session.mounts import Mounts
 from sessiond.session.observer import Observers
@@ -30,7 +30,7 @@ class Services:
     mounter: Mounter
     nursery: trio.Nursery
     observers: Observers = field(default_factory=Observers)
-    job_numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    job_numbers: JobNumbers = field(default_factory=JobNumbers)
     _one_at_a_time: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
 
     async def delete_trees(self, trees: Iterable[Path]) -> None:

@@ -21,6 +21,7 @@ from sessiond.errors import (
     Cancelled,
     Failed,
     ImageUnavailable,
+    Interrupted,
     InvalidOption,
     NoSuchSession,
     SessiondError,
@@ -28,10 +29,12 @@ from sessiond.errors import (
 )
 from sessiond.session import mount_point
 from sessiond.session.attempts import Attempts
+from sessiond.session.faults import explained
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
     ChangeSummary,
+    JobRecord,
     LayerNumber,
     Operation,
     SessionId,
@@ -45,7 +48,7 @@ from sessiond.session.model import (
     Usage,
     snapshot_name,
 )
-from sessiond.session.mounter import Mount, MountRequest
+from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
 from sessiond.session.services import Services
@@ -75,6 +78,8 @@ class Session:
         """Why the state is FAILED, as a sentence."""
         self.listed = False
         """Observers know of it; told only of sessions they know. Set by the manager."""
+        self.last_job: Job | None = None
+        """The job that runs, or else ran last."""
         self._image = image
         self._closing = False
         self._operation: str | None = None
@@ -241,36 +246,44 @@ class Session:
         finally:
             self._ended.set()
 
-    async def start(self) -> None:
+    async def start(self, *, again: bool = False) -> None:
         """Mount the merged view, if it is not mounted.
 
-        Raises what prevents it; the state is FAILED then.
+        With `again`, views that a manager that died has left at the mount point are taken away
+        first; what others have mounted there stays. Raises what prevents it; the state is FAILED
+        then.
         """
         await self._become_idle()
         if self.mount is not None:
             return
         with self._operating("it is being mounted", self.state):
             try:
+                if again:
+                    await trio.to_thread.run_sync(self._detach_stale_views)
                 await self._mount_view(self.record)
             except SessiondError as error:
                 self.failure = str(error)
                 raise
 
+    def _detach_stale_views(self) -> None:
+        with explained(f"detach what is mounted at {self.mount_point}"):
+            if self.services.mounts.file_system(self.mount_point) == VIEW_TYPE:
+                log.info("%s is unmounted: another sessiond has left it there.", self.mount_point)
+                self.services.mounts.detach(self.mount_point, only=VIEW_TYPE)
+
+    async def leave(self) -> None:
+        """Stop what is going on in the session; all else is for the next manager to find."""
+        await self._stop(
+            Interrupted(f"The job on session {self.id} was undone, since sessiond was restarted.")
+        )
+
     async def end(self) -> None:
         """Stop what is going on in the session and unmount it; the files stay. Never fails."""
-        self._closing = True
         self._set_state(SessionState.CLOSING)
-        if self._job is not None:
-            self._job.stop(
-                Cancelled(
-                    f"The {self._job.operation} ended, for session {self.id} is being closed."
-                )
-            )
         with trio.CancelScope(shield=True):
-            await self._become_idle()
-            if self._nursery is not None:
-                self._nursery.cancel_scope.cancel()
-                await self._ended.wait()
+            await self._stop(
+                Cancelled(f"The job on session {self.id} ended, since that is being closed.")
+            )
             if self.mount is not None:
                 await self.mount.unmount()
                 self.mount = None
@@ -278,6 +291,17 @@ class Session:
             if self._image is not None:
                 await self.services.images.release(self._image)
                 self._image = None
+
+    async def _stop(self, reason: SessiondError) -> None:
+        """Let nothing new begin, give up the job that runs, and end all tasks."""
+        self._closing = True
+        if self._job is not None:
+            self._job.stop(reason)
+        with trio.CancelScope(shield=True):
+            await self._become_idle()
+            if self._nursery is not None:
+                self._nursery.cancel_scope.cancel()
+                await self._ended.wait()
 
     def check_space(self) -> None:
         """Tell observers if the storage has become fuller or emptier by a level."""
@@ -336,20 +360,47 @@ class Session:
         self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
     ) -> Job:
         self._begin(f"a {operation} is running", SessionState.BUSY)
-        number = next(self.services.job_numbers)
+        number = self.services.job_numbers.take()
         job = Job(number, self.id, operation, started_by, self.services.observers)
-        self._job = job
+        self._job = self.last_job = job
         self._tell(lambda observer: observer.job_added(job))
+        self._tell(lambda observer: observer.session_changed(self))
         self._tasks.start_soon(self._run_job, job, body)
         return job
 
     async def _run_job(self, job: Job, body: Callable[[Job], Awaitable[None]]) -> None:
+        begun = JobRecord(
+            number=job.id,
+            operation=job.operation,
+            started_by=job.started_by,
+            storage=self.storage,
+            upper=self.record.upper,
+        )
         try:
+            await self._note_job(begun)
             await job.run(body)
         finally:
+            # Before anyone is told, so that a manager that dies now has told nothing else.
+            await self._note_job(job.noted(begun))
             self._job = None
             self._end()
             job.finish()
+
+    async def recover_job(self, noted: JobRecord) -> None:
+        """Know the last job that an earlier manager has run, and how it has ended."""
+        self.services.job_numbers.skip(noted.number)
+        self.last_job = Job.of_earlier_manager(noted, self.record, self.services.observers)
+        if not noted.finished:
+            self.last_job.log_outcome()
+            await self._note_job(self.last_job.noted(noted))
+
+    async def _note_job(self, job: JobRecord) -> None:
+        with trio.CancelScope(shield=True):
+            try:
+                await trio.to_thread.run_sync(self.services.store.write_job, self.id, job)
+            except SessiondError as error:
+                # It goes on: a reset is what frees space.
+                log.warning("%s Should sessiond die, it will not know of the job.", error)
 
     async def _reset(self, _: Job) -> None:
         await self.switch(self.record.reset(datetime.now(UTC)))
@@ -450,7 +501,8 @@ class Session:
         if self._image is None:
             image = await self.services.images.acquire(self.record.source)
             # A directory may hold anything tomorrow; that it is a fixed thing is the user's affair.
-            if image.digest != self.record.image and image.kind != "directory":
+            directories = {image.kind, self.record.image.partition("-")[0]} == {"directory"}
+            if image.digest != self.record.image and not directories:
                 await self.services.images.release(image)
                 raise ImageUnavailable(
                     f"Image {self.record.source.path} is not the one that session {self.id} was "

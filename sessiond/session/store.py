@@ -4,13 +4,17 @@
     RUNTIME/sessions/ID/storage/       its tmpfs
     RUNTIME/sessions/ID/root/          the usual mount point, of persistent sessions as well
     STATE/sessions/ID/session.json     record of a persistent session; the directory is its storage
+    RUNTIME/sessions/ID/job.json       its last job, for a manager that is started again
     STORAGE/layers/N/{fs,work}/        layer N
     STORAGE/reserve/                   given up when the storage is full, so that reset still works
     {RUNTIME,STATE}/trash/             being deleted
-    {RUNTIME,STATE}/set-aside/         sessions with a record that cannot be read
+    {RUNTIME,STATE}/set-aside/         sessions whose record is missing or makes no sense
 
-A session exists from the moment its record is written, and no longer once that is removed. What no
-record knows is garbage, and is removed at start: so a crash between any two steps needs no repair.
+A session exists from the moment its record is written, and no longer once that is renamed. In the
+directory of one that is being made there is ``session.new``, which becomes the record; in one that
+is being deleted ``session.old``, which was it. Such a directory is garbage, and so is a layer that
+no record names: they are removed at start, and a crash between any two steps needs no repair. A
+directory without any of the three has lost its record by accident: it is set aside.
 
 Functions block; for one session they are called by one thread at a time, except for `fill_reserve`.
 """
@@ -22,17 +26,15 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
-from sessiond.errors import Failed
+from sessiond.config import NAME, NAME_LIMIT
+from sessiond.errors import Failed, SessiondError
 from sessiond.session.faults import explained
 from sessiond.session.model import (
-    RECORD_FORMAT,
+    JobRecord,
     LayerNumber,
     SessionId,
     SessionRecord,
@@ -40,20 +42,25 @@ from sessiond.session.model import (
     UpperDirectories,
 )
 from sessiond.session.mounts import Mounts
+from sessiond.session.records import (
+    BadRecordError,
+    NewerFormatError,
+    fsync_directory,
+    read_job,
+    read_session,
+    write_durably,
+)
 from sessiond.session.tree import copy_root, remove_tree
 
 log = logging.getLogger(__name__)
 
 _RECORD = "session.json"
+_BEING_MADE = "session.new"
+_BEING_DELETED = "session.old"
+_JOB = "job.json"
 _RESERVE_INODES = 16
 _RESERVE_BYTES = 256 << 10
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
-class _Format(BaseModel):
-    """What a record of any format has."""
-
-    format: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +68,21 @@ class Found:
     """What there is at start."""
 
     records: tuple[SessionRecord, ...]
+    jobs: Mapping[SessionId, JobRecord]
+    """The last job of each session that had one since the machine has started."""
     garbage: tuple[Path, ...]
     """Directories to be deleted; nobody looks at them any more."""
+
+
+@dataclass
+class _Search:
+    """What is found while the store is loaded."""
+
+    records: dict[SessionId, SessionRecord] = field(default_factory=dict)
+    jobs: dict[SessionId, JobRecord] = field(default_factory=dict)
+    garbage: list[Path] = field(default_factory=list)
+    left: set[SessionId] = field(default_factory=set)
+    """Sessions that cannot be served, and whose files stay where they are."""
 
 
 class Store:
@@ -130,12 +150,14 @@ class Store:
             runtime = self.runtime_directory(record.id)
             runtime.mkdir()
             runtime.chmod(0o711)
+            self._directory(record.id, record.storage).mkdir(mode=0o700, exist_ok=True)
+            (self._directory(record.id, record.storage) / _BEING_MADE).touch(mode=0o600)
             storage = self.storage(record)
-            storage.mkdir(mode=0o700)
+            storage.mkdir(mode=0o700, exist_ok=True)
             if record.storage is StorageKind.TMPFS:
                 self._mounts.mount_tmpfs(storage, size=size, inodes=inodes)
             (storage / "layers").mkdir(mode=0o700)
-            _fsync_directory(storage.parent)
+            fsync_directory(storage.parent)
         self.fill_reserve(record)
 
     def used_by(self, session: SessionId) -> Path | None:
@@ -157,8 +179,9 @@ class Store:
             if directory.exists():
                 self._to_trash(directory, StorageKind.PERSISTENT)
             directory.mkdir(mode=0o700)
+            (directory / _BEING_MADE).touch(mode=0o600)
             (directory / "layers").mkdir(mode=0o700)
-            _fsync_directory(directory.parent)
+            fsync_directory(directory.parent)
         self.fill_reserve(record)
 
     def make_upper(self, record: SessionRecord, like: Path) -> None:
@@ -176,7 +199,7 @@ class Store:
         with explained(f"make a layer for session {record.id}"):
             self._with_reserve(record, make)
             for directory in (upper.fs, upper.fs.parent, upper.fs.parent.parent):
-                _fsync_directory(directory)
+                fsync_directory(directory)
 
     def write(self, record: SessionRecord) -> None:
         """Make `record` the one that counts; it is on disk when this returns.
@@ -185,16 +208,22 @@ class Store:
         """
         text = record.model_dump_json(indent=1).encode()
         with explained(f"write the record of session {record.id}"):
-            self._with_reserve(record, lambda: _write_durably(self._record_file(record), text))
+            self._with_reserve(record, lambda: write_durably(self._record_file(record), text))
 
     def forget(self, record: SessionRecord) -> None:
-        """Remove the record, and so the session; its files become garbage. Raises `Failed`."""
+        """Give up the record, and so the session; its files become garbage. Raises `Failed`."""
         file = self._record_file(record)
         if not file.exists():
             return
         with explained(f"remove the record of session {record.id}"):
-            file.unlink()
-            _fsync_directory(file.parent)
+            file.rename(file.with_name(_BEING_DELETED))
+            fsync_directory(file.parent)
+
+    def write_job(self, session: SessionId, job: JobRecord) -> None:
+        """Note the last job of a session, until the machine ends. Raises `Failed`, `NoSpace`."""
+        file = self.runtime_directory(session) / _JOB
+        with explained(f"note the job of session {session}"):
+            write_durably(file, job.model_dump_json(indent=1).encode())
 
     def discard(self, session: SessionId, kind: StorageKind) -> tuple[Path, ...]:
         """Take the files of a forgotten session out of the way; what is returned is to be deleted.
@@ -217,6 +246,7 @@ class Store:
         with explained(f"remove the volatile storage of session {session}"):
             self._mounts.detach(storage)
             remove_tree(storage)
+            storage.with_name(_BEING_DELETED).unlink(missing_ok=True)
 
     # The reserve
 
@@ -249,97 +279,132 @@ class Store:
     # At start
 
     def load(self) -> Found:
-        """Return the records that can be served, and take everything else out of the way.
+        """Return what can be served, and take everything else out of the way.
 
-        A record that makes no sense is set aside with all its session's files; one of a newer
-        format, or that cannot be read, is left where it is. Both are reported in the log. No
+        A record that makes no sense, or is missing, is set aside with all its session's files; one
+        of a newer format, or that cannot be read, is left where it is, and so is whatever is none
+        of ours. All that is reported in the log, and keeps no other session from being served. No
         merged view may be mounted below the runtime directory. Raises `Failed`.
         """
-        garbage: list[Path] = []
-        found: dict[SessionId, SessionRecord] = {}
-        with explained("read the records of sessions"):
-            for kind in (StorageKind.PERSISTENT, StorageKind.TMPFS):
-                for directory in _subdirectories(self._bases[kind] / "sessions"):
-                    record = self._load(directory, kind, found, garbage)
-                    if record is not None:
-                        found[record.id] = record
-                        garbage += self._unknown_layers(record)
-            for record in found.values():
-                self.runtime_directory(record.id).mkdir(exist_ok=True)
-                self.runtime_directory(record.id).chmod(0o711)
-            for base in self._bases.values():
-                garbage += _subdirectories(base / "trash")
-        return Found(tuple(found.values()), tuple(dict.fromkeys(garbage)))
+        found = _Search()
+        for kind in (StorageKind.PERSISTENT, StorageKind.TMPFS):
+            base = self._bases[kind]
+            with explained(f"look for sessions in {base}"):
+                for directory in self._session_directories(base / "sessions"):
+                    self._load(directory, kind, found)
+                found.garbage += [
+                    path for path in (base / "trash").iterdir() if _is_directory(path)
+                ]
+        return Found(tuple(found.records.values()), found.jobs, tuple(found.garbage))
 
-    def _load(
-        self,
-        directory: Path,
-        kind: StorageKind,
-        found: dict[SessionId, SessionRecord],
-        garbage: list[Path],
-    ) -> SessionRecord | None:
+    def _session_directories(self, base: Path) -> Iterator[Path]:
+        for path in sorted(base.iterdir()):
+            if _is_directory(path) and NAME.fullmatch(path.name) and len(path.name) <= NAME_LIMIT:
+                yield path
+            else:
+                log.warning("%s is no directory of a session, and is left alone.", path)
+
+    def _load(self, directory: Path, kind: StorageKind, found: _Search) -> None:
         session = SessionId(directory.name)
-        if session in found or not (directory / _RECORD).exists():
-            # Both records are there if a crash came just as the session had moved to disk.
-            (directory / _RECORD).unlink(missing_ok=True)
-            garbage += self.discard(session, kind)
-            return None
         try:
-            record = self._parse(directory, kind)
-        except (_NewerFormatError, OSError) as error:
+            if session in found.left:
+                return  # of a persistent session: what belongs to it stays as well
+            if session in found.records:
+                self._drop_moved(directory, found)
+            elif os.path.lexists(directory / _RECORD):
+                self._load_recorded(directory, kind, found)
+            else:
+                self._load_unrecorded(directory, kind, found)
+            if kind is StorageKind.TMPFS and session in found.records:
+                self._load_job(directory, found)
+        except (NewerFormatError, OSError, SessiondError) as error:
+            found.left.add(session)
+            found.records.pop(session, None)
             log.error("Session %s is left as it is: %s", session, error)  # noqa: TRY400
-            return None
-        except ValueError as error:
-            kept = self._set_aside(directory, kind)
-            log.error(  # noqa: TRY400
-                "The record of session %s cannot be used: %s. All its files are kept in %s.",
-                session,
-                error,
-                kept,
-            )
-            return None
-        storage = self.storage(record)
-        if kind is StorageKind.TMPFS and self._mounts.file_system(storage) is None:
-            log.warning("Session %s was volatile, and ended with the last boot.", session)
-            self.forget(record)
-            garbage += self.discard(session, kind)
-            return None
-        return record
 
-    def _parse(self, directory: Path, kind: StorageKind) -> SessionRecord:
-        text = (directory / _RECORD).read_bytes()
+    def _load_recorded(self, directory: Path, kind: StorageKind, found: _Search) -> None:
+        session = SessionId(directory.name)
         try:
-            version = _Format.model_validate_json(text).format
-            if version > RECORD_FORMAT:
-                raise _NewerFormatError(
-                    f"{directory / _RECORD} has format {version}, and this sessiond knows formats "
-                    f"up to {RECORD_FORMAT}; use the sessiond that wrote it."
-                )
-            record = SessionRecord.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"{where + ': ' if where else ''}{first['msg']}") from None
-        if record.id != directory.name or record.storage is not kind:
-            raise ValueError(f"it is that of a {record.storage} session {record.id}")
-        if kind is StorageKind.PERSISTENT or self._mounts.file_system(self.storage(record)):
-            for number in record.all_layers:
-                if not (self.layer(record, number) / "fs").is_dir():
-                    raise ValueError(f"it names layer {number}, which is not there")
-        return record
+            record = read_session(directory / _RECORD)
+            _require_place(record, session, kind)
+            if kind is StorageKind.TMPFS and self._mounts.file_system(self.storage(record)) is None:
+                log.warning("Session %s was volatile, and ended with the last boot.", session)
+                self.forget(record)
+                found.garbage += self.discard(session, kind)
+                return
+            self._require_layers(record)
+        except BadRecordError as error:
+            self._set_aside(directory, kind, f"its record makes no sense: {error}")
+            return
+        for left_over in (_BEING_MADE, _BEING_DELETED):
+            (directory / left_over).unlink(missing_ok=True)
+        garbage = tuple(self._unknown_layers(record))
+        self.runtime_directory(session).mkdir(exist_ok=True)
+        self.runtime_directory(session).chmod(0o711)
+        found.records[session] = record
+        found.garbage += garbage
 
-    def _set_aside(self, directory: Path, kind: StorageKind) -> Path:
+    def _load_unrecorded(self, directory: Path, kind: StorageKind, found: _Search) -> None:
+        marks = (_BEING_MADE, _BEING_DELETED)
+        contents = directory / ("layers" if kind is StorageKind.PERSISTENT else "storage")
+        if os.path.lexists(contents) and not any((directory / mark).exists() for mark in marks):
+            self._set_aside(directory, kind, f"its record, {_RECORD}, is missing")
+            return
+        log.info("What was left of session %s in %s is removed.", directory.name, directory)
+        found.garbage += self.discard(SessionId(directory.name), kind)
+
+    def _drop_moved(self, directory: Path, found: _Search) -> None:
+        """Drop what a session that is persistent has left where it was volatile, if anything.
+
+        Both records are there if a crash came just as it had moved.
+        """
+        storage = directory / "storage"
+        if os.path.lexists(storage):
+            log.info("Session %s had moved to disk; its volatile copy is removed.", directory.name)
+            self._mounts.detach(storage)
+            found.garbage.append(self._to_trash(storage, StorageKind.TMPFS))
+        for name in (_RECORD, _BEING_MADE, _BEING_DELETED):
+            (directory / name).unlink(missing_ok=True)
+
+    def _load_job(self, directory: Path, found: _Search) -> None:
+        try:
+            found.jobs[SessionId(directory.name)] = read_job(directory / _JOB)
+        except FileNotFoundError:
+            pass
+        except (BadRecordError, OSError) as error:
+            log.warning("The last job of session %s is not known: %s.", directory.name, error)
+
+    def _require_layers(self, record: SessionRecord) -> None:
+        for number in sorted(record.all_layers):
+            if not (self.layer(record, number) / "fs").is_dir():
+                raise BadRecordError(f"it names layer {number}, which is not there")
+
+    def _set_aside(self, directory: Path, kind: StorageKind, reason: str) -> None:
         aside = self._bases[kind] / "set-aside"
         aside.mkdir(mode=0o700, exist_ok=True)
         target = aside / f"{directory.name}-{secrets.token_hex(4)}"
         directory.rename(target)
-        return target
+        log.error(
+            "Session %s cannot be served, for %s. All its files are kept in %s. To have it back, "
+            "put a correct %s there, move that directory back to %s, and restart sessiond; to be "
+            "rid of it, delete that directory.",
+            directory.name,
+            reason,
+            target,
+            _RECORD,
+            directory,
+        )
 
     def _unknown_layers(self, record: SessionRecord) -> Iterator[Path]:
         known = {str(number) for number in record.all_layers}
-        for directory in _subdirectories(self.storage(record) / "layers"):
-            if directory.name not in known:
-                yield directory
+        for path in sorted((self.storage(record) / "layers").iterdir()):
+            if path.name in known:
+                continue
+            if _is_directory(path) and path.name.isdecimal():
+                log.info("Layer %s, which session %s does not have, is removed.", path, record.id)
+                yield path
+            else:
+                log.warning("%s is no layer of session %s, and is left alone.", path, record.id)
 
     # Names
 
@@ -355,36 +420,10 @@ class Store:
         return target
 
 
-class _NewerFormatError(Exception):
-    """The record was written by a later version."""
+def _require_place(record: SessionRecord, session: SessionId, kind: StorageKind) -> None:
+    if (record.id, record.storage) != (session, kind):
+        raise BadRecordError(f"it is that of a {record.storage} session {record.id}")
 
 
-def _subdirectories(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink())
-
-
-def _write_durably(file: Path, text: bytes) -> None:
-    temporary = file.with_suffix(".new")
-    try:
-        with open(temporary, "wb", opener=_private) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(file)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    _fsync_directory(file.parent)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _fsync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()

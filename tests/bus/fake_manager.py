@@ -89,6 +89,7 @@ class FakeSession:
         self.created_at = EPOCH
         self.last_reset: datetime | None = None
         self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
+        self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
         self.diff_body: Callable[[int], object] = lambda target: os.write(target, b"{}\n")
@@ -104,6 +105,7 @@ class FakeSession:
             raise Busy(f"A {running[0].operation} of session {self.id} is running.")
         job = FakeJob(self._manager, len(self._manager.jobs) + 1, self, operation, started_by)
         self._manager.jobs.append(job)
+        self.last_job = job
         self._manager.tell("job_added", job)
         if self._manager.jobs_finish_at_once:
             job.finish()

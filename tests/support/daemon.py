@@ -95,6 +95,11 @@ class Daemon:
         code = self._end(signal.SIGTERM)
         assert code == 0, f"sessiond ended with code {code}: {self.log()}"
 
+    def reload(self) -> None:
+        """Have it read its configuration again; that goes on when this returns."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
+
     def kill(self) -> None:
         """End it without a chance to do anything."""
         self._end(signal.SIGKILL)

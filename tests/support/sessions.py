@@ -69,7 +69,7 @@ class World:
     recorder: Recorder = field(default_factory=Recorder)
 
     def __post_init__(self) -> None:
-        (self.directory / "image").mkdir()
+        (self.directory / "image").mkdir(exist_ok=True)
 
     @property
     def runtime(self) -> Path:
@@ -108,6 +108,19 @@ class World:
             manager.observe(self.recorder)
             await manager.start()
             yield manager
+            await manager.shut_down()
+
+    @asynccontextmanager
+    async def crashing_manager(self) -> AsyncIterator[Manager]:
+        """A daemon that is killed in the end."""
+        async with open_manager(self.config(), self.mounter, mounts=self.mounts) as manager:
+            await manager.start()
+            yield manager
+
+    def remember_mounts(self) -> None:
+        """Know of the tmpfs of sessions that a manager in another process has made."""
+        for storage in self.runtime.glob("sessions/*/storage"):
+            self.mounts.mounted[storage] = "tmpfs"
 
     def mount(self, session: str) -> MemoryMount:
         return self.mounter.mounts[SessionId(session)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,8 @@ IMAGE: trees.Tree = {
     "home": {},
     "srv": {"data": {f"file{number}": b"x" * number for number in range(50)}},
 }
+
+_PACKAGES = "systemd-sysv,dbus,procps,python3,fuse3"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,3 +55,31 @@ def daemon(idle_daemon: Daemon) -> Daemon:
     """The daemon, running."""
     idle_daemon.start()
     return idle_daemon
+
+
+@pytest.fixture(scope="session")
+def debian(request: pytest.FixtureRequest) -> Path:
+    """A squashfs of a Debian root that can be booted; made once, and kept with pytest's cache."""
+    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
+    image = Path(request.config.cache.mkdir("images")) / f"{suite}-booting.squashfs"
+    if not image.exists():
+        archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
+        make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={_PACKAGES}"]
+        done = subprocess.run(
+            [*make, suite, str(archive)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if done.returncode != 0:
+            pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
+        with open(archive, "rb") as tar:
+            made.unlink(missing_ok=True)
+            # With file handles, as mksquashfs makes images: they keep hard links together.
+            options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
+            pack = ["sqfstar", *options, str(made)]
+            subprocess.run(pack, stdin=tar, check=True, capture_output=True)
+        archive.unlink()
+        made.rename(image)
+    return image

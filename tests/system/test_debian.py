@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,30 +28,6 @@ echo installed >/var/lib/sessiond-example
 ln -s /usr/share/sessiond-example/words /etc/alternatives/words
 chown 1:1 /usr/share/sessiond-example/words
 """
-
-
-@pytest.fixture(scope="module")
-def debian(request: pytest.FixtureRequest) -> Path:
-    """The image; made once, and kept with pytest's cache."""
-    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    image = Path(request.config.cache.mkdir("images")) / f"{suite}.squashfs"
-    if not image.exists():
-        archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
-        make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", suite, str(archive)]
-        done = subprocess.run(
-            make, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
-        )
-        if done.returncode != 0:
-            pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
-        with open(archive, "rb") as tar:
-            made.unlink(missing_ok=True)
-            # With file handles, as mksquashfs makes images: they keep hard links together.
-            options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
-            pack = ["sqfstar", *options, str(made)]
-            subprocess.run(pack, stdin=tar, check=True, capture_output=True)
-        archive.unlink()
-        made.rename(image)
-    return image
 
 
 @contextmanager

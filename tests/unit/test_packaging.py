@@ -31,7 +31,10 @@ def test_systemd_accepts_the_unit(unit: Path, tmp_path: Path) -> None:
         text=True,
         env=os.environ | {"LC_ALL": "C.UTF-8"},
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # systemd before 254 warns of this one, and goes on without it.
+    unknown = "Unknown key 'FileDescriptorStorePreserve'"
+    said = [line for line in done.stderr.splitlines() if unknown not in line]
+    assert (done.returncode, done.stdout, said) == (0, "", [])
 
 
 def test_the_bus_starts_the_unit() -> None:

@@ -15,8 +15,8 @@ import trio
 from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
-from sessiond.errors import NoSpace
-from sessiond.session.model import SessionState
+from sessiond.errors import Interrupted, NoSpace
+from sessiond.session.model import SessionId, SessionState, Uid
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
 from tests.support.waiting import BOUND, until
@@ -81,6 +81,31 @@ async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert isinstance(told, dict)
     assert told["changes"] == {"added": 1, "changed": 2, "deleted": 3, "bytes": 1 << 40}
     assert [snapshot["name"] for snapshot in told["snapshots"]] == ["good"]
+    assert told["last_job"] is None
+    assert "Last job" not in facts
+
+
+async def test_status_tells_of_the_last_job(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    job = manager.sessions[SessionId("live")].reset(started_by=Uid(0))
+    assert "Last job     reset running" in await sessionctl.lines("status", "live")
+    job.finish(Interrupted("It was undone."))
+    lines = await sessionctl.lines("status", "live")
+    assert "Last job     reset failed: It was undone." in lines
+    told = await sessionctl.json("status", "live")
+    assert isinstance(told, dict)
+    assert told["last_job"]["state"] == "failed"
+    assert told["last_job"]["error_name"] == "org.sessiond.Overlay1.Error.Interrupted"
+
+
+async def test_status_of_a_session_that_has_failed(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    session = manager.sessions[SessionId("live")]
+    session.state, session.failure = SessionState.FAILED, "The image is missing."
+    lines = await sessionctl.lines("status", "live")
+    assert "State        failed: The image is missing." in lines
+    assert not any(line.startswith("Changes") for line in lines)
+    assert any(" failed " in line for line in await sessionctl.lines("list"))
 
 
 @as_root

@@ -293,6 +293,9 @@ async def test_what_no_record_knows_is_removed_at_start(
     (world.disk("p") / "layers" / "7" / "fs").mkdir(parents=True)
     (world.storage("v") / "layers" / "9" / "fs").mkdir(parents=True)
     (world.disk("half-made") / "layers" / "1").mkdir(parents=True)
+    (world.disk("half-made") / "session.new").touch()
+    (world.disk("deleted") / "layers" / "1").mkdir(parents=True)
+    (world.disk("deleted") / "session.old").touch()
     (world.state / "trash" / "old").mkdir()
     (world.runtime / "sessions" / "x" / "root").mkdir(parents=True)
 
@@ -304,6 +307,7 @@ async def test_what_no_record_knows_is_removed_at_start(
         await until(lambda: not any((world.state / "trash").iterdir()))
         await until(lambda: not any((world.runtime / "trash").iterdir()))
         assert not world.disk("half-made").exists()
+        assert not world.disk("deleted").exists()
         assert not (world.runtime / "sessions" / "x").exists()
 
 
@@ -347,7 +351,7 @@ async def test_a_corrupt_record_is_set_aside_and_the_others_are_served(
         case "other id":
             file.write_text(json.dumps(record | {"id": "other"}))
         case "missing layer":
-            file.write_text(json.dumps(record | {"upper": 5}))
+            file.write_text(json.dumps(record | {"upper": 5, "next_layer": 6}))
         case _:
             file.write_text(damage)
 
@@ -356,7 +360,7 @@ async def test_a_corrupt_record_is_set_aside_and_the_others_are_served(
         (aside,) = (world.state / "set-aside").iterdir()
         assert (aside / "layers" / "1" / "fs" / "precious").read_bytes() == b"data"
         await manager.create(USER, "lasting", session_id="bad")
-    expect_log("The record of session bad cannot be used")
+    expect_log("Session bad cannot be served")
     expect_log(complaint)
 
 

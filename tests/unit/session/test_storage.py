@@ -46,6 +46,7 @@ async def test_a_volatile_session_has_a_tmpfs_with_its_limits(real: Path) -> Non
         await session.persist(started_by=Uid(UID)).wait()
         assert SystemMounts().file_system(storage) is None
         assert session.usage.bytes_limit == 0
+        await manager.shut_down()
     assert SystemMounts().mounted_below(real) == []
 
 

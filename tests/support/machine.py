@@ -1,0 +1,168 @@
+"""A machine of a test's own: a Debian root, booted with its own systemd by systemd-nspawn(1)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.support.mounts import detach
+
+CHECKOUT = Path(__file__).parents[2]
+BOUND = 60.0
+"""Seconds within which the machine boots, ends, or obeys a command, or else the test fails."""
+
+_PROGRAMS = {
+    "sessiond": "sessiond.daemon",
+    "sessionctl": "sessiond.cli.main",
+}
+_SOURCE = "/opt/sessiond"
+"""Where the machine sees this checkout."""
+_LIBRARIES = Path(_SOURCE) / Path(sysconfig.get_path("purelib")).relative_to(CHECKOUT)
+PYTHON = (
+    f"/usr/bin/env PYTHONPATH={_SOURCE}:{_LIBRARIES} PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3"
+)
+"""The command for a Python there that finds this project and what it needs."""
+
+
+class Machine:
+    """One that runs; `root` is its root directory, and `leader` its first process."""
+
+    def __init__(self, root: Path, leader: int) -> None:
+        self.root = root
+        self._leader = leader
+
+    def run(self, command: str, *, code: int = 0) -> str:
+        """Run a shell command there as root; it has to end with `code`. Return what it printed."""
+        done = subprocess.run(
+            ["nsenter", "-t", str(self._leader), "-a", "/bin/sh", "-euc", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=BOUND,
+        )
+        assert done.returncode == code, (command, done.returncode, done.stdout)
+        return done.stdout
+
+    def wait(self, command: str) -> None:
+        """Return once a shell command succeeds."""
+        deadline = time.monotonic() + BOUND
+        while subprocess.call(
+            ["nsenter", "-t", str(self._leader), "-a", "/bin/sh", "-c", command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ):
+            assert time.monotonic() < deadline, f"it does not come about: {command}"
+
+
+@contextmanager
+def booted(image: Path, directory: Path) -> Iterator[Machine]:
+    """Boot the file system in the file `image`, with sessiond installed but not enabled.
+
+    What it writes is kept in RAM, and gone with it. Its files are in `directory`, and its processes
+    in a cgroup of their own. Raises `CannotBoot`.
+    """
+    for name in ("image", "ram", "root"):
+        (directory / name).mkdir()
+    console, group = directory / "console", f"sessiond-test-{os.getpid()}"
+    points = [directory / "image", directory / "ram", directory / "root"]
+    try:
+        _mount("-o", "loop,ro", image, points[0])
+        _mount("-t", "tmpfs", "machine", points[1])
+        upper, work = points[1] / "upper", points[1] / "work"
+        upper.mkdir()
+        work.mkdir()
+        layers = f"lowerdir={points[0]},upperdir={upper},workdir={work}"
+        _mount("-t", "overlay", "-o", layers, "machine", points[2])
+        _install(points[2])
+        fuse = points[1] / "fuse"
+        os.mknod(fuse, 0o666 | 0o020000, os.makedev(10, 229))
+        with open(console, "wb") as log:
+            process = subprocess.Popen(
+                ["/bin/sh", "-euc", _BOOT, "boot", group, points[2], fuse, CHECKOUT, _SOURCE],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            machine = Machine(points[2], _leader(process, console))
+            machine.wait("test -S /run/dbus/system_bus_socket")
+            machine.run("systemctl is-system-running --wait")
+            yield machine
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(BOUND)
+    finally:
+        for point in reversed(points):
+            detach(str(point))
+        for group_directory in Path("/sys/fs/cgroup").glob(f"**/{group}"):
+            _remove_group(group_directory)
+        with suppress(FileNotFoundError):
+            Path(f"/run/systemd/nspawn/propagate/{group}").rmdir()
+        print(console.read_text(errors="replace") if console.exists() else "")
+
+
+class CannotBoot(Exception):
+    """This machine cannot boot another one; the message is what systemd-nspawn said."""
+
+
+# In the hierarchies of systemd, wherever they are, since it may manage only what is its own.
+_BOOT = """
+for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; do
+    [ -e "$hierarchy/cgroup.procs" ] || continue
+    mkdir "$hierarchy/$1"
+    echo $$ >"$hierarchy/$1/cgroup.procs"
+done
+export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+exec systemd-nspawn --quiet --boot --machine="$1" --directory="$2" --bind="$3:/dev/fuse" \
+    --bind-ro="$4:$5" --capability=all --private-network --register=no --keep-unit \
+    --console=read-only
+"""
+
+
+def _mount(*arguments: str | Path) -> None:
+    subprocess.run(["mount", *arguments], check=True, timeout=BOUND)
+
+
+def _install(root: Path) -> None:
+    """Do what packaging/install does, except that the programs run from this checkout."""
+    units = root / "usr/local/lib/systemd/system"
+    services = root / "usr/local/share/dbus-1/system-services"
+    for directory in (units, services, root / "etc/sessiond"):
+        directory.mkdir(parents=True)
+    shutil.copy(CHECKOUT / "units/sessiond.service", units)
+    shutil.copy(
+        CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.conf", root / "etc/dbus-1/system.d"
+    )
+    shutil.copy(CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.service", services)
+    for name, module in _PROGRAMS.items():
+        program = root / "usr/local/bin" / name
+        program.write_text(f'#!/bin/sh\nexec {PYTHON} -m {module} "$@"\n')
+        program.chmod(0o755)
+
+
+def _leader(process: subprocess.Popen[bytes], console: Path) -> int:
+    """Return the pid of the machine's init."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + BOUND
+    while process.poll() is None:
+        for child in map(int, children.read_text().split()):
+            if os.readlink(f"/proc/{child}/ns/pid") != os.readlink("/proc/self/ns/pid"):
+                return child
+        assert time.monotonic() < deadline, console.read_text(errors="replace")
+    raise CannotBoot(console.read_text(errors="replace"))
+
+
+def _remove_group(directory: Path) -> None:
+    for below in sorted(directory.rglob("*/"), reverse=True):
+        below.rmdir()
+    directory.rmdir()

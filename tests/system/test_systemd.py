@@ -1,0 +1,154 @@
+"""The unit on a machine with systemd: started, restarted, killed, hung, and stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.machine import PYTHON, CannotBoot, Machine, booted
+
+CONFIGURATION = """\
+[profile.guest]
+image = "/srv/image"
+size = "16M"
+[session.kiosk]
+user = "root"
+profile = "guest"
+"""
+ROOT = "/run/sessiond/sessions/kiosk/root"
+
+KEEPER = """\
+import os, signal
+from sessiond.systemd import Systemd
+systemd = Systemd(os.environ)
+kept = systemd.descriptors
+if "note" not in kept.inherited:
+    note = os.memfd_create("note")
+    os.write(note, b"kept")
+    kept.keep("old", note)
+    kept.drop("old")
+    kept.keep("note", 0)
+    kept.keep("note", note)
+    os.kill(os.getpid(), signal.SIGKILL)
+note = kept.inherited["note"]
+print("inherited", dict(kept.inherited), os.pread(note, 9, 0), os.get_inheritable(note), flush=True)
+systemd.ready("Has what was kept.")
+signal.pause()
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(debian: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    if shutil.which("systemd-nspawn") is None:
+        pytest.skip("systemd-nspawn is missing")
+    try:
+        with booted(debian, tmp_path_factory.mktemp("machine")) as machine:
+            yield machine
+    except CannotBoot as error:
+        pytest.skip(f"no machine can be booted here: {error}")
+
+
+@pytest.fixture
+def service(machine: Machine) -> Iterator[Machine]:
+    """The machine with the service running, and a note in its session."""
+    (machine.root / "srv/image").mkdir(exist_ok=True)
+    (machine.root / "srv/image/motd").write_text("Welcome.\n")
+    (machine.root / "etc/sessiond/sessiond.toml").write_text(CONFIGURATION)
+    machine.run("systemctl start sessiond")
+    machine.run(f"echo note >{ROOT}/note")
+    yield machine
+    print(machine.run("journalctl --quiet --no-pager --unit sessiond"))
+    machine.run("systemctl stop sessiond; systemctl reset-failed")
+
+
+def show(machine: Machine, name: str) -> str:
+    return machine.run(f"systemctl show --value --property={name} sessiond").strip()
+
+
+def assert_serves_on(machine: Machine) -> None:
+    assert show(machine, "ActiveState") == "active"
+    assert machine.run(f"cat {ROOT}/motd {ROOT}/note") == "Welcome.\nnote\n"
+    assert " active " in machine.run("sessionctl list")
+    assert machine.run("findmnt --noheadings --list --output TARGET").split().count(ROOT) == 1
+
+
+def test_it_starts(service: Machine) -> None:
+    assert_serves_on(service)
+    assert show(service, "StatusText") == "1 sessions were mounted at start."
+    service.run("systemctl reload sessiond")
+    service.wait("journalctl --unit sessiond | grep --quiet 'configuration is read again'")
+
+
+def test_it_is_started_by_the_bus(machine: Machine, service: Machine) -> None:
+    service.run("systemctl stop sessiond")
+    assert "kiosk" in service.run("sessionctl list")
+
+
+def test_a_restart_leaves_sessions_alone(service: Machine) -> None:
+    service.run("systemctl restart sessiond")
+    assert_serves_on(service)
+    assert show(service, "NRestarts") == "0"
+
+
+def test_a_stop_leaves_nothing_mounted(service: Machine) -> None:
+    service.run("systemctl stop sessiond")
+    assert show(service, "Result") == "success"
+    assert "/run/sessiond" not in service.run("findmnt --noheadings --list --output TARGET")
+    assert service.run("ls /run/sessiond/sessions /run/sessiond/trash").split() == [
+        "/run/sessiond/sessions:",
+        "/run/sessiond/trash:",
+    ]
+    service.run("systemctl start sessiond")
+    service.run(f"test ! -e {ROOT}/note")
+
+
+@pytest.mark.parametrize("number", ["KILL", "SEGV", "USR1"])
+def test_it_is_started_again_whatever_kills_it(service: Machine, number: str) -> None:
+    service.run(f"systemctl kill --kill-who=main --signal={number} sessiond")
+    service.wait("test $(systemctl show --value --property=NRestarts sessiond) != 0")
+    service.wait("systemctl is-active sessiond")
+    assert_serves_on(service)
+
+
+def test_the_watchdog_ends_a_manager_that_hangs(service: Machine) -> None:
+    service.run(
+        "mkdir --parents /run/systemd/system/sessiond.service.d;"
+        "printf '[Service]\\nWatchdogSec=1s\\nTimeoutAbortSec=1s\\n'"
+        " >/run/systemd/system/sessiond.service.d/soon.conf;"
+        "systemctl daemon-reload; systemctl restart sessiond;"
+        "kill -STOP $(systemctl show --value --property=MainPID sessiond)"
+    )
+    service.wait("test $(systemctl show --value --property=NRestarts sessiond) != 0")
+    service.wait("systemctl is-active sessiond")
+    service.run("rm --recursive /run/systemd/system/sessiond.service.d; systemctl daemon-reload")
+    assert "watchdog" in service.run("journalctl --unit sessiond").lower()
+    assert_serves_on(service)
+
+
+def test_a_mistake_in_the_configuration_costs_no_session(service: Machine) -> None:
+    configuration = service.root / "etc/sessiond/sessiond.toml"
+    configuration.write_text("[profile.guest]\nimage = 1\n")
+    service.run("systemctl restart sessiond", code=1)
+    assert show(service, "ExecMainStatus") == "2"
+    assert show(service, "NRestarts") == "0"
+    configuration.write_text(CONFIGURATION)
+    service.run("systemctl start sessiond")
+    assert_serves_on(service)
+
+
+def test_descriptors_outlive_the_process(machine: Machine) -> None:
+    (machine.root / "srv/keeper.py").write_text(KEEPER)
+    (machine.root / "etc/systemd/system/keeper.service").write_text(
+        "[Service]\nType=notify\nFileDescriptorStoreMax=3\nRestart=always\n"
+        f"ExecStart={PYTHON} /srv/keeper.py\n"
+    )
+    expected = "inherited {'note': 3} b'kept' False"
+    machine.run("systemctl daemon-reload; systemctl start --no-block keeper")
+    machine.wait("systemctl is-active keeper")
+    assert machine.run("journalctl --output=cat --unit keeper").count(expected) == 1
+    machine.run("systemctl restart keeper")
+    assert machine.run("journalctl --output=cat --unit keeper").count(expected) == 2
+    machine.run("systemctl stop keeper")
