@@ -43,7 +43,7 @@ class Start(_Message):
     stack: LayerStack
     data_path: str
     inherits: bool = False
-    """Go on for a worker that has died, by its journal."""
+    """Go on for a worker that has died, by its journal; serve `stack` in place of its layers."""
 
 
 class Swap(_Message):
@@ -116,6 +116,10 @@ class Reply(_Message):
     """Process id, when it is ready."""
     data_path: str | None = None
     """The one in use, when it is ready."""
+    stack: LayerStack | None = None
+    """What it serves, when it is ready."""
+    frozen: bool = False
+    """Whether it holds changes back, when another manager finds it."""
 
 
 _requests: TypeAdapter[Request] = TypeAdapter(Request)

@@ -157,7 +157,8 @@ async def _run(
     config: Config, options: argparse.Namespace, spawner: Spawner, systemd: Systemd
 ) -> None:
     with trio.open_signal_receiver(*_SIGNALS) as signals:
-        mounter = FuseMounter(spawner)
+        sockets = config.daemon.runtime_directory.resolve() / "workers"
+        mounter = FuseMounter(spawner, sockets, systemd.descriptors)
         # Whatever ends this other than a signal, the sessions are left as they are: neither a fault
         # here nor a bus that fails is a reason to end what people work in.
         async with (

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 class KernelFastPath(FastPath):
     """The extension, as the overlay sees it."""
 
-    def __init__(self, path: DataPath, *, recorded: bool) -> None:
+    def __init__(self, path: DataPath, *, recorded: bool = False) -> None:
         """`recorded`: the extension keeps a journal (`_kernel_io.record`)."""
         self._path = path
         self.recorded = recorded
@@ -54,10 +54,6 @@ class KernelFastPath(FastPath):
     placed = staticmethod(_kernel_io.placed)
     removed = staticmethod(_kernel_io.removed)
     note = staticmethod(_kernel_io.note)
-
-    def inherited(self) -> list[Inherited]:
-        """See `FastPath.inherited`."""
-        return [Inherited(*left) for left in _kernel_io.inherited()]
 
     claim = staticmethod(_kernel_io.claim)
     place = staticmethod(_kernel_io.place)
@@ -132,10 +128,13 @@ class KernelOperations(OverlayOperations):
         self._position_key = _kernel_io.key()
         _kernel_io.configure(path, int(negative_timeout))
 
-    def take_over(self) -> None:
-        """Go on with the nodes, open files and listings of a predecessor that has died."""
+    def take_over(self, inherited: list[Inherited], *, moved: bool) -> None:
+        """Go on with the nodes, open files and listings of a predecessor that has died.
+
+        See `Overlay.take_over`.
+        """
         self._last_listing = _kernel_io.last_listing()
-        self.overlay.take_over()
+        self.overlay.take_over(inherited, moved=moved)
         for number in _kernel_io.opened():
             with _dispensable(f"an open file, node {number:x}"):
                 node = self.overlay.node(number)

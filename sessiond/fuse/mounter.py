@@ -11,19 +11,21 @@ import logging
 import os
 import select
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 
 import trio
 from pydantic import ValidationError
 
 from sessiond import control
 from sessiond.control import LayerStack, Reply, Start
+from sessiond.descriptors import DescriptorStore, NoDescriptorStore
 from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import ChangeSummary, DataPath, Stack
+from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
 from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,17 @@ log = logging.getLogger(__name__)
 class FuseMounter:
     """Implements `Mounter`."""
 
-    def __init__(self, spawner: Spawner) -> None:
+    def __init__(
+        self, spawner: Spawner, sockets: Path, descriptors: DescriptorStore | None = None
+    ) -> None:
+        """`sockets`: a directory, made if missing, where workers can be found by another manager.
+
+        `descriptors` keeps mounts for one that finds no worker alive either.
+        """
         self._spawner = spawner
+        self._sockets = sockets
+        self._descriptors = descriptors or NoDescriptorStore()
+        self._inherited = dict(self._descriptors.inherited)
         self.features = (
             *(f"datapath-{path}" for path in data_path.available()),
             *(["epochs"] if has_epochs() else []),
@@ -52,15 +63,94 @@ class FuseMounter:
                 f"Session {request.session} cannot be mounted at {request.mount_point}: "
                 f"{error.strerror}."
             ) from error
-        journal = os.memfd_create(f"sessiond-{request.session}")
-        mount = FuseMount(request, self._spawner, device, journal)
+        mount = self._mount(request, device, os.memfd_create(f"sessiond-{request.session}"))
         try:
             await mount.start()
+            await self._keep(request.session, mount)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await mount.unmount()
             raise
         return mount
+
+    def _mount(self, request: MountRequest, device: int, journal: int) -> FuseMount:
+        return FuseMount(
+            request, self._spawner, device, journal, self._socket(request.session), self._drop
+        )
+
+    # For another manager, and from one before
+
+    def _socket(self, session: SessionId) -> Path:
+        return self._sockets / session
+
+    async def _keep(self, session: SessionId, mount: FuseMount) -> None:
+        for kind, descriptor in (("journal", mount.journal), ("device", mount.device)):
+            await trio.to_thread.run_sync(self._descriptors.keep, f"{kind}-{session}", descriptor)
+
+    async def _drop(self, session: SessionId) -> None:
+        self._socket(session).unlink(missing_ok=True)
+        for kind in ("device", "journal"):
+            await trio.to_thread.run_sync(self._descriptors.drop, f"{kind}-{session}")
+
+    def left(self) -> set[SessionId]:
+        """See `Mounter.left`."""
+        self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = {name.partition("-")[2] for name in self._inherited if name.startswith("device-")}
+        return {SessionId(name) for name in kept | set(os.listdir(self._sockets))}
+
+    async def adopt(self, request: MountRequest) -> FuseMount | None:
+        """See `Mounter.adopt`."""
+        mount = await self._find_worker(request)
+        if mount is None:
+            mount = await self._revive(request)
+        if mount is not None:
+            await self._keep(request.session, mount)
+        return mount
+
+    async def _find_worker(self, request: MountRequest) -> FuseMount | None:
+        channel = trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            await channel.connect(str(self._socket(request.session)))
+            packet, descriptors = await control.receive(channel)
+            device, journal = descriptors
+            report = Reply.model_validate_json(packet)
+        except (OSError, ValueError):  # no worker, or it died in this moment
+            channel.close()
+            return None
+        mount = self._mount(request, device, journal)
+        try:
+            await mount.attach(channel, report)
+        except SessiondError:
+            log.exception("The worker of session %s is of no use.", request.session)
+            await mount.abandon()
+            return None
+        return mount
+
+    async def _revive(self, request: MountRequest) -> FuseMount | None:
+        device = self._inherited.pop(f"device-{request.session}", -1)
+        journal = self._inherited.pop(f"journal-{request.session}", -1)
+        if device < 0 or journal < 0:
+            for descriptor in (device, journal):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            return None
+        mount = self._mount(request, device, journal)
+        try:
+            await mount.revive()
+        except SessiondError as error:
+            log.error(  # noqa: TRY400
+                "What served session %s cannot be gone on with: %s", request.session, error
+            )
+            await mount.abandon()
+            return None
+        return mount
+
+    async def forget_left(self) -> None:
+        """See `Mounter.forget_left`."""
+        for name, descriptor in self._inherited.items():
+            os.close(descriptor)
+            await trio.to_thread.run_sync(self._descriptors.drop, name)
+        self._inherited.clear()
 
 
 def _layers(stack: Stack) -> LayerStack:
@@ -76,15 +166,28 @@ def _layers(stack: Stack) -> LayerStack:
 class FuseMount:
     """Implements `Mount`. One request at a time is under way on the control socket."""
 
-    def __init__(self, request: MountRequest, spawner: Spawner, device: int, journal: int) -> None:
+    def __init__(
+        self,
+        request: MountRequest,
+        spawner: Spawner,
+        device: int,
+        journal: int,
+        address: Path,
+        unmounted: Callable[[SessionId], Awaitable[None]],
+    ) -> None:
         """`device`: the FUSE connection; the kernel keeps it while this descriptor is open, worker
         or not. `journal`: what a worker leaves for the next one. Both are taken over.
+
+        `address`: the socket at which another manager finds the worker. `unmounted` is called when
+        nothing is left to be found.
         """
         self._request = request
         self._stack = request.stack
         self._spawner = spawner
-        self._device = device
-        self._journal = journal
+        self.device = device
+        self.journal = journal
+        self._address = address
+        self._unmounted = unmounted
         self._channel: trio.socket.SocketType | None = None
         self._process = -1
         """A pidfd of the worker."""
@@ -112,27 +215,65 @@ class FuseMount:
         start = Start(
             stack=_layers(self._stack), data_path=self._request.data_path, inherits=inherits
         )
+        with theirs, self._listen() as listener:
+            try:
+                self._spawner.spawn(start, self.device, self.journal, theirs, listener)
+            except OSError as error:
+                raise Failed("The fork server is gone: restart sessiond.") from error
+        self._know(_checked(await self._reply()))
+
+    def _listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._spawner.spawn(start, self._device, self._journal, theirs)
+            # In a directory that only root can enter.
+            self._address.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._address.unlink(missing_ok=True)
+            listener.bind(str(self._address))
+            listener.listen(1)
         except OSError as error:
-            raise Failed("The fork server is gone: restart sessiond.") from error
-        finally:
-            theirs.close()
-        ready = _checked(await self._reply())
-        self.worker = ready.worker or 0
-        self._data_path = ready.data_path or ""
-        self._process = os.pidfd_open(self.worker)
+            listener.close()
+            raise Failed(f"The socket {self._address} cannot be made: {error.strerror}.") from error
+        return listener
+
+    def _know(self, report: Reply) -> None:
+        self.worker = report.worker or 0
+        self._data_path = report.data_path or ""
+        try:
+            self._process = os.pidfd_open(self.worker)
+        except OSError as error:
+            raise self._gone() from error
         self._died = trio.Event()
+
+    async def attach(self, channel: trio.socket.SocketType, report: Reply) -> None:
+        """Go on with a worker that another manager has started. Raises `Failed`, `NoSpace`."""
+        self._channel = channel
+        self._know(report)
+        wanted = _layers(self._stack)
+        if report.stack is not None and report.stack != wanted:
+            # That manager had recorded what it was about to serve.
+            moved = report.stack.orphans != wanted.orphans
+            await self._ask(control.Swap(stack=wanted, moved=moved))
+        if report.frozen:
+            await self._ask(control.Thaw())
+
+    async def revive(self) -> None:
+        """Start a worker for one that died with its manager. Raises `Failed`, `NoSpace`."""
+        self._require_connection()
+        async with self._turn:
+            await self._start(inherits=True)
 
     async def recover(self) -> None:
         """See `Mount.recover`."""
         async with self._turn:
             if self._data_path == DataPath.PLAIN:
                 raise Failed("A worker with the data path 'plain' leaves nothing to go on with.")
-            if not _is_connected(self._device):
-                raise Failed(f"What was mounted at {self._request.mount_point} is gone.")
+            self._require_connection()
             self._hang_up()
             await self._start(inherits=True)
+
+    def _require_connection(self) -> None:
+        if not _is_connected(self.device):
+            raise Failed(f"What was mounted at {self._request.mount_point} is gone.")
 
     def _hang_up(self) -> None:
         """Close what belongs to one worker."""
@@ -215,17 +356,26 @@ class FuseMount:
         detach(self._request.mount_point)
         with trio.CancelScope(shield=True):
             async with self._turn:
-                if self._device < 0:
+                if self.device < 0:
                     return
                 with suppress(OSError, trio.ClosedResourceError):  # it is gone already
                     await control.send(self._open_channel, control.Stop())
                     while (await control.receive(self._open_channel))[0]:
                         pass
-                self._hang_up()
                 self._died.set()
-                for descriptor in (self._device, self._journal):
-                    os.close(descriptor)
-                self._device = self._journal = -1
+                self._close()
+                await self._unmounted(self._request.session)
+
+    async def abandon(self) -> None:
+        """Leave the mount to itself, without a worker; whoever uses it gets errors."""
+        self._close()
+        await self._unmounted(self._request.session)
+
+    def _close(self) -> None:
+        self._hang_up()
+        for descriptor in (self.device, self.journal):
+            os.close(descriptor)
+        self.device = self.journal = -1
 
     async def wait_died(self) -> None:
         """See `Mount.wait_died`."""

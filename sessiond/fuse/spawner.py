@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from sessiond.control import MESSAGE_LIMIT, Start
 
@@ -43,13 +44,20 @@ class Spawner:
         """End the server; workers live on."""
         self._channel.close()
 
-    def spawn(self, start: Start, device: int, journal: int, control: socket.socket) -> None:
+    def spawn(
+        self,
+        start: Start,
+        device: int,
+        journal: int,
+        control: socket.socket,
+        listener: socket.socket,
+    ) -> None:
         """Start a worker on the FUSE connection `device`. Raises OSError when the server is gone.
 
         It reports on the other end of `control` when it is ready; see `worker.run`. The caller
         closes its own copies of the descriptors.
         """
-        rights = array.array("i", [device, journal, control.fileno()]).tobytes()
+        rights = array.array("i", [device, journal, control.fileno(), listener.fileno()]).tobytes()
         self._channel.sendmsg(
             [start.model_dump_json().encode()],
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)],
@@ -69,13 +77,11 @@ def _serve(channel: socket.socket) -> None:
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):
-            start, device, journal, control = packet
             if os.fork() == 0:
                 channel.close()
-                _become_worker(start, device, journal, control)
-            os.close(device)
-            os.close(journal)
-            control.close()
+                _become_worker(packet)
+            for descriptor in packet.descriptors:
+                os.close(descriptor)
     except BaseException:
         log.exception("the fork server failed")
         status = 1
@@ -90,21 +96,26 @@ def _name_process(name: str) -> None:
         comm.write(name)
 
 
-def _receive(channel: socket.socket) -> tuple[Start, int, int, socket.socket] | None:
+class _Birth(NamedTuple):
+    """What a worker is started with; see `worker.run` for the descriptors."""
+
+    start: Start
+    descriptors: tuple[int, ...]
+
+
+def _receive(channel: socket.socket) -> _Birth | None:
     descriptors = array.array("i")
     packet, ancillary, _, _ = channel.recvmsg(
-        MESSAGE_LIMIT, socket.CMSG_SPACE(3 * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+        MESSAGE_LIMIT, socket.CMSG_SPACE(4 * descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
     )
     if not packet:
         return None
     for _, _, data in ancillary:
         descriptors.frombytes(data)
-    device, journal, control = descriptors
-    start = Start.model_validate_json(packet)
-    return start, device, journal, socket.socket(fileno=control)
+    return _Birth(Start.model_validate_json(packet), tuple(descriptors))
 
 
-def _become_worker(start: Start, device: int, journal: int, control: socket.socket) -> None:
+def _become_worker(birth: _Birth) -> None:
     """Run a worker in this fresh child. Never returns."""
     from sessiond.fuse import worker
 
@@ -112,7 +123,14 @@ def _become_worker(start: Start, device: int, journal: int, control: socket.sock
     try:
         _name_process("sessiond-worker")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        worker.run(start, device, control, journal)
+        device, journal, control, listener = birth.descriptors
+        worker.run(
+            birth.start,
+            device,
+            journal,
+            socket.socket(fileno=control),
+            socket.socket(fileno=listener),
+        )
     except BaseException:
         log.exception("worker failed")
         status = 1

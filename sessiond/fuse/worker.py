@@ -26,6 +26,8 @@ from sessiond.control import ChangeCounts, LayerStack, Reply, Start
 from sessiond.fuse import data_path, device
 from sessiond.fuse.operations import FOREVER, OverlayOperations
 from sessiond.overlay.diff import Change, ChangeKind, changes
+from sessiond.overlay.fastpath import Inherited
+from sessiond.overlay.nodes import STACK_FACT
 from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack, StackOptions
@@ -84,33 +86,29 @@ class _AbortedReplies(logging.Filter):
         return "fuse_reply_* failed" not in message or os.strerror(errno.ENOENT) not in message
 
 
-def start_fuse(
-    stack: Stack,
-    mount_point: str,
-    path: DataPath,
-    *,
-    recorded: bool = False,
-    inherits: bool = False,
-) -> OverlayOperations:
+def start_fuse(stack: Stack, mount_point: str, path: DataPath) -> OverlayOperations:
     """Begin to serve; `mount_point` may be ``/dev/fd/N``, a connection that is mounted already.
 
-    Takes over `stack`. `recorded`: the extension keeps a journal, which, if this process
-    `inherits`, a predecessor began.
+    Takes over `stack`.
     """
-    negative_timeout = FOREVER if device.has_epochs() else _SHORT
-    operations: OverlayOperations
+    operations = _operations(stack, path)
+    _connect(operations, mount_point)
+    return operations
+
+
+def _operations(stack: Stack, path: DataPath) -> OverlayOperations:
     if path is DataPath.PLAIN:
-        operations = OverlayOperations(Overlay(stack), negative_timeout=negative_timeout)
-    else:
-        overlay = Overlay(stack, KernelFastPath(path, recorded=recorded))
-        operations = KernelOperations(overlay, path, negative_timeout)
-        if inherits:
-            operations.take_over()
-    if stack.orphans is not None and not inherits:
-        stack.orphans.remove_others(())
+        return OverlayOperations(Overlay(stack), negative_timeout=_negative_timeout())
+    return KernelOperations(Overlay(stack, KernelFastPath(path)), path, _negative_timeout())
+
+
+def _negative_timeout() -> float:
+    return FOREVER if device.has_epochs() else _SHORT
+
+
+def _connect(operations: OverlayOperations, mount_point: str) -> None:
     logging.getLogger("pyfuse3").addFilter(_AbortedReplies())
     pyfuse3.init(operations, mount_point, {"default_permissions"})
-    return operations
 
 
 async def serve_fuse() -> None:
@@ -130,13 +128,20 @@ def _is_abort(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.ECONNABORTED
 
 
-def run(start: Start, connection: int, manager: socket.socket, journal: int) -> None:
-    """Serve layers on a FUSE connection until the manager or the mount is gone.
+def run(
+    start: Start,
+    connection: int,
+    journal: int,
+    manager: socket.socket,
+    listener: socket.socket,
+) -> None:
+    """Serve layers on a FUSE connection until a manager says so, or the mount is gone.
 
     `journal`: a descriptor of a file in memory, where a successor will find what it has to know.
+    `listener`: where another manager will find this process, should `manager` be gone.
     """
     prepare_process()
-    trio.run(_run, start, connection, manager, journal)
+    trio.run(_run, start, connection, journal, manager, listener)
 
 
 def rehearse() -> None:
@@ -164,7 +169,11 @@ async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.sock
     overlay = Overlay(open_stack(layers, StackOptions()))
     operations = OverlayOperations(overlay)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_Controlled(operations, -1, channel, nursery).run)
+        controlled = _Controlled(operations, layers, ours.fileno(), ours.fileno(), nursery)
+        nursery.start_soon(controlled.run, channel, channel)
+        _, descriptors = await control.receive(manager)
+        for descriptor in descriptors:
+            os.close(descriptor)
         for request in (control.Freeze(), control.Thaw(), control.Changes()):
             await control.send(manager, request)
             await control.receive(manager)
@@ -172,34 +181,81 @@ async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.sock
     overlay.close()
 
 
-async def _run(start: Start, connection: int, manager: socket.socket, journal: int) -> None:
+async def _run(
+    start: Start,
+    connection: int,
+    journal: int,
+    manager: socket.socket,
+    listener: socket.socket,
+) -> None:
     channel = trio.socket.from_stdlib_socket(manager)
     try:
-        stack = open_stack(start.stack, StackOptions())
         path = data_path.choose(start.data_path)
+        operations, served = _prepare(start, path, connection, journal)
     except OSError as error:
         await control.send(channel, _failure(error))
         return
     except ValueError as error:
         await control.send(channel, Reply(error=str(error)))
         return
-    recorded = path is not DataPath.PLAIN
-    if recorded and not _kernel_io.record(connection, journal, start.inherits):
-        await control.send(channel, Reply(error="what the last worker has left cannot be read"))
-        return
-    operations = start_fuse(
-        stack, f"/dev/fd/{connection}", path, recorded=recorded, inherits=start.inherits
-    )
+    _connect(operations, f"/dev/fd/{connection}")
     try:
         async with trio.open_nursery() as nursery:
+            controlled = _Controlled(operations, served, connection, journal, nursery)
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
             await operations.initialised.wait()
-            await control.send(channel, Reply(worker=os.getpid(), data_path=operations.data_path))
-            await _Controlled(operations, connection, channel, nursery).run()
+            if served != start.stack:
+                await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
+            await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
             operations.overlay.finish_all_kept()
             nursery.cancel_scope.cancel()
     finally:
         operations.overlay.close()
+
+
+def _prepare(
+    start: Start, path: DataPath, connection: int, journal: int
+) -> tuple[OverlayOperations, LayerStack]:
+    """Open the layers, and take over what a predecessor has left; return what layers these are.
+
+    Raises OSError, ValueError, with words for people.
+    """
+    if path is DataPath.PLAIN:
+        stack = open_stack(start.stack, StackOptions())
+        return _operations(stack, path), start.stack
+    if not _kernel_io.record(connection, journal, start.inherits):
+        raise ValueError("What the worker before this one has left cannot be read.")
+    inherited = [Inherited(*left) for left in _kernel_io.inherited()]
+    before = _stack_of(inherited)
+    layers, stack = _open_either(before or start.stack, start.stack)
+    fast_path = KernelFastPath(path, recorded=True)
+    operations = KernelOperations(Overlay(stack, fast_path, inherited), path, _negative_timeout())
+    if start.inherits:
+        moved = before is not None and before.orphans != layers.orphans
+        operations.take_over(inherited, moved=moved)
+    elif stack.orphans is not None:
+        stack.orphans.remove_others(())
+    _note_stack(layers)
+    return operations, layers
+
+
+def _stack_of(inherited: list[Inherited]) -> LayerStack | None:
+    """Return what a predecessor has served, as far as it could be noted."""
+    facts = next((left.facts for left in inherited if left.number == 0), {})
+    text = facts.get(STACK_FACT)
+    return LayerStack.model_validate_json(text) if text else None
+
+
+def _note_stack(layers: LayerStack) -> None:
+    _kernel_io.note(0, STACK_FACT, layers.model_dump_json().encode())
+
+
+def _open_either(first: LayerStack, second: LayerStack) -> tuple[LayerStack, Stack]:
+    """Open layers; others, where one of them is not there any more."""
+    try:
+        return first, open_stack(first, StackOptions())
+    except FileNotFoundError:
+        return second, open_stack(second, StackOptions())
 
 
 async def _serve_and_cancel(scope: trio.CancelScope) -> None:
@@ -218,40 +274,68 @@ class _Controlled:
     def __init__(
         self,
         operations: OverlayOperations,
+        layers: LayerStack,
         connection: int,
-        channel: trio.socket.SocketType,
+        journal: int,
         nursery: trio.Nursery,
     ) -> None:
+        """`layers`: what is served."""
         self._operations = operations
+        self._layers = layers
         self._connection = connection
-        self._channel = channel
+        self._journal = journal
         self._nursery = nursery
         self._readers = 0
         self._frozen = AsyncExitStack()
         self._is_frozen = False
 
-    async def run(self) -> None:
-        """Answer requests until the manager says `Stop`, or is gone."""
+    async def run(self, channel: trio.socket.SocketType, listener: trio.socket.SocketType) -> None:
+        """Report, and answer requests until the manager says `Stop`.
+
+        If it goes without a word, another may come, and is given the descriptors that it needs.
+        What was held back until then stays so: the manager may be about to exchange the layers.
+        """
         async with self._frozen:
             while True:
-                packet, descriptors = await control.receive(self._channel)
-                try:
-                    if not packet:
+                with suppress(OSError):  # it is gone already
+                    await control.send(channel, self._report(), (self._connection, self._journal))
+                    if await self._attend(channel):
                         return
-                    request = control.parse_request(packet)
-                    if isinstance(request, control.Stop):
-                        return
-                    reply = await self._answer(request, descriptors)
-                finally:
-                    for fd in descriptors:
-                        os.close(fd)
-                await control.send(self._channel, reply)
+                channel.close()
+                channel, _ = await listener.accept()
+
+    def _report(self) -> Reply:
+        return Reply(
+            worker=os.getpid(),
+            data_path=self._operations.data_path,
+            stack=self._layers,
+            frozen=self._is_frozen,
+        )
+
+    async def _attend(self, channel: trio.socket.SocketType) -> bool:
+        """Answer requests; return whether the last was `Stop`."""
+        while True:
+            packet, descriptors = await control.receive(channel)
+            try:
+                if not packet:
+                    return False
+                request = control.parse_request(packet)
+                if isinstance(request, control.Stop):
+                    return True
+                reply = await self._answer(request, descriptors)
+            finally:
+                for fd in descriptors:
+                    os.close(fd)
+            await control.send(channel, reply)
 
     async def _answer(self, request: control.Request, descriptors: list[int]) -> Reply:
         try:
             match request:
                 case control.Swap():
-                    await self._swap(request.stack, moved=request.moved)
+                    if request.moved and not self._is_frozen:
+                        # They were copied while a predecessor of this process held changes back.
+                        return Reply(error="A worker died while changes were held; try again.")
+                    await self.swap(request.stack, moved=request.moved)
                 case control.Freeze():
                     await self._freeze()
                 case control.Thaw():
@@ -296,16 +380,19 @@ class _Controlled:
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
-    async def _swap(self, layers: LayerStack, *, moved: bool) -> None:
-        if moved and not self._is_frozen:  # they were copied by what a predecessor held back
-            raise OSError(errno.EAGAIN, "a worker died while changes were held back; try again")
+    async def swap(self, layers: LayerStack, *, moved: bool) -> None:
+        """Serve `layers` from now on. Raises OSError, with those before still served."""
         stack = open_stack(layers, self._operations.overlay.stack.options)
         if self._is_frozen:
             names, directories = self._exchange(stack, moved=moved)
         else:
             async with self._operations.frozen():
                 names, directories = self._exchange(stack, moved=moved)
+        self._layers = layers
         await trio.to_thread.run_sync(device.invalidate, names, directories)
+        # Last: a successor that finds the layers before these exchanges them once more.
+        if self._operations.data_path is not DataPath.PLAIN:
+            _note_stack(layers)
 
     def _exchange(self, stack: Stack, *, moved: bool) -> tuple[list[tuple[int, bytes]], list[int]]:
         """Swap; return the names and directories of which the kernel is still to be told."""

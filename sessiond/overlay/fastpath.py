@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 
 class Inherited(NamedTuple):
-    """What a predecessor of this process has left of a node that the kernel holds."""
+    """What a predecessor of this process has left of a node that the kernel holds.
+
+    There is one for each node that has not just one name, and no facts; the others are found as if
+    they had not been claimed.
+    """
 
     number: int
     kind: int
@@ -99,10 +103,3 @@ class FastPath:
         Return whether it could be.
         """
         return False
-
-    def inherited(self) -> list[Inherited]:
-        """Return, once, what there is to be known of inherited nodes that have not just one name.
-
-        The others are found as if they had not been claimed.
-        """
-        return []

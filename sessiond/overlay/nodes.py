@@ -18,9 +18,10 @@ from __future__ import annotations
 import os
 import stat as modes
 import struct
+from collections.abc import Sequence
 
 from sessiond.overlay import syscalls
-from sessiond.overlay.fastpath import FastPath
+from sessiond.overlay.fastpath import FastPath, Inherited
 from sessiond.overlay.lookup import Directory, Entry, Identity, Lower, Presence, join
 from sessiond.overlay.syscalls import At
 
@@ -37,6 +38,8 @@ SETTING_FACT = 4
 """The extended attribute that is about to be set."""
 EXCHANGE_FACT = 3
 """Of the mount: which two objects are about to change places."""
+STACK_FACT = 5
+"""Of the mount: the layers that are served, as who serves them writes it."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
 _IDENTITY = struct.Struct("=QQ")
 _DEVICE = struct.Struct("=Q")
@@ -227,14 +230,12 @@ class Node:
 class NodeTable:
     """All nodes that are held, by number; those that have a name, by identity, too."""
 
-    def __init__(self, fast_path: FastPath) -> None:
+    def __init__(self, fast_path: FastPath, inherited: Sequence[Inherited]) -> None:
         self._fast_path = fast_path
-        self.inherited = fast_path.inherited()
-        """What a predecessor has left; emptied by `Overlay.take_over`."""
         self._by_number: dict[int, Node] = {}
         self._by_identity: dict[Identity, Node] = {}
         self._file_systems: dict[int, int] = {}
-        for left in self.inherited:
+        for left in inherited:
             if left.number == 0:
                 self._file_systems = _file_systems(left.facts)
         self.directories: set[int] = set()

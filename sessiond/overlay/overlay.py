@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import stat as modes
+from collections.abc import Sequence
 from contextlib import suppress
 
 from sessiond.overlay import directory, lookup, orphans, syscalls
@@ -45,11 +46,16 @@ class Overlay:
     and no descriptor of it was open.
     """
 
-    def __init__(self, stack: Stack, fast_path: FastPath | None = None) -> None:
-        """Take over `stack`."""
+    def __init__(
+        self,
+        stack: Stack,
+        fast_path: FastPath | None = None,
+        inherited: Sequence[Inherited] = (),
+    ) -> None:
+        """Take over `stack`. `inherited`: see `take_over`, which has to be called next then."""
         self.stack = stack
         self._fast_path = fast_path or FastPath()
-        self.nodes = NodeTable(self._fast_path)
+        self.nodes = NodeTable(self._fast_path, inherited)
         for layer in reversed(stack.layers):
             self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
         self._generation = 0
@@ -123,7 +129,10 @@ class Overlay:
         if not entry.positive or modes.S_IFMT(entry.stat.st_mode) != kind:
             return None
         if not (
-            entry.is_directory or entry.identity == identity or self.nodes.may_be(number, entry)
+            entry.is_directory
+            or self._moving
+            or entry.identity == identity
+            or self.nodes.may_be(number, entry)
         ):
             return None
         node = self._same(parent, name, entry)
@@ -136,13 +145,14 @@ class Overlay:
             self.nodes.alias(node, number)
         return node
 
-    def take_over(self) -> None:
+    def take_over(self, inherited: list[Inherited], *, moved: bool = False) -> None:
         """Go on with the nodes of a predecessor that has died.
 
         Most are found as they are needed. Here those whose number or name alone does not lead to
-        them are: Overlay.node finds them from then on.
+        them are: `node` finds them from then on. `moved`: these layers are copies of those that
+        the predecessor served.
         """
-        inherited, self.nodes.inherited = self.nodes.inherited, []
+        self._moving = moved
         for left in inherited:
             if left.number == 0 and EXCHANGE_FACT in left.facts:
                 self._exchanging = unpack_identity(left.facts[EXCHANGE_FACT])
@@ -153,6 +163,7 @@ class Overlay:
         if self.stack.orphans is not None:
             kept = [node.orphan for node in self.nodes.all() if node.orphan is not None]
             self.stack.orphans.remove_others(kept)
+        self._moving = False
 
     def was_setting(self, number: int, name: bytes) -> bool:
         """Say whether a predecessor died about when it set that extended attribute of a node."""
@@ -446,8 +457,10 @@ class Overlay:
     def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
         copy_up(self.stack, node)
         self._fast_path.note(node.number, SETTING_FACT, name)
-        syscalls.setxattr(locate(self.stack, node), self.stack.xattrs.stored(name), value)
-        self._fast_path.note(node.number, SETTING_FACT, b"")
+        try:
+            syscalls.setxattr(locate(self.stack, node), self.stack.xattrs.stored(name), value)
+        finally:
+            self._fast_path.note(node.number, SETTING_FACT, b"")
 
     def removexattr(self, node: Node, name: bytes) -> None:
         """Raises ENODATA."""

@@ -45,6 +45,8 @@ class Images:
         self._directory = runtime / "images"
         self._mounts = mounts
         self._users: dict[str, int] = {}
+        self._left: set[str] = set()
+        """Digests of those that an earlier manager has left mounted."""
         self._lock = trio.Lock()
 
     @property
@@ -53,17 +55,33 @@ class Images:
         return tuple(sorted(self._users))
 
     async def prepare(self) -> None:
-        """Unmount what a daemon that died has left. Raises `Failed`."""
+        """Find out what an earlier manager has left mounted: it may still be in use.
+
+        Raises `Failed`.
+        """
         with explained("prepare the directory for images"):
             await trio.to_thread.run_sync(self._prepare)
 
     def _prepare(self) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for target in self._directory.iterdir():
-            try:
-                self._unmount(target)
-            except OSError as error:
-                log.warning("%s is left where images are mounted: %s.", target, error.strerror)
+            if self._mounts.file_system(target) is not None:
+                self._left.add(target.name)
+            else:
+                self._remove(target)
+
+    async def drop_unused(self) -> None:
+        """Unmount images that an earlier manager has left and nobody has acquired."""
+        async with self._lock:
+            for digest in self._left - set(self._users):
+                await trio.to_thread.run_sync(self._remove, self._directory / digest)
+            self._left.clear()
+
+    def _remove(self, target: Path) -> None:
+        try:
+            self._unmount(target)
+        except OSError as error:
+            log.warning("%s is left where images are mounted: %s.", target, error.strerror)
 
     async def acquire(self, source: ImageSource) -> Image:
         """Return the mounted image; `release` it once for each time.
@@ -73,7 +91,7 @@ class Images:
         async with self._lock:
             found = await trio.to_thread.run_sync(_inspect, source)
             image = Image(found.digest, source, self._directory / found.digest, found.kind)
-            if found.digest not in self._users:
+            if found.digest not in self._users and found.digest not in self._left:
                 # Not to be given up half-way: nobody would unmount it.
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._mount, image)
@@ -88,6 +106,7 @@ class Images:
                 if self._users[image.digest]:
                     return
                 del self._users[image.digest]
+                self._left.discard(image.digest)
                 try:
                     await trio.to_thread.run_sync(self._unmount, image.root)
                 except OSError:

@@ -7,7 +7,7 @@ One trio task tree; every method is called from it. Who may call what is not dec
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -274,10 +274,12 @@ class Manager:
         """
         store, mounts = self._services.store, self._services.mounts
         await trio.to_thread.run_sync(store.prepare)
-        await trio.to_thread.run_sync(_detach_stale_views, mounts, self._runtime / "sessions")
+        mounter = self._services.mounter
+        await trio.to_thread.run_sync(
+            _detach_stale_views, mounts, self._runtime / "sessions", mounter.left()
+        )
         await self._services.images.prepare()
         found = await trio.to_thread.run_sync(store.load)
-        self._services.delete_soon(found.garbage)
         async with trio.open_nursery() as nursery:
             for record in found.records:
                 session = Session(record, self._services)
@@ -286,6 +288,10 @@ class Manager:
                 await self._services.nursery.start(session.run)
                 self._add(session)
                 nursery.start_soon(self._start_again, session)
+        # After that: a worker may have to be told first that it serves something else now.
+        await mounter.forget_left()
+        await self._services.images.drop_unused()
+        self._services.delete_soon(found.garbage)
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()
 
@@ -374,11 +380,14 @@ def _new_record(
     )
 
 
-def _detach_stale_views(mounts: Mounts, directory: Path) -> None:
-    """Take away the merged views that a daemon has left; the storage of volatile sessions stays."""
+def _detach_stale_views(mounts: Mounts, directory: Path, kept: Collection[SessionId]) -> None:
+    """Take away the merged views that a daemon has left, but those of `kept`; the storage of
+    volatile sessions stays.
+    """
     with explained(f"detach what is mounted below {directory}"):
         # The upper ones first: what is below one goes with it, and could not be reached through it.
         for target in reversed(mounts.mounted_below(directory)):
-            if target != directory / target.parent.name / "storage":
+            session = target.relative_to(directory).parts[0]
+            if session not in kept and target != directory / session / "storage":
                 log.info("%s is unmounted: another sessiond has left it there.", target)
                 mounts.detach(target)

@@ -118,6 +118,16 @@ class MemoryMounter:
         mount = self.mounts[request.session] = MemoryMount(request, self)
         return mount
 
+    def left(self) -> set[SessionId]:
+        return set()
+
+    async def adopt(self, request: MountRequest) -> MemoryMount | None:
+        await trio.lowlevel.checkpoint()
+        return None
+
+    async def forget_left(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def raise_injected(self, call: str) -> None:
         """Fail `call` if that was asked for."""
         if self.injected.get(call):

@@ -93,3 +93,16 @@ class Mounter(Protocol):
 
         Raises `Failed` or `NoSpace` with the reason; nothing is left mounted then.
         """
+
+    def left(self) -> set[SessionId]:
+        """Return the sessions that an earlier manager may have left mounted, to be adopted."""
+
+    async def adopt(self, request: MountRequest) -> Mount | None:
+        """Go on with the mount of a session that an earlier manager has left; None if there is none
+        that can be gone on with.
+
+        For who uses it, it was a pause. It serves what `request` says from then on.
+        """
+
+    async def forget_left(self) -> None:
+        """Give up what an earlier manager has left and nobody has adopted."""

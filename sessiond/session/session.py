@@ -258,12 +258,24 @@ class Session:
             return
         with self._operating("it is being mounted", self.state):
             try:
+                if again and await self._adopt_view():
+                    return
                 if again:
                     await trio.to_thread.run_sync(self._detach_stale_views)
                 await self._mount_view(self.record)
             except SessiondError as error:
                 self.failure = str(error)
                 raise
+
+    async def _adopt_view(self) -> bool:
+        """Go on with what an earlier manager has mounted, if that can be."""
+        request = self._mount_request(self.record, await self._require_image())
+        mount = await self.services.mounter.adopt(request)
+        if mount is None:
+            return False
+        log.info("Session %s goes on at %s.", self.id, self.mount_point)
+        self._own(mount)
+        return True
 
     def _detach_stale_views(self) -> None:
         with explained(f"detach what is mounted at {self.mount_point}"):
@@ -516,19 +528,24 @@ class Session:
         await trio.to_thread.run_sync(
             mount_point.prepare, record.mount_point, record.uid, self.services.mounts
         )
-        self.mount = await self.services.mounter.mount(
-            MountRequest(
-                session=record.id,
-                mount_point=record.mount_point,
-                stack=self._stack(record, image),
-                nosuid=record.nosuid,
-                nodev=record.nodev,
-                data_path=record.data_path,
-            )
-        )
-        self.failure = ""
+        mount = await self.services.mounter.mount(self._mount_request(record, image))
         log.info("Session %s is mounted at %s.", record.id, record.mount_point)
-        self._tasks.start_soon(self._supervise, self.mount)
+        self._own(mount)
+
+    def _mount_request(self, record: SessionRecord, image: Image) -> MountRequest:
+        return MountRequest(
+            session=record.id,
+            mount_point=record.mount_point,
+            stack=self._stack(record, image),
+            nosuid=record.nosuid,
+            nodev=record.nodev,
+            data_path=record.data_path,
+        )
+
+    def _own(self, mount: Mount) -> None:
+        self.mount = mount
+        self.failure = ""
+        self._tasks.start_soon(self._supervise, mount)
 
     async def _supervise(self, mount: Mount) -> None:
         """When the worker of `mount` dies, have another go on; if that fails, mount again."""

@@ -23,7 +23,8 @@ def mounter(request: pytest.FixtureRequest) -> Iterator[FuseMounter]:
         if request.param == "names":
             patch.setattr(device, "has_epochs", lambda: False)
         spawner = Spawner.start()
-        yield FuseMounter(spawner)
+        with tempfile.TemporaryDirectory() as sockets:
+            yield FuseMounter(spawner, Path(sockets))
         spawner.close()
 
 

@@ -36,7 +36,8 @@ RECOVERING = [DataPath.PASSTHROUGH, DataPath.CACHED]
 @pytest.fixture(scope="module")
 def mounter() -> Iterator[FuseMounter]:
     spawner = Spawner.start()
-    yield FuseMounter(spawner)
+    with tempfile.TemporaryDirectory() as sockets:
+        yield FuseMounter(spawner, Path(sockets))
     spawner.close()
 
 
@@ -392,7 +393,7 @@ def dying() -> Iterator[tuple[FuseMounter, Path]]:
         for name in PUBLISHING:
             patch.setattr(syscalls, name, watched(getattr(syscalls, name)))
         spawner = Spawner.start()
-        yield FuseMounter(spawner), order
+        yield FuseMounter(spawner, Path(directory)), order
         spawner.close()
 
 
