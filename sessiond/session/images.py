@@ -45,6 +45,8 @@ class Images:
         self._directory = runtime / "images"
         self._mounts = mounts
         self._users: dict[str, int] = {}
+        self._found: set[str] = set()
+        """Digests of those that another manager has mounted, and nobody uses yet."""
         self._lock = trio.Lock()
 
     @property
@@ -53,17 +55,31 @@ class Images:
         return tuple(sorted(self._users))
 
     async def prepare(self) -> None:
-        """Unmount what a daemon that died has left. Raises `Failed`."""
+        """Find what another manager has mounted: it can be used on. Raises `Failed`."""
         with explained("prepare the directory for images"):
             await trio.to_thread.run_sync(self._prepare)
 
     def _prepare(self) -> None:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for target in self._directory.iterdir():
-            try:
-                self._unmount(target)
-            except OSError as error:
-                log.warning("%s is left where images are mounted: %s.", target, error.strerror)
+            if self._mounts.file_system(target) is not None:
+                self._found.add(target.name)
+            else:
+                self._tidy(target)
+
+    async def unmount_unused(self) -> None:
+        """Unmount what `prepare` has found, as far as nobody uses it."""
+        async with self._lock:
+            for digest in self._found:
+                await trio.to_thread.run_sync(self._tidy, self._directory / digest)
+            self._found.clear()
+
+    def _tidy(self, target: Path) -> None:
+        log.info("%s, where another sessiond mounted an image, is removed.", target)
+        try:
+            self._unmount(target)
+        except OSError as error:
+            log.warning("%s is left where images are mounted: %s.", target, error.strerror)
 
     async def acquire(self, source: ImageSource) -> Image:
         """Return the mounted image; `release` it once for each time.
@@ -73,7 +89,9 @@ class Images:
         async with self._lock:
             found = await trio.to_thread.run_sync(_inspect, source)
             image = Image(found.digest, source, self._directory / found.digest, found.kind)
-            if found.digest not in self._users:
+            if found.digest in self._found:
+                self._found.remove(found.digest)
+            elif found.digest not in self._users:
                 # Not to be given up half-way: nobody would unmount it.
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._mount, image)

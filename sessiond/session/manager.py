@@ -286,6 +286,7 @@ class Manager:
                 await self._services.nursery.start(session.run)
                 self._add(session)
                 nursery.start_soon(self._start_again, session)
+        await self._services.images.unmount_unused()
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()
 
