@@ -45,8 +45,8 @@ class Images:
         self._directory = runtime / "images"
         self._mounts = mounts
         self._users: dict[str, int] = {}
-        self._left: set[str] = set()
-        """Digests of those that an earlier manager has left mounted."""
+        self._found: set[str] = set()
+        """Digests of those that another manager has mounted, and nobody uses yet."""
         self._lock = trio.Lock()
 
     @property
@@ -55,10 +55,7 @@ class Images:
         return tuple(sorted(self._users))
 
     async def prepare(self) -> None:
-        """Find out what an earlier manager has left mounted: it may still be in use.
-
-        Raises `Failed`.
-        """
+        """Find what another manager has mounted: it can be used on. Raises `Failed`."""
         with explained("prepare the directory for images"):
             await trio.to_thread.run_sync(self._prepare)
 
@@ -66,18 +63,19 @@ class Images:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         for target in self._directory.iterdir():
             if self._mounts.file_system(target) is not None:
-                self._left.add(target.name)
+                self._found.add(target.name)
             else:
-                self._remove(target)
+                self._tidy(target)
 
-    async def drop_unused(self) -> None:
-        """Unmount images that an earlier manager has left and nobody has acquired."""
+    async def unmount_unused(self) -> None:
+        """Unmount what `prepare` has found, as far as nobody uses it."""
         async with self._lock:
-            for digest in self._left - set(self._users):
-                await trio.to_thread.run_sync(self._remove, self._directory / digest)
-            self._left.clear()
+            for digest in self._found:
+                await trio.to_thread.run_sync(self._tidy, self._directory / digest)
+            self._found.clear()
 
-    def _remove(self, target: Path) -> None:
+    def _tidy(self, target: Path) -> None:
+        log.info("%s, where another sessiond mounted an image, is removed.", target)
         try:
             self._unmount(target)
         except OSError as error:
@@ -91,7 +89,9 @@ class Images:
         async with self._lock:
             found = await trio.to_thread.run_sync(_inspect, source)
             image = Image(found.digest, source, self._directory / found.digest, found.kind)
-            if found.digest not in self._users and found.digest not in self._left:
+            if found.digest in self._found:
+                self._found.remove(found.digest)
+            elif found.digest not in self._users:
                 # Not to be given up half-way: nobody would unmount it.
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(self._mount, image)
@@ -106,7 +106,6 @@ class Images:
                 if self._users[image.digest]:
                     return
                 del self._users[image.digest]
-                self._left.discard(image.digest)
                 try:
                     await trio.to_thread.run_sync(self._unmount, image.root)
                 except OSError:

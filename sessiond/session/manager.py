@@ -290,7 +290,7 @@ class Manager:
                 nursery.start_soon(self._start_again, session)
         # After that: a worker may have to be told first that it serves something else now.
         await mounter.forget_left()
-        await self._services.images.drop_unused()
+        await self._services.images.unmount_unused()
         self._services.delete_soon(found.garbage)
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()

@@ -57,11 +57,13 @@ def service(machine: Machine) -> Iterator[Machine]:
     (machine.root / "srv/image").mkdir(exist_ok=True)
     (machine.root / "srv/image/motd").write_text("Welcome.\n")
     (machine.root / "etc/sessiond/sessiond.toml").write_text(CONFIGURATION)
-    machine.run("systemctl start sessiond")
-    machine.run(f"echo note >{ROOT}/note")
-    yield machine
-    print(machine.run("journalctl --quiet --no-pager --unit sessiond"))
-    machine.run("systemctl stop sessiond; systemctl reset-failed")
+    try:
+        machine.run("systemctl start sessiond")
+        machine.run(f"echo note >{ROOT}/note")
+        yield machine
+        machine.run("systemctl stop sessiond; systemctl reset-failed")
+    finally:
+        print(machine.run("journalctl --quiet --no-pager --unit sessiond"))
 
 
 def show(machine: Machine, name: str) -> str:

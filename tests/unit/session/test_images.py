@@ -124,13 +124,22 @@ async def test_the_root_of_the_machine_is_an_image(images: Images) -> None:
 
 
 @pytest.mark.root
-async def test_what_a_dead_daemon_has_left_is_unmounted(real: Path) -> None:
+async def test_what_a_dead_daemon_has_left_is_used_or_unmounted(real: Path) -> None:
     left = Images(real, SystemMounts())
     await left.prepare()
     image = await left.acquire(ImageSource(path=make_image("squashfs", real)))
+    other = await left.acquire(ImageSource(path=Path("/")))
+    device = image.root.stat().st_dev
+    (real / "images" / "not-mounted").mkdir()
     images = Images(real, SystemMounts())
     await images.prepare()
-    assert SystemMounts().file_system(image.root) is None
+    assert not (real / "images" / "not-mounted").exists()
+    assert (await images.acquire(image.source)).root.stat().st_dev == device
+    await images.unmount_unused()
+    assert SystemMounts().file_system(other.root) is None
+    assert image.root.stat().st_dev == device
+    await images.release(image)
+    assert SystemMounts().mounted_below(real) == []
     assert list((real / "images").iterdir()) == []
 
 
