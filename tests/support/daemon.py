@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.support.bus import start_private_bus
@@ -95,14 +95,38 @@ class Daemon:
         code = self._end(signal.SIGTERM)
         assert code == 0, f"sessiond ended with code {code}: {self.log()}"
 
+    def leave(self) -> None:
+        """End it as systemd does to start another: sessions stay."""
+        code = self._end(signal.SIGUSR1)
+        assert code == 0, f"sessiond ended with code {code}: {self.log()}"
+
     def reload(self) -> None:
         """Have it read its configuration again; that goes on when this returns."""
         assert self._process is not None
         self._process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
-        """End it without a chance to do anything."""
+        """End the manager without a chance to do anything; its workers live on."""
         self._end(signal.SIGKILL)
+
+    def kill_all(self) -> None:
+        """The same, and the workers with it."""
+        workers = self.workers()
+        self.kill()
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+    def workers(self) -> list[int]:
+        """Return the pids of all workers that serve sessions of its runtime directory."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                # A zombie, which nobody has waited for yet, has no command line.
+                if (process / "comm").read_text() == "sessiond-worker\n" and (
+                    process / "cmdline"
+                ).read_bytes():
+                    found.append(int(process.name))
+        return sorted(found)
 
     def _end(self, number: signal.Signals) -> int:
         assert self._process is not None
@@ -142,6 +166,22 @@ class Daemon:
         )
         assert done.returncode == code, (arguments, done.returncode, done.stdout, done.stderr)
         return done
+
+    @contextmanager
+    def calling(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """Have sessionctl run meanwhile, whatever comes of it."""
+        with subprocess.Popen(
+            [*self._sessionctl, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=self.environment,
+        ) as process:
+            yield process
+
+    def record(self, session: str) -> bytes:
+        """Return what is recorded of a volatile session."""
+        return (self.runtime / "sessions" / session / "session.json").read_bytes()
 
     def run(self, session: str, script: str, *, code: int = 0) -> str:
         """Run a shell script in a session, and return what it printed."""

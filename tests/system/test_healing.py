@@ -58,7 +58,7 @@ def test_dead_mounts(idle_daemon: Daemon) -> None:
     write(daemon, "inside")
     (home / "etc/motd").write_text("This is outside.\n")
     mount("--bind", daemon.directory / "image", daemon.root("inside") / "home")
-    daemon.kill()
+    daemon.kill_all()
     leave_dead_mount(home)
     leave_dead_mount(home)
     leave_dead_mount(daemon.root("inside"))
@@ -79,7 +79,7 @@ def test_a_mount_of_others_at_a_mount_point_stays(idle_daemon: Daemon) -> None:
     daemon.start()
     daemon.sessionctl("create", "root", "outside", "--id", "one")
     (home / "etc/motd").write_text("Kept.\n")
-    daemon.kill()
+    daemon.kill_all()
     leave_dead_mount(home, fs_type="fuse.sshfs")
     daemon.start()
     session = daemon.sessions()["one"]
@@ -95,7 +95,7 @@ def test_a_mount_of_others_at_a_mount_point_stays(idle_daemon: Daemon) -> None:
 def test_leftovers_of_images_and_of_half_made_sessions(daemon: Daemon) -> None:
     daemon.sessionctl("create", "root", "guest", "--id", "one")
     write(daemon, "one")
-    daemon.kill()
+    daemon.kill_all()
     images = daemon.runtime / "images"
     for name in ("half-mounted", "not-mounted"):
         (images / name).mkdir()
@@ -240,7 +240,7 @@ def test_jobs_that_ran_when_the_daemon_died(daemon: Daemon, done: bool) -> None:
     daemon.sessionctl("create", "root", "guest", "--id", "one")
     for _ in range(2):
         daemon.sessionctl("reset", "one")
-    daemon.kill()
+    daemon.kill_all()
     note = daemon.runtime / "sessions/one/job.json"
     job = json.loads(note.read_text())
     assert (job["number"], job["finished"]) == (2, True)
@@ -257,7 +257,7 @@ def test_jobs_that_ran_when_the_daemon_died(daemon: Daemon, done: bool) -> None:
         properties = ("/org/sessiond/Overlay1/job/2", "org.sessiond.Overlay1.Job", "ErrorName")
         name = daemon.busctl("get-property", "org.sessiond.Overlay1", *properties)
         assert ("Interrupted" in name) != done
-        daemon.kill()
+        daemon.kill_all()
         daemon.start()
     daemon.sessionctl("reset", "one")
     assert json.loads(note.read_text())["number"] == 3

@@ -108,29 +108,6 @@ def test_configured_sessions_are_there_when_the_daemon_is_ready(idle_daemon: Dae
     assert (idle_daemon.root("kiosk") / "etc/motd").read_text() == "Welcome.\n"
 
 
-def test_a_session_whose_worker_dies_is_mounted_again(daemon: Daemon) -> None:
-    daemon.sessionctl("create", "root", "guest", "--id", "one")
-    change(daemon.root("one"))
-    (dead,) = workers(daemon)
-    os.kill(dead, signal.SIGKILL)
-
-    def mounted_again() -> bool:
-        return dead not in workers(daemon) and daemon.sessions()["one"]["state"] == "active"
-
-    wait_until(mounted_again)
-    assert daemon.differences("one") == CHANGES
-    assert "The worker of session one ended unexpectedly." in daemon.log()
-
-
-def workers(daemon: Daemon) -> list[int]:
-    """Return the pids of the workers: children of the fork server, the daemon's only child."""
-    return [pid for server in children(daemon.pid) for pid in children(server)]
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
 def test_a_reload_makes_newly_configured_sessions(daemon: Daemon) -> None:
     with open(daemon.configuration, "a") as configuration:
         configuration.write('[session.kiosk]\nuser = "root"\nprofile = "guest"\n')
