@@ -383,20 +383,28 @@ class _Controlled:
     async def swap(self, layers: LayerStack, *, moved: bool) -> None:
         """Serve `layers` from now on. Raises OSError, with those before still served."""
         stack = open_stack(layers, self._operations.overlay.stack.options)
+        # As for a snapshot. Then all that the kernel knows goes on, and so does what is mounted in
+        # the view: a directory of an epoch that is over loses it.
+        same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
-            names, directories = self._exchange(stack, moved=moved)
+            names, directories = self._exchange(stack, moved=moved, same_view=same_view)
         else:
             async with self._operations.frozen():
-                names, directories = self._exchange(stack, moved=moved)
+                names, directories = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
         await trio.to_thread.run_sync(device.invalidate, names, directories)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)
 
-    def _exchange(self, stack: Stack, *, moved: bool) -> tuple[list[tuple[int, bytes]], list[int]]:
+    def _exchange(
+        self, stack: Stack, *, moved: bool, same_view: bool
+    ) -> tuple[list[tuple[int, bytes]], list[int]]:
         """Swap; return the names and directories of which the kernel is still to be told."""
         overlay = self._operations.overlay
+        if same_view:
+            self._operations.swap(stack, moved=moved)
+            return [], []
         held = [] if device.has_epochs() else overlay.held_names()
         directories = self._operations.swap(stack, moved=moved)
         if device.has_epochs():

@@ -39,6 +39,28 @@ async def test_reset_shows_the_image_again(playground: Playground) -> None:
         assert not (root / "added").exists()
 
 
+async def test_what_is_mounted_inside_outlives_a_snapshot(playground: Playground) -> None:
+    """As are /proc and /dev in a session that programs are started in."""
+    (playground.image / "proc/below").mkdir(parents=True)
+    async with playground.mounted(first := playground.stack()) as mount:
+        inside = playground.root / "proc"
+        (playground.root / "file").write_text("first")
+        cwd = os.open(inside, os.O_PATH)
+        await trio.run_process(["mount", "-t", "tmpfs", "inside", inside])
+        try:
+            (inside / "mounted").touch()
+            await mount.swap(playground.stack(first.upper.fs))
+            assert os.listdir(inside) == ["mounted"]
+            assert (playground.root / "file").read_text() == "first"
+            (playground.root / "file").write_text("second")
+            assert (playground.root / "file").read_text() == "second"
+            assert (first.upper.fs / "file").read_text() == "first"
+            assert os.readlink(f"/proc/self/fd/{cwd}") == str(inside)
+        finally:
+            os.close(cwd)
+            await trio.run_process(["umount", inside])
+
+
 async def test_open_files_outlive_a_reset(playground: Playground) -> None:
     (playground.image / "file").write_text("image")
     async with playground.mounted(playground.stack()) as mount:
