@@ -39,6 +39,23 @@ def assert_served(daemon: Daemon, *sessions: str) -> None:
         assert daemon.mounts().count(str(daemon.root(session))) == 1
 
 
+def start_with(daemon: Daemon, **profiles: str) -> None:
+    """Start a daemon that makes sessions of these profiles, and write into each.
+
+    Configured sessions, since that is quick; the next daemon is not told of them.
+    """
+    text = daemon.configuration.read_text()
+    with open(daemon.configuration, "a") as configuration:
+        configuration.writelines(
+            f'[session.{name}]\nuser = "root"\nprofile = "{profile}"\n'
+            for name, profile in profiles.items()
+        )
+    daemon.start()
+    daemon.configuration.write_text(text)
+    for name in profiles:
+        write(daemon, name)
+
+
 def configure_mount_point(daemon: Daemon) -> Path:
     """Have a profile ``outside``, whose sessions are mounted outside the runtime directory."""
     target = daemon.directory / "home"
@@ -162,10 +179,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 """What may happen to a record, and what is said of it."""
 
 
-def test_damaged_records(daemon: Daemon) -> None:
-    for name in ("good", "newer", *DAMAGE):
-        daemon.sessionctl("create", "root", "lasting", "--id", name)
-        write(daemon, name)
+def test_damaged_records(idle_daemon: Daemon) -> None:
+    daemon = idle_daemon
+    start_with(daemon, **dict.fromkeys(("good", "newer", *DAMAGE), "lasting"))
     good = (daemon.state / "sessions/truncated/session.json").read_bytes()
     daemon.stop()
     sessions = daemon.state / "sessions"
@@ -209,25 +225,27 @@ def test_an_image_that_is_missing_or_another(idle_daemon: Daemon) -> None:
     subprocess.run(pack, check=True, capture_output=True)
     with open(daemon.configuration, "a") as configuration:
         configuration.write(f'[profile.packed]\nimage = "{image}"\nstorage = "persistent"\n')
-    daemon.start()
-    daemon.sessionctl("create", "root", "packed", "--id", "one")
-    write(daemon, "one")
+    start_with(daemon, one="packed")
     daemon.stop()
-    image.rename(away)
-    (daemon.state / "sessions/one").stat()
-    for replace, complaint in (
-        (lambda: None, "No such file or directory"),
-        (lambda: image.write_bytes(away.read_bytes()), "is not the one that session one"),
-        (lambda: (image.unlink(), image.mkdir()), "is not the one that session one"),
-    ):
-        replace()
-        daemon.start()
+
+    def fails(complaint: str) -> bool:
         session = daemon.sessions()["one"]
-        assert session["state"] == "failed"
-        assert complaint in str(session["failure"])
-        assert complaint in daemon.sessionctl("status", "one").stdout
-        daemon.stop()
+        return session["state"] == "failed" and complaint in str(session["failure"])
+
+    image.rename(away)
     daemon.start()
+    assert fails("No such file or directory")
+    assert "No such file or directory" in daemon.sessionctl("status", "one").stdout
+    image.write_bytes(away.read_bytes())
+    daemon.reload()
+    wait_until(lambda: fails("is not the one that session one"))
+    image.write_bytes(b"")
+    daemon.reload()
+    wait_until(lambda: fails("holds no squashfs"))
+    image.unlink()
+    image.mkdir()
+    daemon.reload()
+    wait_until(lambda: fails("is not the one that session one"))
     image.rmdir()
     away.rename(image)
     daemon.reload()
@@ -235,30 +253,39 @@ def test_an_image_that_is_missing_or_another(idle_daemon: Daemon) -> None:
     assert_served(daemon, "one")
 
 
-@pytest.mark.parametrize("done", [True, False])
-def test_jobs_that_ran_when_the_daemon_died(daemon: Daemon, done: bool) -> None:
-    daemon.sessionctl("create", "root", "guest", "--id", "one")
-    for _ in range(2):
-        daemon.sessionctl("reset", "one")
+def test_jobs_that_ran_when_the_daemon_died(idle_daemon: Daemon) -> None:
+    daemon = idle_daemon
+    start_with(daemon, done="guest", undone="guest")
+    notes = {name: daemon.runtime / "sessions" / name / "job.json" for name in ("done", "undone")}
+    for name in notes:
+        daemon.sessionctl("reset", name)
     daemon.kill_all()
-    note = daemon.runtime / "sessions/one/job.json"
-    job = json.loads(note.read_text())
-    assert (job["number"], job["finished"]) == (2, True)
-    # As it was when the reset had begun; a reset is done once there is another upper.
-    begun = job | {"finished": False, "upper": job["upper"] + (0 if done else 1)}
-    note.write_text(json.dumps(begun))
+    for number, (name, note) in enumerate(notes.items(), 1):
+        job = json.loads(note.read_text())
+        assert (job["number"], job["finished"]) == (number, True)
+        # As it was when the reset had begun; it is done once there is another upper.
+        upper = {"done": job["upper"], "undone": job["upper"] + 1}[name]
+        note.write_text(json.dumps(job | {"finished": False, "upper": upper}))
 
     daemon.start()
     for _ in range(2):
-        told = json.loads(daemon.sessionctl("status", "one", "--json").stdout)["last_job"]
-        assert told["operation"] == "reset"
-        assert told["state"] == ("succeeded" if done else "failed")
-        assert ("was running when sessiond ended, and was undone" in told["error_message"]) != done
-        properties = ("/org/sessiond/Overlay1/job/2", "org.sessiond.Overlay1.Job", "ErrorName")
-        name = daemon.busctl("get-property", "org.sessiond.Overlay1", *properties)
-        assert ("Interrupted" in name) != done
+        done, undone = (
+            json.loads(daemon.sessionctl("status", name, "--json").stdout)["last_job"]
+            for name in notes
+        )
+        assert (done["operation"], done["state"], done["error_message"]) == (
+            "reset",
+            "succeeded",
+            "",
+        )
+        assert (undone["operation"], undone["state"]) == ("reset", "failed")
+        assert "was running when sessiond ended, and was undone" in undone["error_message"]
+        job = ("/org/sessiond/Overlay1/job/2", "org.sessiond.Overlay1.Job", "ErrorName")
+        name = daemon.busctl("get-property", "org.sessiond.Overlay1", *job)
+        assert name == 's "org.sessiond.Overlay1.Error.Interrupted"\n'
         daemon.kill_all()
         daemon.start()
-    daemon.sessionctl("reset", "one")
-    assert json.loads(note.read_text())["number"] == 3
-    assert ("reset of session one for uid 0 is not done" in daemon.log()) != done
+    daemon.sessionctl("reset", "done")
+    assert json.loads(notes["done"].read_text())["number"] == 3
+    assert "The reset of session done for uid 0 is done" in daemon.log()
+    assert "The reset of session undone for uid 0 is not done" in daemon.log()

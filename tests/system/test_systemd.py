@@ -71,9 +71,13 @@ def show(machine: Machine, name: str) -> str:
 
 
 def assert_serves_on(machine: Machine) -> None:
+    assert_mounted(machine)
+    assert " active " in machine.run("sessionctl list")
+
+
+def assert_mounted(machine: Machine) -> None:
     assert show(machine, "ActiveState") == "active"
     assert machine.run(f"cat {ROOT}/motd {ROOT}/note") == "Welcome.\nnote\n"
-    assert " active " in machine.run("sessionctl list")
     assert machine.run("findmnt --noheadings --list --output TARGET").split().count(ROOT) == 1
 
 
@@ -87,6 +91,16 @@ def test_it_starts(service: Machine) -> None:
 def test_it_is_started_by_the_bus(machine: Machine, service: Machine) -> None:
     service.run("systemctl stop sessiond")
     assert "kiosk" in service.run("sessionctl list")
+
+
+def test_the_bus_may_come_and_go(service: Machine) -> None:
+    service.run("systemctl stop dbus.socket dbus.service")
+    assert_mounted(service)
+    service.run("systemctl restart sessiond")
+    assert_mounted(service)
+    service.run("systemctl start dbus.socket")
+    service.wait("sessionctl list")
+    assert_serves_on(service)
 
 
 def test_a_restart_leaves_sessions_alone(service: Machine) -> None:

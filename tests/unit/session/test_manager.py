@@ -14,7 +14,9 @@ from sessiond.config import Config
 from sessiond.errors import (
     Failed,
     ImageUnavailable,
+    Interrupted,
     InvalidName,
+    NoSpace,
     NoSuchProfile,
     NoSuchSession,
     SessiondError,
@@ -461,3 +463,87 @@ async def test_images_are_shared_and_unmounted_with_the_last_session(world: Worl
 async def test_a_manager_that_was_never_started_ends(world: World) -> None:
     async with open_manager(world.config(), world.mounter, mounts=world.mounts) as manager:
         assert manager.sessions == {}
+
+
+async def test_leaving_undoes_the_job_that_runs_and_keeps_all_else(
+    world: World, expect_log: ExpectLog
+) -> None:
+    async with world.crashing_manager() as manager:
+        session = await manager.create(USER, "volatile", session_id="s")
+        await manager.create(USER, "volatile", session_id="idle")
+        await world.mount("s").write("file", b"kept")
+        job = session.persist(started_by=UID)
+        # Held just before the session would move to disk.
+        async with world.mount("s")._held:
+            await until(lambda: world.mount("s").frozen_times == 0 and world.disk("s").exists())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(manager.leave)
+                with pytest.raises(Interrupted, match="restarted"):
+                    await job.wait()
+        assert world.mount("s").mounted
+        assert world.mount("idle").mounted
+        with pytest.raises(NoSuchSession):
+            session.reset(started_by=UID)
+    async with world.manager() as manager:
+        assert set(manager.sessions) == {"s", "idle"}
+        session = manager.get("s")
+        assert session.storage is StorageKind.TMPFS
+        served = world.mount("s").stack
+        assert any((layer / "file").exists() for layer in (served.upper.fs, *served.lowers))
+        assert session.last_job is not None
+        assert session.last_job.id == job.id
+        assert isinstance(session.last_job.error, Interrupted)
+        assert str(session.last_job.error) == str(job.error)
+        later = manager.get("idle").reset(started_by=UID)
+        await later.wait()
+        assert later.id == job.id + 1
+        await until(lambda: not world.disk("s").exists())
+
+
+async def test_a_job_that_cannot_be_noted_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog
+) -> None:
+    def fail(*_: object) -> None:
+        raise NoSpace("Full.")
+
+    monkeypatch.setattr(Store, "write_job", fail)
+    async with world.manager() as manager:
+        session = await manager.create(USER, "volatile", session_id="s")
+        await session.reset(started_by=UID).wait()
+    expect_log("Full. Should sessiond die, it will not know of the job.")
+
+
+@pytest.mark.parametrize("damage", ["{", '{"number": 0}', "\0"])
+async def test_a_note_of_a_job_that_makes_no_sense_costs_nothing(
+    world: World,
+    damage: str,
+    crash: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    expect_log: ExpectLog,
+) -> None:
+    async with world.manager() as manager:
+        await manager.create(USER, "volatile", session_id="s")
+        crash()
+    monkeypatch.undo()
+    (world.runtime / "sessions" / "s" / "job.json").write_text(damage)
+    async with world.manager() as manager:
+        assert manager.get("s").last_job is None
+        await manager.get("s").reset(started_by=UID).wait()
+    expect_log("The last job of session s is not known")
+
+
+async def test_a_session_that_cannot_be_loaded_keeps_no_other_from_it(
+    world: World, expect_log: ExpectLog
+) -> None:
+    async with world.manager() as manager:
+        await manager.create(USER, "lasting", session_id="good")
+        await manager.create(USER, "lasting", session_id="bad")
+    (world.runtime / "sessions" / "bad").write_text("in the way")
+    async with world.manager() as manager:
+        assert list(manager.sessions) == ["good"]
+        with pytest.raises(SessionExists):
+            await manager.create(USER, "lasting", session_id="bad")
+    expect_log("Session bad is left as it is: ")
+    (world.runtime / "sessions" / "bad").unlink()
+    async with world.manager() as manager:
+        assert set(manager.sessions) == {"good", "bad"}
