@@ -97,9 +97,12 @@ def daemon(place: Path, bus: str, **more: str) -> Iterator[tuple[subprocess.Pope
         (place / "notify").unlink()
     systemd = Systemd(place / "notify")
     environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus, "NOTIFY_SOCKET": systemd.address}
+    # A file, since workers that outlive the daemon would keep a pipe open.
+    log = open(place / "log", "w+")  # noqa: SIM115 -- closed below
     process = subprocess.Popen(
-        command(place), env=os.environ | environment | more, stderr=subprocess.PIPE, text=True
+        command(place), env=os.environ | environment | more, stderr=log, text=True
     )
+    process.stderr = log
     try:
         while systemd.receive()[0] != "READY=1":
             pass
@@ -107,14 +110,16 @@ def daemon(place: Path, bus: str, **more: str) -> Iterator[tuple[subprocess.Pope
     finally:
         systemd.close()
         process.kill()
-        process.communicate()
+        process.wait()
+        log.close()
 
 
 def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=BOUND)
-    assert process.returncode == 0
-    return stderr
+    assert process.wait(BOUND) == 0
+    assert process.stderr is not None
+    process.stderr.seek(0)
+    return process.stderr.read()
 
 
 def test_check(place: Path) -> None:
