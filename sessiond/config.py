@@ -67,12 +67,18 @@ class _Table(BaseModel):
 
 
 class DaemonTable(_Table):
-    """`[daemon]`: where the daemon keeps what it must remember."""
+    """`[daemon]`: where the daemon keeps what it must remember, and what all sessions may take."""
 
     state_directory: AbsolutePath = Path("/var/lib/sessiond")
     """Persistent sessions."""
     runtime_directory: AbsolutePath = Path("/run/sessiond")
     """Mounts, volatile sessions; emptied by a reboot."""
+    volatile_limit: Annotated[
+        str, Field(pattern=r"^([1-9][0-9]*[KMGTkmgt]?|[1-9][0-9]*%|none)$")
+    ] = "85%"
+    """RAM that the limits of all volatile sessions may come to: bytes, or a part of the machine's;
+    above 100% they may take more than there is.
+    """
 
 
 class Profile(_Table):
@@ -84,10 +90,18 @@ class Profile(_Table):
     verity_hash_device: AbsolutePath | None = None
     """Where the hash tree is; the image file itself if not given."""
     storage: Literal["tmpfs", "persistent"] = "tmpfs"
-    size: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGkmg]?|([1-9][0-9]?|100)%)$")] = "50%"
+    size: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGkmg]?|([1-9][0-9]?|100)%)$")] = "25%"
     """Limit of a tmpfs: bytes with a suffix, or a part of RAM."""
     inodes: Annotated[int, Field(ge=64)] | None = None
-    """Most files, directories and whiteouts of a tmpfs; the kernel's default if not given."""
+    """Most files, directories and whiteouts of a tmpfs; one for 16 KiB of its size if not given."""
+    quota: Annotated[str, Field(pattern=r"^[1-9][0-9]*[KMGTkmgt]?$")] | None = None
+    """Limit of a session on disk, also of one that is moved there: bytes with a suffix."""
+    quota_inodes: Annotated[int, Field(ge=64)] | None = None
+    """Most files on disk, whiteouts included; with a quota, one for 16 KiB of it if not given."""
+    space_warning: Annotated[int, Field(ge=1, le=100)] = 80
+    """Percent of bytes or inodes from which on the storage is reported to be filling up."""
+    space_critical: Annotated[int, Field(ge=1, le=100)] = 95
+    """Percent from which on it is reported to be nearly full."""
     mount_point: str | None = None
     """Pattern; `RUNTIME_DIRECTORY/sessions/{id}/root` if not given."""
     nosuid: bool | None = None
@@ -109,8 +123,22 @@ class Profile(_Table):
     @classmethod
     def _limit(cls, limit: str | int | None, known: ValidationInfo) -> str | int | None:
         if known.data.get("storage") == "persistent":
-            raise ValueError('only storage = "tmpfs" can be limited; remove the limit')
+            raise ValueError('that is for storage = "tmpfs"; on disk, quota and quota_inodes limit')
         return limit
+
+    @field_validator("quota_inodes")
+    @classmethod
+    def _quota_inodes(cls, inodes: int | None, known: ValidationInfo) -> int | None:
+        if inodes is not None and known.data.get("quota", "malformed") is None:
+            raise ValueError("quota is needed with it")
+        return inodes
+
+    @field_validator("space_critical")
+    @classmethod
+    def _critical(cls, percent: int, known: ValidationInfo) -> int:
+        if percent < known.data.get("space_warning", 0):
+            raise ValueError("it cannot be less than space_warning")
+        return percent
 
     @field_validator("verity_hash_device")
     @classmethod
@@ -257,6 +285,10 @@ def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
             return "an absolute path without '..' is needed"
         case "string_pattern_mismatch" if key[-1] == "size":
             return "a size is like '512M', '2G', or a part of RAM like '50%'"
+        case "string_pattern_mismatch" if key[-1] == "quota":
+            return "a quota is like '512M' or '20G'"
+        case "string_pattern_mismatch" if key[-1] == "volatile_limit":
+            return "a limit is like '4G', a part of RAM like '85%', or 'none'"
         case "string_pattern_mismatch":
             return "a root hash is 32 to 128 lower-case hexadecimal digits"
         case _:

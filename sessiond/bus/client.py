@@ -98,6 +98,8 @@ class SessionInfo(_Info):
     bytes_limit: int
     inodes_used: int
     inodes_limit: int
+    space_level: str
+    """``normal``, ``warning`` or ``critical``."""
     created_at: _Moment
     last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
     snapshots: tuple[str, ...]

@@ -64,7 +64,7 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Mount point", info.mount_point),
         ("Storage", info.storage),
         ("State", f"{info.state}: {info.failure}" if info.failure else info.state),
-        ("Used", _used(info)),
+        ("Used", _used(info) + f", {info.space_level}" * (info.space_level != "normal")),
         ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
         ("Created", when(info.created_at)),
         ("Last reset", when(info.last_reset)),

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from sessiond.control import MESSAGE_LIMIT, Start
@@ -73,7 +74,8 @@ def _serve(channel: socket.socket) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps: nobody waits for workers
         from sessiond.fuse import worker
 
-        worker.rehearse()
+        with suppress(OSError):  # /tmp may be full; then workers share less memory
+            worker.rehearse()
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):

@@ -6,6 +6,7 @@ requests of either side never overlap but at checkpoints.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import json
@@ -14,6 +15,7 @@ import os
 import resource
 import socket
 import stat as modes
+import struct
 import tempfile
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -43,6 +45,11 @@ _TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "sym
 _DIFF_BUFFER = 1 << 16
 _READERS_LIMIT = 8
 _SHORT = 1.0  # seconds
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CAPABILITY_VERSION = 0x20080522  # linux/capability.h
+_CAPABILITY_SETS = struct.Struct("=6I")
+_CAP_SYS_RESOURCE = 24
 
 
 def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
@@ -74,7 +81,25 @@ def prepare_process() -> None:
         with suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             break
+    _obey_quotas()
     os.umask(0)
+
+
+def _obey_quotas() -> None:
+    """Give up CAP_SYS_RESOURCE: who has it writes beyond any quota (ignore_hardlimit).
+
+    The kernel's overlayfs does the same (ovl_fill_super). Raises `OSError`.
+    """
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    sets = ctypes.create_string_buffer(_CAPABILITY_SETS.size)
+    if _libc.capget(header, sets) == 0:
+        # The lower half of effective, permitted and inheritable; then the upper one.
+        words = _CAPABILITY_SETS.unpack(sets.raw)
+        lower = [word & ~(1 << _CAP_SYS_RESOURCE) for word in words[:3]]
+        if _libc.capset(header, _CAPABILITY_SETS.pack(*lower, *words[3:])) == 0:
+            return
+    code = ctypes.get_errno()
+    raise OSError(code, os.strerror(code))
 
 
 class _AbortedReplies(logging.Filter):
@@ -405,7 +430,14 @@ class _Controlled:
         if same_view:
             self._operations.swap(stack, moved=moved)
             return [], []
-        held = [] if device.has_epochs() else overlay.held_names()
+        if not device.has_epochs():
+            held = overlay.held_names()
+        elif self._operations.data_path is DataPath.CACHED:
+            # Open or not, what the kernel remembers is held, and its space with it, until it is
+            # told that the name is gone.
+            held = overlay.upper_names()
+        else:
+            held = []
         directories = self._operations.swap(stack, moved=moved)
         if device.has_epochs():
             device.begin_epoch(self._connection)

@@ -28,8 +28,12 @@ _HEAD = struct.Struct("=B?")  # which of these, and whether the layers were swap
 _NUMBER = struct.Struct("=Q")  # by which a file is kept
 _LAYER = struct.Struct("=QQ")  # device and inode of a layer's root; its path in the layer follows
 
-_NOT_LINKABLE = frozenset({errno.EXDEV, errno.ENOENT, errno.EMLINK, errno.EPERM})
-"""It is on another file system, has no name at all any more, has too many, or is protected."""
+_NOT_LINKABLE = frozenset(
+    {errno.EXDEV, errno.ENOENT, errno.EMLINK, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+)
+"""It is on another file system, has no name at all any more, has too many, or is protected; or
+there is no space for a name: to remove what is open has to work all the same.
+"""
 
 
 class Orphans:
@@ -112,6 +116,8 @@ def find(stack: Stack, fact: bytes) -> Found | None:
     try:
         if which == _DIRECTORY:
             fd = stack.workdir.removed_directory()
+            if fd < 0:
+                return None
         elif which == _KEPT and stack.orphans is not None:
             orphan = stack.orphans.at(*_NUMBER.unpack_from(fact, _HEAD.size))
             fd = syscalls.open_path(orphan)

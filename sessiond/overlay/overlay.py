@@ -652,7 +652,10 @@ class Overlay:
         return syscalls.read(node.fd, size, offset)
 
     def write(self, node: Node, data: bytes, offset: int) -> int:
-        """Write all of `data` to an open file. Raises ENOSPC, EROFS."""
+        """Write to an open file; return how much, which is all unless the disk gets full.
+
+        Raises ENOSPC, EROFS.
+        """
         if not node.fd_writable:
             copy_up(self.stack, node)
             self._open_data(node, write=True)
@@ -699,6 +702,11 @@ class Overlay:
             with suppress(OSError):  # ESTALE: of earlier layers, and gone since
                 self.node(number)
         return [(node, *link) for node in self.nodes.all() for link in node.links]
+
+    def upper_names(self) -> list[tuple[Node, Node, bytes]]:
+        """The same of regular files in the upper, that is, of those that take space."""
+        files = (node for node in self.nodes.all() if node.upper and modes.S_ISREG(node.kind))
+        return [(node, *link) for node in files for link in node.links]
 
     def lost_names(self, held: list[tuple[Node, Node, bytes]]) -> list[tuple[int, bytes]]:
         """Return which of the names that were `held` before a swap are no longer what they were.

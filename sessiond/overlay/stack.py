@@ -198,13 +198,18 @@ def _lock(layer: Layer, path: bytes, undo: ExitStack) -> int:
 
 
 def _check_renames(work: Workdir, upper: bytes) -> None:
-    """Refuse an upper whose file system cannot publish a change in one step."""
+    """Refuse an upper whose file system cannot publish a change in one step.
+
+    A full one cannot be tried, and is taken: whoever filled it has made changes.
+    """
     with work.preparing() as first, work.preparing() as second:
-        syscalls.mkdir(first, 0o700)
         try:
+            syscalls.mkdir(first, 0o700)
             syscalls.rename(first, second, syscalls.RENAME_WHITEOUT)
             syscalls.rename(first, second, syscalls.RENAME_EXCHANGE)
         except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                return
             raise OSError(
                 error.errno,
                 "its file system cannot be an upper: it lacks RENAME_WHITEOUT or RENAME_EXCHANGE "

@@ -354,10 +354,13 @@ def read(fd: int, size: int, offset: int) -> bytes:
 
 
 def write(fd: int, data: bytes, offset: int) -> int:
-    """Write all of `data`, and return its length."""
+    """Write `data`, and return how much of it: as with write(2), not all where the disk is full."""
     written = os.pwrite(fd, data, offset)
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], offset + written)
+    try:
+        while written < len(data):
+            written += os.pwrite(fd, data[written:], offset + written)
+    except OSError:
+        return written  # what is written counts; the next call will say why there is no more
     return written
 
 

@@ -35,7 +35,7 @@ class Workdir:
                 self._refuse_volatile(incompat)
             finally:
                 incompat.close()
-            remove_tree(work)
+            clear(work)  # not removed: on a full file system it could not be made again
         for name in (b"work", b"index"):
             at = directory.at(name)
             if syscalls.stat_or_none(at) is None:
@@ -111,10 +111,15 @@ class Workdir:
 
     def removed_directory(self) -> int:
         """Return a descriptor of a directory that has been removed, for who is in one that
-        vanished.
+        vanished; -1 where there is no space for one: what they are in is stale then.
         """
         with self.preparing() as at:
-            syscalls.mkdir(at, 0o755)
+            try:
+                syscalls.mkdir(at, 0o755)
+            except OSError as error:
+                if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                    return -1
+                raise
             return syscalls.open_path(at)
 
 
@@ -126,6 +131,12 @@ def remove_tree(at: At) -> None:
     if not modes.S_ISDIR(stat.st_mode):
         syscalls.unlink(at)
         return
+    clear(at)
+    syscalls.rmdir(at)
+
+
+def clear(at: At) -> None:
+    """Remove whatever is in the directory `at`."""
     # Depth without recursion: a session can nest directories deeper than Python's stack.
     tree = Layer(syscalls.open_path(at))
     try:
@@ -149,4 +160,3 @@ def remove_tree(at: At) -> None:
                 syscalls.rmdir(tree.at(path))
     finally:
         tree.close()
-    syscalls.rmdir(at)

@@ -25,8 +25,8 @@ def explained(action: str) -> Iterator[None]:
         where = f" ({os.fsdecode(error.filename)})" if named else ""
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise NoSpace(
-                f"Could not {action}: its storage is full{where}; delete files, reset the session "
-                "or delete snapshots, then try again."
+                f"Could not {action}: no space is left{where}; delete files or snapshots, or reset "
+                "sessions, there, then try again."
             ) from error
         raise Failed(f"Could not {action}: {error.strerror or error}{where}.") from error
 

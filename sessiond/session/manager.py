@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -16,16 +16,19 @@ import trio
 
 from sessiond.config import Config, Profile
 from sessiond.errors import NoSuchProfile, NoSuchSession, SessiondError, SessionExists
-from sessiond.session import mount_point
+from sessiond.session import mount_point, ram
 from sessiond.session.accounts import Account, find_account, session_ids
+from sessiond.session.activity import ActivityWatch
 from sessiond.session.faults import explained, quoted
 from sessiond.session.images import Image, Images
 from sessiond.session.model import (
     DataPath,
     ImageSource,
+    Quota,
     SessionId,
     SessionRecord,
     SessionState,
+    SpaceThresholds,
     StorageKind,
     Uid,
 )
@@ -44,7 +47,9 @@ __all__ = ["Manager", "Observer", "Session", "open_manager"]
 log = logging.getLogger(__name__)
 
 _SPACE_SECONDS = 5.0
-"""How often the storage of sessions is looked at."""
+"""How often the storage of sessions is looked at, as long as anything is written to it."""
+_UNTOLD_SECONDS = 60.0
+"""How often otherwise, for what is written through mappings."""
 
 
 @asynccontextmanager
@@ -93,9 +98,13 @@ class Manager:
         self._config = config
         self._services = services
         self._runtime = runtime
+        self._ram = ram.RamBudget(
+            runtime / "sessions", config.daemon.volatile_limit, services.mounts
+        )
         self._sessions: dict[SessionId, Session] = {}
         self._being_created: dict[SessionId, Path] = {}
         self._populated = trio.Event()
+        self._activity = ActivityWatch()
         self.sessions = self._sessions
         self.features = tuple(features)
 
@@ -162,8 +171,11 @@ class Manager:
         store, record = self._services.store, session.record
 
         def make_storage() -> None:
-            store.create(record, size=settings.size, inodes=settings.inodes)
-            store.make_upper(record, image.root)
+            size, inodes = limits = ram.limits(settings.size, settings.inodes)
+            volatile = record.storage is StorageKind.TMPFS
+            with self._ram.claim(record.id, limits) if volatile else nullcontext():
+                store.create(record, size=str(size), inodes=inodes)
+            store.make_upper(record, image.root, False)
             store.write(record)
 
         try:
@@ -229,6 +241,7 @@ class Manager:
     def _add(self, session: Session) -> None:
         self._sessions[session.id] = session
         self._populated.set()
+        self._activity.watch([self._services.store.storage(session.record)])
         session.listed = True
         self._services.observers.tell(lambda observer: observer.session_added(session))
 
@@ -348,11 +361,20 @@ class Manager:
                 log.error("Session %s is not created: %s", name, error)  # noqa: TRY400
 
     async def _watch_space(self) -> None:
-        while True:
-            await self._populated.wait()
-            for session in self._sessions.values():
-                session.check_space()
-            await trio.sleep(_SPACE_SECONDS)
+        with closing(self._activity) as activity:
+            while True:
+                await self._populated.wait()
+                sessions = tuple(self._sessions.values())
+                # First, so that nothing is missed that is written while they are looked at.
+                watched = activity.watch(
+                    self._services.store.storage(session.record) for session in sessions
+                )
+                for session in sessions:
+                    session.check_space()
+                if watched:
+                    with trio.move_on_after(_UNTOLD_SECONDS):
+                        await activity.wait()
+                await trio.sleep(_SPACE_SECONDS)
 
 
 def _new_record(
@@ -376,8 +398,20 @@ def _new_record(
         nodev=unprivileged if settings.nodev is None else settings.nodev,
         data_path=DataPath(settings.data_path),
         storage=StorageKind(settings.storage),
+        quota=_quota(settings),
+        thresholds=SpaceThresholds(
+            warning=settings.space_warning, critical=settings.space_critical
+        ),
         created_at=datetime.now(UTC),
     )
+
+
+def _quota(settings: Profile) -> Quota | None:
+    if settings.quota is None:
+        return None
+    size = ram.size_in_bytes(settings.quota)
+    inodes = ram.default_inodes(size) if settings.quota_inodes is None else settings.quota_inodes
+    return Quota(bytes=size, inodes=inodes)
 
 
 def _detach_stale_views(mounts: Mounts, directory: Path, kept: Collection[SessionId]) -> None:

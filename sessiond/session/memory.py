@@ -146,12 +146,18 @@ class MemoryMounts:
 
     mounted: dict[Path, str] = field(default_factory=dict)
     """Mount point to kind of file system."""
+    limits: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    """Bytes and inodes of each tmpfs."""
     unsupported: set[str] = field(default_factory=set)
     injected: list[OSError] = field(default_factory=list)
     """What the next mounts are to raise, in order."""
 
     def mount_tmpfs(self, target: Path, *, size: str, inodes: int | None) -> None:
         self._mount(target, "tmpfs")
+        self.limits[target] = (int(size), inodes or 0)
+
+    def tmpfs_limits(self, target: Path) -> tuple[int, int]:
+        return self.limits.get(target, (0, 0))
 
     def mount_clone(self, source: Path, target: Path) -> None:
         self._mount(target, "directory")

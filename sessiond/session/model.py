@@ -106,6 +106,24 @@ class ImageSource(BaseModel):
     verity_hash_device: Path | None = None
 
 
+class Quota(BaseModel):
+    """Limits of a session on disk."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int
+    inodes: int
+
+
+class SpaceThresholds(BaseModel):
+    """Percent of bytes or inodes in use from which on the storage is at a level; see `space`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    warning: int = 80
+    critical: int = 95
+
+
 class SnapshotRecord(BaseModel):
     """A committed layer, and all below it: the stack that was frozen when the snapshot was made."""
 
@@ -140,6 +158,9 @@ class SessionRecord(BaseModel):
     nodev: bool
     data_path: DataPath = DataPath.PASSTHROUGH
     storage: StorageKind
+    quota: Quota | None = None
+    """What it may take on disk, now or once it is moved there; None: as much as there is."""
+    thresholds: SpaceThresholds = SpaceThresholds()
     created_at: AwareDatetime
     last_reset: AwareDatetime | None = None
     next_layer: _Layer = LayerNumber(2)

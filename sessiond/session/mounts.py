@@ -42,6 +42,12 @@ class Mounts(Protocol):
     def mount_tmpfs(self, target: Path, *, size: str, inodes: int | None) -> None:
         """Mount a tmpfs that only root can enter. Raises `OSError`."""
 
+    def tmpfs_limits(self, target: Path) -> tuple[int, int]:
+        """Return the bytes and inodes that the tmpfs at `target` may hold; 0 of each if it is gone.
+
+        Raises `OSError`.
+        """
+
     def mount_clone(self, source: Path, target: Path) -> None:
         """Mount the directory `source` read-only, without the mounts below it.
 
@@ -83,6 +89,15 @@ class SystemMounts:
             options.encode(),
         )
         _check(result, target)
+
+    def tmpfs_limits(self, target: Path) -> tuple[int, int]:
+        try:
+            if target.stat().st_dev == target.parent.stat().st_dev:
+                return 0, 0
+            found = os.statvfs(target)
+        except FileNotFoundError:
+            return 0, 0
+        return found.f_blocks * found.f_frsize, found.f_files
 
     def mount_clone(self, source: Path, target: Path) -> None:
         tree = _check(

@@ -152,6 +152,11 @@ class _Move:
                 f"{space.bytes_total - space.bytes_used} are free for persistent sessions; "
                 "make room on that disk."
             )
+        if record.quota is not None and self._bytes_total > record.quota.bytes:
+            raise NoSpace(
+                f"Session {record.id} takes {self._bytes_total} bytes, and its quota on disk is "
+                f"{record.quota.bytes}; delete files or snapshots."
+            )
 
     def _copy_committed(self) -> None:
         record = self._session.record

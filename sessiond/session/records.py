@@ -1,4 +1,4 @@
-"""Records as files: read with distrust, and replaced atomically.
+"""Records as files, read with distrust; `durable` is what writes them.
 
 What is read may be anything: a disk can fail, and a person can make mistakes.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -56,22 +55,6 @@ def read_job(file: Path) -> JobRecord:
         raise BadRecordError(_first_mistake(error)) from None
 
 
-def write_durably(file: Path, text: bytes) -> None:
-    """Replace `file`, for root alone to read; it is on disk when this returns. Raises `OSError`."""
-    temporary = file.with_suffix(".new")
-    try:
-        with open(temporary, "wb", opener=_private) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(file)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-    fsync_directory(file.parent)
-
-
 def fsync_directory(directory: Path) -> None:
     """Return when the names in `directory` are on disk. Raises `OSError`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -106,7 +89,3 @@ def _first_mistake(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from sessiond.session.mounter import Mounter
 from sessiond.session.mounts import Mounts
 from sessiond.session.observer import Observers
 from sessiond.session.store import Store
-from sessiond.session.tree import remove_tree
+from sessiond.session.tree import Check, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,9 @@ class Services:
     job_numbers: JobNumbers = field(default_factory=JobNumbers)
     _one_at_a_time: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
 
-    async def delete_trees(self, trees: Iterable[Path]) -> None:
+    async def delete_trees(
+        self, trees: Iterable[Path], remove: Callable[[Path, Check], None] = remove_tree
+    ) -> None:
         """Delete directories in a thread; one after another, for others use the disk as well.
 
         What cannot be deleted is logged, and is garbage to the next start. So is all that is left
@@ -42,7 +44,7 @@ class Services:
         for tree in trees:
             try:
                 await trio.to_thread.run_sync(
-                    remove_tree, tree, trio.from_thread.check_cancelled, limiter=self._one_at_a_time
+                    remove, tree, trio.from_thread.check_cancelled, limiter=self._one_at_a_time
                 )
             except OSError as error:
                 log.error("Directory %s could not be deleted: %s", tree, error)  # noqa: TRY400

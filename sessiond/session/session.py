@@ -12,6 +12,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -23,6 +24,7 @@ from sessiond.errors import (
     ImageUnavailable,
     Interrupted,
     InvalidOption,
+    NoSpace,
     NoSuchSession,
     SessiondError,
     SnapshotExists,
@@ -52,9 +54,14 @@ from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
 from sessiond.session.services import Services
-from sessiond.session.space import SpaceWatch, measure
+from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
 
 log = logging.getLogger(__name__)
+
+LAYERS_LIMIT = 250
+"""Most layers of a session, the upper included: snapshots must not fill the directory of records,
+which is in RAM for volatile sessions, nor the worker's table of descriptors.
+"""
 
 DESCRIPTION_LIMIT = 1000
 """Longest description of a snapshot, in characters."""
@@ -87,7 +94,7 @@ class Session:
         self._job: Job | None = None
         self._attempts = Attempts(most=5, seconds=60.0)
         self._recoveries = Attempts(most=20, seconds=10.0)
-        self._space = SpaceWatch()
+        self._space = SpaceWatch(record.thresholds)
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
 
@@ -138,10 +145,19 @@ class Session:
 
     @property
     def usage(self) -> Usage:
-        """Bytes and inodes used now; of a session on disk, those of the whole file system."""
-        return self._space.usage(
-            self.services.store.storage(self.record), limited=self.storage is StorageKind.TMPFS
-        )
+        """Bytes and inodes used now; of a session without a limit, those of the whole disk."""
+        return self._space.usage(self.services.store.storage(self.record), self._limited_by)
+
+    @property
+    def space_level(self) -> SpaceLevel:
+        """How full the storage was when it was looked at last."""
+        return self._space.level
+
+    @property
+    def _limited_by(self) -> LimitedBy:
+        if self.storage is StorageKind.TMPFS:
+            return LimitedBy.FILE_SYSTEM
+        return LimitedBy.NOTHING if self.record.quota is None else LimitedBy.QUOTA
 
     # What may be done to it
 
@@ -325,6 +341,7 @@ class Session:
         level = self._space.new_level(space)
         if level is not None:
             used, total = space.bytes_used, space.bytes_total
+            self._tell(lambda observer: observer.session_changed(self))
             self._tell(lambda observer: observer.space_low(self, level, used, total))
 
     # Operations: one at a time
@@ -428,12 +445,19 @@ class Session:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
+        if len(after.all_layers) > max(LAYERS_LIMIT, len(before.all_layers)):
+            raise NoSpace(
+                f"Session {self.id} has {LAYERS_LIMIT} layers, which is the most; delete "
+                "snapshots, or reset it, then try again."
+            )
         recorded = False
         with trio.CancelScope(shield=True):
             image = await self._require_image()
             below = (*self.services.store.lowers(after), image.root)[0]
             try:
-                await trio.to_thread.run_sync(self.services.store.make_upper, after, below)
+                gives_back = before.upper not in after.all_layers
+                make_upper = self.services.store.make_upper
+                await trio.to_thread.run_sync(make_upper, after, below, gives_back)
                 await trio.to_thread.run_sync(self.services.store.write, after)
                 recorded = True
                 await self.serve(after)
@@ -469,14 +493,8 @@ class Session:
     def _delete_layers(self, numbers: Iterable[LayerNumber]) -> None:
         layers = [self.services.store.layer(self.record, number) for number in sorted(numbers)]
         if layers:
-            self._tasks.start_soon(self._delete_trees, layers)
-
-    async def _delete_trees(self, trees: Iterable[Path]) -> None:
-        await self.services.delete_trees(trees)
-        try:
-            await trio.to_thread.run_sync(self.services.store.fill_reserve, self.record)
-        except SessiondError as error:
-            log.warning("%s", error)
+            remove = partial(self.services.store.remove_layer, self.record)
+            self._tasks.start_soon(self.services.delete_trees, layers, remove)
 
     def _require_unused(self, name: SnapshotName) -> None:
         if name in self.snapshots:
@@ -525,6 +543,8 @@ class Session:
 
     async def _mount_view(self, record: SessionRecord) -> None:
         image = await self._require_image()
+        if self._limited_by is LimitedBy.QUOTA:
+            await trio.to_thread.run_sync(self.services.store.enforce_quota, record)
         await trio.to_thread.run_sync(
             mount_point.prepare, record.mount_point, record.uid, self.services.mounts
         )

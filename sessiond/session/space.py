@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from pathlib import Path
 
-from sessiond.session.model import Usage
+from sessiond.session import quota
+from sessiond.session.model import SpaceThresholds, Usage
 
 _HYSTERESIS = 0.05
 """A level is left only when the storage is this much emptier than where it began."""
 
 
 class SpaceLevel(StrEnum):
-    """How urgent it is; published with the signal `SpaceLow`."""
+    """How urgent it is; published as the property `SpaceLevel`, with the signal `SpaceLow`."""
 
     NORMAL = "normal"
     WARNING = "warning"
     CRITICAL = "critical"
 
 
-_BEGINS = {SpaceLevel.CRITICAL: 0.95, SpaceLevel.WARNING: 0.80}
+class LimitedBy(Enum):
+    """What keeps a session from taking more."""
+
+    FILE_SYSTEM = auto()
+    """Its storage is a file system of its own."""
+    QUOTA = auto()
+    NOTHING = auto()
+    """It may fill the file system that it shares with others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,39 +68,48 @@ def measure(directory: Path) -> Space:
 class SpaceWatch:
     """Remembers what was found last, so that changes are told once."""
 
-    def __init__(self) -> None:
-        self._level = SpaceLevel.NORMAL
+    def __init__(self, thresholds: SpaceThresholds) -> None:
+        self.level = SpaceLevel.NORMAL
+        """As `new_level` found it last."""
+        self._thresholds = thresholds
         self._usage = Usage(0, 0, 0, 0)
 
-    def usage(self, directory: Path, *, limited: bool) -> Usage:
-        """What is used of the storage `directory`; when that is gone, what was used at last.
-
-        Where the session's storage is not `limited`, it shares a file system with others.
-        """
-        try:
-            space = measure(directory)
-        except OSError:
-            return self._usage
-        self._usage = Usage(
-            bytes_used=space.bytes_used,
-            bytes_limit=space.bytes_total if limited else 0,
-            inodes_used=space.inodes_used,
-            inodes_limit=space.inodes_total if limited else 0,
-        )
+    def usage(self, directory: Path, limited_by: LimitedBy) -> Usage:
+        """What is used of the storage `directory`; when that is gone, what was used at last."""
+        with suppress(OSError):
+            self._usage = _usage(directory, limited_by)
         return self._usage
 
     def new_level(self, space: Space) -> SpaceLevel | None:
         """Return the level that `space` is at, if that is another one than the last time."""
-        level = next_level(self._level, space.used_part)
-        if level is self._level:
+        level = next_level(self.level, space.used_part, self._thresholds)
+        if level is self.level:
             return None
-        self._level = level
+        self.level = level
         return level
 
 
-def next_level(level: SpaceLevel, used_part: float) -> SpaceLevel:
+def _usage(directory: Path, limited_by: LimitedBy) -> Usage:
+    if limited_by is LimitedBy.QUOTA:
+        # statvfs(2) shows the limit as well, but as used what others have taken of the rest.
+        return Usage(*quota.counted(directory))
+    space = measure(directory)
+    limited = limited_by is LimitedBy.FILE_SYSTEM
+    return Usage(
+        bytes_used=space.bytes_used,
+        bytes_limit=space.bytes_total if limited else 0,
+        inodes_used=space.inodes_used,
+        inodes_limit=space.inodes_total if limited else 0,
+    )
+
+
+def next_level(level: SpaceLevel, used_part: float, thresholds: SpaceThresholds) -> SpaceLevel:
     """The level after `level`, now that `used_part` is used."""
-    for candidate, begin in _BEGINS.items():
+    begins = {
+        SpaceLevel.CRITICAL: thresholds.critical / 100,
+        SpaceLevel.WARNING: thresholds.warning / 100,
+    }
+    for candidate, begin in begins.items():
         # A storage that hovers around a threshold must not warn again and again.
         held = level is SpaceLevel.CRITICAL or level is candidate
         if used_part >= (begin - _HYSTERESIS if held else begin):

@@ -6,17 +6,23 @@
     STATE/sessions/ID/session.json     record of a persistent session; the directory is its storage
     RUNTIME/sessions/ID/job.json       its last job, for a manager that is started again
     STORAGE/layers/N/{fs,work}/        layer N
-    STORAGE/reserve/                   given up when the storage is full, so that reset still works
+    STORAGE/spare/{fs,work}/           an empty layer, for a reset when the storage is full
+    session.json.spare                 see `durable`
     {RUNTIME,STATE}/trash/             being deleted
     {RUNTIME,STATE}/set-aside/         sessions whose record is missing or makes no sense
 
 A session exists from the moment its record is written, and no longer once that is renamed. In the
-directory of one that is being made there is ``session.new``, which becomes the record; in one that
+directory of one that is being made there is ``session.new`` until the record is; in one that
 is being deleted ``session.old``, which was it. Such a directory is garbage, and so is a layer that
 no record names: they are removed at start, and a crash between any two steps needs no repair. A
 directory without any of the three has lost its record by accident: it is set aside.
 
-Functions block; for one session they are called by one thread at a time, except for `fill_reserve`.
+So that a session can be reset, restored, thinned out and closed when its storage or the disk is
+full, what that takes is there before: an empty layer, and the space of the next record. A reset
+takes the spare layer, and the one that it throws away is emptied and is the next spare. Nothing is
+allocated for it, so it does not matter who else writes at that moment.
+
+Functions block; for one session they are called by one thread at a time, except for `remove_layer`.
 """
 
 from __future__ import annotations
@@ -26,12 +32,14 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sessiond.config import NAME, NAME_LIMIT
 from sessiond.errors import Failed, SessiondError
+from sessiond.session import durable, quota
+from sessiond.session.durable import FULL
 from sessiond.session.faults import explained
 from sessiond.session.model import (
     JobRecord,
@@ -48,19 +56,18 @@ from sessiond.session.records import (
     fsync_directory,
     read_job,
     read_session,
-    write_durably,
 )
-from sessiond.session.tree import copy_root, remove_tree
+from sessiond.session.tree import Check, copy_root, empty_tree, remove_tree
 
 log = logging.getLogger(__name__)
 
 _RECORD = "session.json"
+_SPARE_RECORD = durable.spare_of(Path(_RECORD)).name
 _BEING_MADE = "session.new"
 _BEING_DELETED = "session.old"
 _JOB = "job.json"
-_RESERVE_INODES = 16
-_RESERVE_BYTES = 256 << 10
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_WORKDIR = ("work/work", "work/index")
+"""What the overlay makes in a workdir, unless it is there already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +98,7 @@ class Store:
     def __init__(self, runtime: Path, state: Path, mounts: Mounts) -> None:
         self._bases = {StorageKind.TMPFS: runtime, StorageKind.PERSISTENT: state}
         self._mounts = mounts
-        self._reserves = threading.Lock()
+        self._spares = threading.Lock()
 
     def prepare(self) -> None:
         """Make the directories that hold all others. Raises `Failed`, `NoSpace`.
@@ -144,7 +151,8 @@ class Store:
     def create(self, record: SessionRecord, *, size: str, inodes: int | None) -> None:
         """Make empty storage for a new session; `size` and `inodes` limit a tmpfs.
 
-        The id must be unused. Raises `Failed` or `NoSpace`; `discard` removes what is there then.
+        The id must be unused. Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`;
+        `discard` removes what is there then.
         """
         with explained(f"make the storage of session {record.id}"):
             runtime = self.runtime_directory(record.id)
@@ -156,9 +164,7 @@ class Store:
             storage.mkdir(mode=0o700, exist_ok=True)
             if record.storage is StorageKind.TMPFS:
                 self._mounts.mount_tmpfs(storage, size=size, inodes=inodes)
-            (storage / "layers").mkdir(mode=0o700)
-            fsync_directory(storage.parent)
-        self.fill_reserve(record)
+            self._furnish(record)
 
     def used_by(self, session: SessionId) -> Path | None:
         """Return where there are files of a session of that id, None if there are none."""
@@ -168,7 +174,7 @@ class Store:
     def create_on_disk(self, record: SessionRecord) -> None:
         """Make empty storage for a persistent `record` whose volatile session exists already.
 
-        Raises `Failed` or `NoSpace`.
+        Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`.
         """
         directory = self.storage(record)
         if (directory / _RECORD).exists():
@@ -179,27 +185,87 @@ class Store:
             if directory.exists():
                 self._to_trash(directory, StorageKind.PERSISTENT)
             directory.mkdir(mode=0o700)
-            (directory / _BEING_MADE).touch(mode=0o600)
-            (directory / "layers").mkdir(mode=0o700)
-            fsync_directory(directory.parent)
-        self.fill_reserve(record)
+            try:
+                (directory / _BEING_MADE).touch(mode=0o600)
+                self._furnish(record)
+                with self._spares:
+                    self._make_spare(record, directory)  # who takes it gives it a root's metadata
+            except BaseException:
+                remove_tree(directory)
+                raise
 
-    def make_upper(self, record: SessionRecord, like: Path) -> None:
+    def _furnish(self, record: SessionRecord) -> None:
+        storage = self.storage(record)
+        if record.storage is StorageKind.PERSISTENT and record.quota is not None:
+            quota.assign(storage, record.quota)
+        (storage / "layers").mkdir(mode=0o700)
+        self.orphans(record).mkdir(mode=0o700)
+        fsync_directory(storage)
+        fsync_directory(storage.parent)
+
+    def enforce_quota(self, record: SessionRecord) -> None:
+        """Make sure that the quota of a session on disk holds.
+
+        Raises `NotSupported` or `Failed`: it must not be served then.
+        """
+        assert record.quota is not None
+        with explained(f"set the quota of session {record.id}"):
+            quota.ensure(self.storage(record), record.quota)
+
+    def make_upper(self, record: SessionRecord, like: Path, may_take_spare: bool) -> None:
         """Make the empty upper of `record`, with a root like `like`, the tree just below it.
 
-        The merged view shows for its root what the upper's root has. Raises `Failed`, `NoSpace`.
+        The merged view shows for its root what the upper's root has. `may_take_spare`, where the
+        storage is full: for who gives back another layer. Raises `Failed`, `NoSpace`.
         """
-        upper = self.upper(record)
-
-        def make() -> None:
-            for directory in (upper.fs.parent, upper.fs, upper.work):
-                directory.mkdir(mode=0o700, exist_ok=True)
-            copy_root(like, upper.fs)
-
+        layer, spare = self.layer(record, record.upper), self._spare(record)
+        with explained(f"make a layer for session {record.id}"), self._spares:
+            try:
+                _make_layer(layer, like)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                remove_tree(layer)
+                if not may_take_spare or not spare.exists():
+                    raise
+                copy_root(like, spare / "fs")
+                spare.rename(layer)
+            else:
+                self._make_spare(record, like)
         with explained(f"make a layer for session {record.id}"):
-            self._with_reserve(record, make)
-            for directory in (upper.fs, upper.fs.parent, upper.fs.parent.parent):
+            for directory in (layer / "fs", layer, layer.parent):
                 fsync_directory(directory)
+
+    def _make_spare(self, record: SessionRecord, like: Path) -> None:
+        spare, unfinished = self._spare(record), self._unfinished_spare(record)
+        if spare.exists() or unfinished.exists():
+            return
+        try:
+            _make_layer(unfinished, like)
+            unfinished.rename(spare)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.warning("The storage of session %s is too full for a spare layer.", record.id)
+            remove_tree(unfinished)
+
+    def remove_layer(self, record: SessionRecord, layer: Path, check: Check) -> None:
+        """Delete a layer that nobody needs; if the spare one was taken, it becomes that.
+
+        `check` may stop it, by raising; so may `OSError`. What is left is garbage.
+        """
+        spare, unfinished = self._spare(record), self._unfinished_spare(record)
+        with self._spares:
+            complete = all((layer / name).is_dir() for name in _WORKDIR)  # a copy may be without
+            if complete and not spare.exists() and not unfinished.exists():
+                layer.rename(unfinished)
+                layer = unfinished
+        if layer != unfinished:
+            remove_tree(layer, check)
+            return
+        for name in ("fs", *_WORKDIR):
+            empty_tree(layer / name, check)
+        layer.rename(spare)
 
     def write(self, record: SessionRecord) -> None:
         """Make `record` the one that counts; it is on disk when this returns.
@@ -208,7 +274,9 @@ class Store:
         """
         text = record.model_dump_json(indent=1).encode()
         with explained(f"write the record of session {record.id}"):
-            self._with_reserve(record, lambda: write_durably(self._record_file(record), text))
+            file = self._record_file(record)
+            durable.replace(file, text)
+            file.with_name(_BEING_MADE).unlink(missing_ok=True)
 
     def forget(self, record: SessionRecord) -> None:
         """Give up the record, and so the session; its files become garbage. Raises `Failed`."""
@@ -223,7 +291,7 @@ class Store:
         """Note the last job of a session, until the machine ends. Raises `Failed`, `NoSpace`."""
         file = self.runtime_directory(session) / _JOB
         with explained(f"note the job of session {session}"):
-            write_durably(file, job.model_dump_json(indent=1).encode())
+            durable.replace(file, job.model_dump_json(indent=1).encode())
 
     def discard(self, session: SessionId, kind: StorageKind) -> tuple[Path, ...]:
         """Take the files of a forgotten session out of the way; what is returned is to be deleted.
@@ -235,10 +303,14 @@ class Store:
         with explained(f"remove the files of session {session}"):
             if kind is StorageKind.TMPFS:
                 self._mounts.detach(directory / "storage")
-            try:
-                return (self._to_trash(directory, kind),)
-            except FileNotFoundError:
+            if not directory.exists():
                 return ()
+            if kind is StorageKind.PERSISTENT:
+                try:
+                    quota.release(directory)
+                except OSError as error:  # quotas were switched off, for one
+                    log.warning("The quota of session %s is not given back: %s", session, error)
+            return (self._to_trash(directory, kind),)
 
     def drop_volatile_storage(self, session: SessionId) -> None:
         """Give back the RAM of a session that moved to disk. Raises `Failed`."""
@@ -246,35 +318,8 @@ class Store:
         with explained(f"remove the volatile storage of session {session}"):
             self._mounts.detach(storage)
             remove_tree(storage)
-            storage.with_name(_BEING_DELETED).unlink(missing_ok=True)
-
-    # The reserve
-
-    def fill_reserve(self, record: SessionRecord) -> None:
-        """Set inodes and bytes aside, as far as there are any. Raises `Failed`."""
-        reserve = self.storage(record) / "reserve"
-        with explained(f"make the reserve of session {record.id}"), self._reserves:
-            try:
-                reserve.mkdir(mode=0o700, exist_ok=True)
-                for number in range(_RESERVE_INODES):
-                    (reserve / str(number)).touch(mode=0o600)
-                with open(reserve / "0", "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                log.warning("The storage of session %s is too full for a reserve.", record.id)
-
-    def _with_reserve(self, record: SessionRecord, action: Callable[[], None]) -> None:
-        """Do `action`; where there is no space for it, again without the reserve."""
-        try:
-            action()
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            with self._reserves:
-                remove_tree(self.storage(record) / "reserve")
-                action()
+            for name in (_BEING_DELETED, _SPARE_RECORD):
+                storage.with_name(name).unlink(missing_ok=True)
 
     # At start
 
@@ -363,7 +408,7 @@ class Store:
             log.info("Session %s had moved to disk; its volatile copy is removed.", directory.name)
             self._mounts.detach(storage)
             found.garbage.append(self._to_trash(storage, StorageKind.TMPFS))
-        for name in (_RECORD, _BEING_MADE, _BEING_DELETED):
+        for name in (_RECORD, _SPARE_RECORD, _BEING_MADE, _BEING_DELETED):
             (directory / name).unlink(missing_ok=True)
 
     def _load_job(self, directory: Path, found: _Search) -> None:
@@ -405,6 +450,8 @@ class Store:
                 yield path
             else:
                 log.warning("%s is no layer of session %s, and is left alone.", path, record.id)
+        if self._unfinished_spare(record).exists():
+            yield self._unfinished_spare(record)
 
     # Names
 
@@ -414,9 +461,22 @@ class Store:
     def _record_file(self, record: SessionRecord) -> Path:
         return self._directory(record.id, record.storage) / _RECORD
 
+    def _spare(self, record: SessionRecord) -> Path:
+        return self.storage(record) / "spare"
+
+    def _unfinished_spare(self, record: SessionRecord) -> Path:
+        return self.storage(record) / "spare.new"
+
     def _to_trash(self, directory: Path, kind: StorageKind) -> Path:
         target = self._bases[kind] / "trash" / f"{directory.name}-{secrets.token_hex(4)}"
-        directory.rename(target)
+        try:
+            directory.rename(target)
+        except OSError as error:
+            # No space for another name, or a quota of the administrator's on the trash: it has no
+            # record, so it is garbage where it is, too.
+            if error.errno not in {*FULL, errno.EXDEV}:
+                raise
+            return directory
         return target
 
 
@@ -427,3 +487,9 @@ def _require_place(record: SessionRecord, session: SessionId, kind: StorageKind)
 
 def _is_directory(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def _make_layer(layer: Path, like: Path) -> None:
+    for name in ("", "fs", "work", *_WORKDIR):
+        (layer / name).mkdir(mode=0o700, exist_ok=True)
+    copy_root(like, layer / "fs")

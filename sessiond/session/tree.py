@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from sessiond.session.durable import FULL
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 8 << 20
 """Bytes copied between two calls of `check`."""
@@ -35,22 +37,25 @@ def remove_tree(path: Path, check: Check = unchecked) -> None:
 
     Nothing is deleted through a mount point: that raises EBUSY, before what is mounted is touched.
     """
-    try:
-        top = os.open(path, _DIRECTORY)
-    except FileNotFoundError:
-        return
+    with suppress(FileNotFoundError):
+        empty_tree(path, check)
+        os.rmdir(path)
+
+
+def empty_tree(path: Path, check: Check = unchecked) -> None:
+    """Delete all that is in the directory `path`, as `remove_tree` does."""
+    top = os.open(path, _DIRECTORY)
     try:
         _Remover(top, check).remove_all()
     finally:
         os.close(top)
-    with suppress(FileNotFoundError):
-        os.rmdir(path)
 
 
 class _Remover:
     """Moves each subdirectory up into `top` before it is opened, so that no tree is deep.
 
-    The rename is also what keeps mount points safe: renaming one fails without looking inside.
+    The rename is also what keeps mount points safe: renaming one fails without looking inside. On a
+    full disk there may be no space for another name in `top`: then those that are there go first.
     """
 
     def __init__(self, top: int, check: Check) -> None:
@@ -61,30 +66,56 @@ class _Remover:
 
     def remove_all(self) -> None:
         while self._unlink_and_move_up(self._top):
-            for name in [name for name in os.listdir(self._top) if name.startswith(self._prefix)]:
-                directory = os.open(name, _DIRECTORY, dir_fd=self._top)
+            progress, full = False, None
+            for name in self._moved():
                 try:
-                    while self._unlink_and_move_up(directory):
-                        pass
-                finally:
-                    os.close(directory)
-                os.rmdir(name, dir_fd=self._top)
+                    self._remove(name)
+                    progress = True
+                except OSError as error:
+                    if error.errno not in FULL:
+                        raise
+                    full = error
+            if full is not None and not progress:
+                raise full
+
+    def _moved(self) -> list[str]:
+        return [name for name in os.listdir(self._top) if name.startswith(self._prefix)]
+
+    def _remove(self, name: str) -> None:
+        directory = os.open(name, _DIRECTORY, dir_fd=self._top)
+        try:
+            while self._unlink_and_move_up(directory):
+                pass
+        finally:
+            os.close(directory)
+        os.rmdir(name, dir_fd=self._top)
 
     def _unlink_and_move_up(self, directory: int) -> bool:
         """Empty `directory`; false if it was empty already.
 
         What readdir misses, since entries go while it reads, the next call finds.
         """
-        found = False
+        found, progress, full = False, False, None
         with os.scandir(directory) as entries:
             for entry in entries:
                 found = True
                 self._check()
                 if not entry.is_dir(follow_symlinks=False):
                     os.unlink(entry.name, dir_fd=directory)
+                    progress = True
                 elif not entry.name.startswith(self._prefix):
                     name = f"{self._prefix}{next(self._serial)}"
-                    os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=self._top)
+                    try:
+                        os.rename(entry.name, name, src_dir_fd=directory, dst_dir_fd=self._top)
+                        progress = True
+                    except OSError as error:
+                        if error.errno not in FULL:
+                            raise
+                        full = error
+                else:
+                    progress = True
+        if full is not None and not progress:
+            raise full
         return found
 
 
@@ -124,13 +155,26 @@ def tree_bytes(path: Path, check: Check = unchecked) -> int:
 def copy_root(source: Path, target: Path) -> None:
     """Give the directory `target` owner, mode, times and xattrs of the directory `source`.
 
-    Except what overlayfs has noted about `source` itself, such as that it is opaque.
+    Except what overlayfs has noted about `source` itself, such as that it is opaque. What is equal
+    already is not set again, for that may take space.
     """
     source_fd = os.open(source, _DIRECTORY)
     try:
         target_fd = os.open(target, _DIRECTORY)
         try:
-            _copy_directory_metadata(source_fd, target_fd, keep=_is_not_overlayfs_own)
+            wanted = {
+                name: os.getxattr(source_fd, name)
+                for name in _xattrs(source_fd)
+                if _is_not_overlayfs_own(name)
+            }
+            present = {name: os.getxattr(target_fd, name) for name in _xattrs(target_fd)}
+            for name in present.keys() - wanted.keys():
+                os.removexattr(target_fd, name)
+            _copy_directory_metadata(
+                source_fd,
+                target_fd,
+                keep=lambda name: name in wanted and wanted[name] != present.get(name),
+            )
         finally:
             os.close(target_fd)
     finally:

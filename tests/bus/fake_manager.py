@@ -33,6 +33,7 @@ from sessiond.session.model import (
     Usage,
     snapshot_name,
 )
+from sessiond.session.space import SpaceLevel
 
 EPOCH = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 
@@ -91,6 +92,7 @@ class FakeSession:
         self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
+        self.space_level = SpaceLevel.NORMAL
         self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
         self.diff_body: Callable[[int], object] = lambda target: os.write(target, b"{}\n")
         self.snapshot_gate = trio.Event()

@@ -91,6 +91,7 @@ class World:
                 "daemon": {
                     "runtime_directory": str(self.runtime),
                     "state_directory": str(self.state),
+                    "volatile_limit": "none",
                 },
                 "profile": {"volatile": profile, "lasting": {**profile, "storage": "persistent"}},
                 "session": {

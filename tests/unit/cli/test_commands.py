@@ -62,6 +62,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "bytes_limit": 1 << 40,
             "inodes_used": 3,
             "inodes_limit": 1000,
+            "space_level": "normal",
             "created_at": "2024-05-06T07:08:09.123456Z",
             "last_reset": None,
         }

@@ -50,7 +50,7 @@ def test_ids_made_of_user_names_are_valid(user: str, expected: str) -> None:
 def test_errors_become_sentences() -> None:
     full = OSError(28, "No space left on device", "/f")
     with (
-        pytest.raises(NoSpace, match=r"^Could not do it: its storage is full \(/f\); delete"),
+        pytest.raises(NoSpace, match=r"^Could not do it: no space is left \(/f\); delete"),
         explained("do it"),
     ):
         raise full

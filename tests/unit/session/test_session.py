@@ -460,13 +460,15 @@ async def test_usage_of_a_persistent_session_has_no_limit(world: World) -> None:
 async def test_space_is_watched_while_there_are_sessions(
     world: World, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
+    from sessiond.session import manager as manager_module
     from sessiond.session import session as module
     from sessiond.session.space import Space
 
     used = 50
+    monkeypatch.setattr(manager_module, "_UNTOLD_SECONDS", 5)
     monkeypatch.setattr(module, "measure", lambda _: Space(used, 100, 0, 0))
     async with world.manager() as manager:
-        await create(manager)
+        session = await create(manager)
 
         def levels() -> list[str]:
             return [event for event in world.recorder.events if event.startswith("space")]
@@ -475,3 +477,4 @@ async def test_space_is_watched_while_there_are_sessions(
             await until(lambda level=level: levels()[-1:] == [f"space s {level}"])  # type: ignore[misc]
         await trio.sleep(60)
         assert len(levels()) == 3
+        assert session.space_level == "normal"

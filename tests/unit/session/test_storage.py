@@ -1,4 +1,4 @@
-"""Storage as the kernel gives it: limits, mount points, levels of space, and the reserve."""
+"""Storage as the kernel gives it: limits, mount points, levels of space."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from sessiond.errors import Failed, NoSpace
 from sessiond.session import mount_point
 from sessiond.session.manager import Session, open_manager
 from sessiond.session.memory import MemoryMounter, MemoryMounts
-from sessiond.session.model import SessionId, Uid
+from sessiond.session.model import SessionId, SpaceThresholds, Uid
 from sessiond.session.mounts import SystemMounts, run, sync_file_system
 from sessiond.session.space import Space, SpaceLevel, SpaceWatch, next_level
 from tests.support.sessions import UID
-from tests.support.waiting import until
 
 
 def volatile(directory: Path, **limits: object) -> Config:
@@ -50,42 +49,20 @@ async def test_a_volatile_session_has_a_tmpfs_with_its_limits(real: Path) -> Non
     assert SystemMounts().mounted_below(real) == []
 
 
-@pytest.mark.root
-@pytest.mark.parametrize("what", ["bytes", "inodes"])
-async def test_reset_works_when_the_storage_is_full(real: Path, what: str) -> None:
-    mounter = MemoryMounter()
-    async with open_manager(volatile(real, size="4M", inodes=300), mounter) as manager:
-        await manager.start()
-        session = await manager.create("root", "p", session_id="s")
-        for _ in range(2):  # the reserve has to be there the second time as well
-            upper = mounter.mounts[SessionId("s")].stack.upper.fs
-            with pytest.raises(OSError, match="No space left"):
-                fill(upper, what)
-            await session.reset(started_by=Uid(UID)).wait()
-            assert mounter.mounts[SessionId("s")].stack.upper.fs != upper
-            reserve = session.services.store.storage(session.record) / "reserve"
-            await until(lambda upper=upper: not upper.exists())  # type: ignore[misc]
-            await until(lambda reserve=reserve: len(list(reserve.glob("*"))) == 16)  # type: ignore[misc]
-
-
-def fill(directory: Path, what: str) -> None:
-    if what == "bytes":
-        with open(directory / "big", "wb", buffering=0) as file:
-            while file.write(bytes(1 << 16)):
-                pass
+def fill_with_files(directory: Path) -> None:
     for number in range(1000):
         (directory / str(number)).touch()
 
 
 @pytest.mark.root
-async def test_a_full_storage_without_reserve_is_an_error_and_nothing_else(real: Path) -> None:
+async def test_a_full_storage_is_an_error_for_a_snapshot_and_nothing_else(real: Path) -> None:
     mounter = MemoryMounter()
     async with open_manager(volatile(real, inodes=64), mounter) as manager:
         await manager.start()
         session = await manager.create("root", "p", session_id="s")
         upper = mounter.mounts[SessionId("s")].stack.upper.fs
         with pytest.raises(OSError, match="No space left"):
-            fill(upper, "inodes")
+            fill_with_files(upper)
         with pytest.raises(NoSpace, match="delete files"):
             await make_snapshots(session)
         assert session.state == "active"
@@ -144,16 +121,26 @@ def test_levels_of_space_have_hysteresis() -> None:
     level = SpaceLevel.NORMAL
     seen = []
     for percent in (50, 79, 80, 78, 76, 81, 94, 95, 93, 91, 89, 95, 74, 50):
-        level = next_level(level, percent / 100)
+        level = next_level(level, percent / 100, SpaceThresholds())
         seen.append(level.value[0])
     assert "".join(seen) == "nnwwwwwcccwcnn"
+
+
+def test_levels_of_space_begin_where_the_profile_says() -> None:
+    thresholds = SpaceThresholds(warning=50, critical=60)
+    level = SpaceLevel.NORMAL
+    seen = []
+    for percent in (49, 50, 60, 54, 46, 44):
+        level = next_level(level, percent / 100, thresholds)
+        seen.append(level.value[0])
+    assert "".join(seen) == "nwcwwn"
 
 
 def test_space_counts_what_is_nearest_to_its_end() -> None:
     assert Space(10, 100, 90, 100).used_part == 0.9
     assert Space(10, 100, 0, 0).used_part == 0.1
     assert Space(0, 0, 0, 0).used_part == 0.0
-    watch = SpaceWatch()
+    watch = SpaceWatch(SpaceThresholds())
     assert watch.new_level(Space(10, 100, 0, 0)) is None
     assert watch.new_level(Space(96, 100, 0, 0)) is SpaceLevel.CRITICAL
     assert watch.new_level(Space(96, 100, 0, 0)) is None

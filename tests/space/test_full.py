@@ -1,0 +1,292 @@
+"""On a full upper, disk and `/run`, each operation works, or says `NoSpace` and changes nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import trio
+
+from sessiond.errors import NoSpace
+from sessiond.fuse import worker
+from sessiond.fuse.mounter import FuseMount, FuseMounter
+from sessiond.fuse.spawner import Spawner
+from sessiond.session import session as session_module
+from sessiond.session.manager import Session
+from sessiond.session.model import SessionState, StorageKind
+from tests.space.conftest import ROOT, Machine, fill, reset, restore, settled
+
+WHAT = pytest.mark.parametrize("what", ["bytes", "inodes"])
+PROFILE = pytest.mark.parametrize("profile", ["volatile", "lasting"])
+
+
+def names(session: Session) -> set[str]:
+    return {path.name for path in session.mount_point.iterdir()}
+
+
+def image_names(machine: Machine) -> set[str]:
+    return {path.name for path in machine.image.iterdir()}
+
+
+def disk_of(machine: Machine, profile: str) -> None:
+    if profile == "lasting":
+        machine.mount_disk("ext4", "-N", "256", "-m", "0", size="16M")
+
+
+@pytest.mark.parametrize("spawner", ["epochs", "names"], indirect=True)
+@WHAT
+@PROFILE
+async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, profile: str) -> None:
+    disk_of(machine, profile)
+    async with machine.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        (session.mount_point / "kept").write_bytes(b"kept")
+        await session.snapshot("first")
+        for _ in range(3):  # what a reset takes has to be there the next time as well
+            (session.mount_point / "directory").mkdir()
+            (session.mount_point / "open").write_bytes(b"goes on")
+            fill(session.mount_point, what)
+            if (profile, what) != ("volatile", "bytes"):  # directories of a tmpfs take inodes only
+                before = session.record
+                with pytest.raises(NoSpace, match="delete files or snapshots, or reset"):
+                    await session.snapshot("no-room")
+                assert session.record.snapshots == before.snapshots
+                assert session.record.layers == before.layers
+            directory = os.open(session.mount_point / "directory", os.O_RDONLY)
+            with open(session.mount_point / "open", "rb") as file:
+                await reset(session)
+                assert file.read() == b"goes on"
+            assert names(session) == image_names(machine)
+            with suppress(OSError):  # empty, or stale
+                os.listdir(directory)
+            os.close(directory)
+            await settled(session)
+        fill(session.mount_point, what)
+        await restore(session, "first")
+        assert (session.mount_point / "kept").read_bytes() == b"kept"
+        await settled(session)
+        fill(session.mount_point, what)
+        await session.rename_snapshot("first", "1")
+        await session.delete_snapshot("1")
+        await manager.close("s")
+        assert not session.services.store.storage(session.record).exists()
+
+
+@WHAT
+@PROFILE
+async def test_what_is_open_can_be_removed_when_the_upper_is_full(
+    machine: Machine, what: str, profile: str
+) -> None:
+    disk_of(machine, profile)
+    async with machine.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        path = session.mount_point / "open"
+        with open(path, "w+b", buffering=0) as file:
+            file.write(b"goes on")
+            fill(session.mount_point, what)
+            path.unlink()
+            file.seek(0)
+            assert file.read() == b"goes on"
+            assert os.fstat(file.fileno()).st_nlink == 0
+        await manager.close("s")
+
+
+@WHAT
+@PROFILE
+async def test_a_worker_that_dies_on_a_full_upper(
+    machine: Machine, what: str, profile: str
+) -> None:
+    if "datapath-passthrough" not in machine.mounter.features:
+        pytest.skip("there is no successor with the data path plain")
+    disk_of(machine, profile)
+    async with machine.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        path = session.mount_point / "open"
+        with open(path, "w+b", buffering=0) as file:
+            file.write(b"goes on")
+            fill(session.mount_point, what)
+            mount = session.mount
+            assert isinstance(mount, FuseMount)
+            os.kill(mount.worker, signal.SIGKILL)
+            contents = await trio.to_thread.run_sync(path.read_bytes)
+            assert contents == b"goes on"
+            path.unlink()
+        await reset(session)
+        assert names(session) == image_names(machine)
+        await settled(session)
+        await manager.close("s")
+
+
+@WHAT
+@PROFILE
+async def test_nobody_gets_in_between(machine: Machine, what: str, profile: str) -> None:
+    """A session whose space is taken again as soon as it is free, by someone outside."""
+    disk_of(machine, profile)
+    async with machine.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        storage = session.services.store.storage(session.record)
+        others = [storage / f"other{number}" for number in range(3)]
+        for other in others:
+            other.mkdir()
+        for other in others:
+            (session.mount_point / "file").touch()
+            fill(other, what)
+            await reset(session)
+            assert names(session) == image_names(machine)
+            await settled(session)
+
+
+@WHAT
+async def test_a_full_session_is_found_again(machine: Machine, what: str) -> None:
+    disk_of(machine, "lasting")
+    async with machine.manager() as manager:
+        session = await manager.create("root", "lasting", session_id="s")
+        fill(session.mount_point, what)
+        before = names(session)
+    async with machine.manager() as manager:
+        session = manager.get("s")
+        assert session.state is SessionState.ACTIVE, session.failure
+        assert names(session) == before
+        await reset(session)
+        await settled(session)
+        await manager.close("s")
+
+
+@WHAT
+async def test_a_full_disk(machine: Machine, what: str) -> None:
+    machine.mount_disk("ext4", "-N", "256", "-m", "0", size="16M")
+    async with machine.manager() as manager:
+        volatile = await manager.create("root", "volatile", session_id="volatile")
+        (volatile.mount_point / "file").write_bytes(b"contents")
+        other = machine.state / "someone's"
+        other.mkdir()
+        fill(other, what)
+        with pytest.raises(NoSpace, match="no space is left"):
+            await manager.create("root", "lasting", session_id="lasting")
+        assert list((machine.state / "sessions").iterdir()) == []
+        assert set(manager.sessions) == {"volatile"}
+        with pytest.raises(NoSpace):
+            await volatile.persist(started_by=ROOT).wait()
+        assert volatile.storage is StorageKind.TMPFS
+        assert (volatile.mount_point / "file").read_bytes() == b"contents"
+        (volatile.mount_point / "file").write_bytes(b"and more")
+    async with machine.manager() as manager:
+        await manager.create("root", "volatile", session_id="volatile")
+
+
+@WHAT
+async def test_a_session_that_was_persisted(machine: Machine, what: str) -> None:
+    disk_of(machine, "lasting")
+    async with machine.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        (session.mount_point / "file").touch()
+        await session.persist(started_by=ROOT).wait()
+        for _ in range(2):
+            fill(machine.state, what)
+            await reset(session)
+            assert names(session) == image_names(machine)
+            await settled(session)
+            for path in machine.state.glob("*[0-9e]"):
+                if path.is_file():
+                    path.unlink()
+
+
+@WHAT
+async def test_a_full_run(machine: Machine, what: str) -> None:
+    machine.mount_run()
+    async with machine.manager() as manager:
+        for profile in ("volatile", "lasting"):
+            session = await manager.create("root", profile, session_id=profile)
+            (session.mount_point / "file").touch()
+            await session.snapshot("first")
+        other = machine.runtime / "someone's"
+        other.mkdir()
+        fill(other, what)
+        with pytest.raises(NoSpace, match="no space is left"):
+            await manager.create("root", "volatile", session_id="third")
+        assert set(manager.sessions) == {"volatile", "lasting"}
+        assert not (machine.runtime / "sessions/third").exists()
+        for session in manager.sessions.values():
+            await reset(session)
+            await restore(session, "first")
+            await session.delete_snapshot("first")
+            assert (session.mount_point / "file").exists()
+        await manager.close("volatile")
+    async with machine.manager() as manager:
+        assert manager.get("lasting").state is SessionState.ACTIVE
+        await manager.close("lasting")
+
+
+async def test_there_are_only_so_many_layers(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a user could fill `/run` with the records of snapshots."""
+    monkeypatch.setattr(session_module, "LAYERS_LIMIT", 4)
+    async with machine.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        for number in range(3):
+            await session.snapshot(f"{number}")
+        with pytest.raises(NoSpace, match="has 4 layers, which is the most"):
+            await session.snapshot("more")
+        await restore(session, "1")
+        await session.delete_snapshot("2")
+        await session.snapshot("more")
+        await reset(session)
+        await settled(session)
+
+
+@pytest.mark.soak
+async def test_as_many_layers_as_there_may_be(machine: Machine) -> None:
+    machine.mount_run(size="16M")
+    machine.profiles["volatile"] |= {"inodes": 10_000}
+    async with machine.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        for number in range(session_module.LAYERS_LIMIT - 1):
+            (session.mount_point / f"{number}").touch()
+            await session.snapshot(f"{number}", description="€" * 1000)
+        assert len(names(session)) == len(image_names(machine)) + number + 1
+        await reset(session)
+        await restore(session, f"{number}")
+        assert (session.mount_point / "0").exists()
+
+
+@pytest.fixture
+def started_with_full_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spawner]:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(worker, "rehearse", full)
+    spawner = Spawner.start()  # it forks, so not in an async test
+    yield spawner
+    spawner.close()
+
+
+async def test_a_full_tmp(machine: Machine, started_with_full_tmp: Spawner) -> None:
+    machine.mounter = FuseMounter(started_with_full_tmp, machine.runtime / "workers")
+    async with machine.manager() as manager:
+        await manager.create("root", "volatile", session_id="s")
+
+
+async def test_a_directory_tree_is_deleted_on_a_full_disk(machine: Machine) -> None:
+    """To delete takes names in other directories, and these may take space."""
+    disk_of(machine, "lasting")
+    async with machine.manager() as manager:
+        session = await manager.create("root", "lasting", session_id="s")
+        for number in range(40):
+            tree = session.mount_point / f"{number}" / ("x" * 200)
+            tree.mkdir(parents=True)
+            (tree / "file").touch()
+        fill(session.mount_point, "bytes")
+        upper = session.services.store.upper(session.record).fs
+        await reset(session)
+        await settled(session)
+        assert not upper.exists()
+
+
+def test_nothing_is_mounted_here() -> None:
+    assert "sessiond-test" not in Path("/proc/self/mountinfo").read_text()
