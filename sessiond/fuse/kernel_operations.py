@@ -57,6 +57,7 @@ class KernelFastPath(FastPath):
 
     claim = staticmethod(_kernel_io.claim)
     place = staticmethod(_kernel_io.place)
+    shows_image = staticmethod(_kernel_io.shows_image)
     is_served = staticmethod(_kernel_io.is_served)
     unclaimed = staticmethod(_kernel_io.unclaimed)
     serve = staticmethod(_kernel_io.serve)

@@ -34,6 +34,10 @@ class FastPath:
         """Return the type, the directory, and the name in it, of a node that is not claimed."""
         return None
 
+    def shows_image(self, number: int, /) -> bool:
+        """Say whether the kernel may have contents of the image cached under that number."""
+        return False
+
     def serve(
         self, number: int, descriptors: tuple[int, ...], bottom: bool, numbering: int, /
     ) -> bool:

@@ -255,8 +255,12 @@ class NodeTable:
         """Make a node; with a number of its own if `entry` has the identity of another node."""
         unique = entry.identity not in self._by_identity
         if not number:
-            identity = entry.identity if unique else (entry.stat.st_dev, entry.stat.st_ino)
-            number = self._free_number(*identity)
+            real = (entry.stat.st_dev, entry.stat.st_ino)
+            number = self._free_number(*(entry.identity if unique else real))
+            if real != entry.identity and modes.S_ISREG(entry.stat.st_mode):
+                # A copy, found in layers that others were exchanged for.
+                while self._fast_path.shows_image(number):
+                    number = self._free_version(number, above=number)
         node = Node(number, modes.S_IFMT(entry.stat.st_mode), self._fast_path)
         node.bind(entry, generation)
         node.references = self._fast_path.claim(number)
@@ -351,10 +355,10 @@ class NodeTable:
             return self._counter
         return numbering | inode
 
-    def _free_version(self, number: int) -> int:
+    def _free_version(self, number: int, *, above: int = -1) -> int:
         for version in range(_VERSIONS):
-            candidate = version << _INODE_BITS + _FILE_SYSTEM_BITS | number
-            if candidate not in self._by_number:
+            candidate = version << _INODE_BITS + _FILE_SYSTEM_BITS | number & _VERSIONLESS
+            if candidate > above and candidate not in self._by_number:
                 return candidate
         self._counter += 1
         return self._counter

@@ -61,6 +61,20 @@ async def test_what_is_mounted_inside_outlives_a_snapshot(playground: Playground
             await trio.run_process(["umount", inside])
 
 
+async def test_contents_that_only_the_image_had_before(playground: Playground) -> None:
+    """Files of one size and number: what was kept open of the one must not be read as the other."""
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(changed := playground.stack()):
+        (playground.root / "file").write_text("upper")
+    async with playground.mounted(playground.stack()) as mount:
+        assert (playground.root / "file").read_text() == "image"
+        held = os.open(playground.root / "file", os.O_PATH)  # or the kernel would forget it
+        for layers, contents in (((changed.upper.fs,), "upper"), ((), "image")):
+            await mount.swap(playground.stack(*layers))
+            assert (playground.root / "file").read_text() == contents
+        os.close(held)
+
+
 async def test_open_files_outlive_a_reset(playground: Playground) -> None:
     (playground.image / "file").write_text("image")
     async with playground.mounted(playground.stack()) as mount:

@@ -178,6 +178,7 @@ static struct node *refer(struct node *parent, const char *name, const struct st
         return NULL;
     }
     node->generation = state.generation;
+    node->inherited = false;
     node->lookups++;
     journal_lookups(number, 1);
     return node;

@@ -564,6 +564,7 @@ static bool inherit_node(const struct life *life)
     node->lookups = life->lookups > 0 ? life->lookups : 0;
     node->type = life->type;
     node->python = false;
+    node->inherited = true;
     return !(life->opens || life->backing || life->mapped) || contents_inherit(node, life);
 }
 

@@ -81,6 +81,7 @@ struct node {
     uint64_t number;
     uint64_t lookups;  /* references that the kernel holds */
     bool python;       /* Python has a node of this number and answers for it */
+    bool inherited;    /* from a predecessor, for which it may have been Python's */
     uint32_t generation; /* of the layer stack it was found in; only for those not Python's */
     mode_t type;
     struct node *parent; /* with `name`, where it was found; only for those not Python's */

@@ -282,6 +282,16 @@ static PyObject *place(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
+static PyObject *shows_image(PyObject *self, PyObject *argument)
+{
+    struct node *node;
+    if (!lock_and_find(argument, &node))
+        return NULL;
+    bool shows = node && !node->python && !node->inherited;
+    unlock();
+    return PyBool_FromLong(shows);
+}
+
 static PyObject *listed(PyObject *self, PyObject *argument)
 {
     uint64_t handle = PyLong_AsUnsignedLongLong(argument);
@@ -347,6 +357,7 @@ static PyObject *opened(PyObject *self, PyObject *unused)
 
 static void end_generation(struct node *node, void *directories)
 {
+    node->inherited = false; /* it is of layers that are gone now, like those of the image */
     image_withdraw(node);
     if (node->python) /* the image stays what it is */
         contents_retire(node);
@@ -444,6 +455,7 @@ static PyMethodDef methods[] = {
     {"forget", forget, METH_VARARGS, NULL},
     {"claim", claim, METH_O, NULL},
     {"place", place, METH_O, NULL},
+    {"shows_image", shows_image, METH_O, NULL},
     {"listed", listed, METH_O, NULL},
     {"is_served", is_served, METH_O, NULL},
     {"opened", opened, METH_NOARGS, NULL},

@@ -113,6 +113,8 @@ void node_give_to_python(struct node *node)
 {
     if (node->python)
         return;
+    if (node->generation != state.generation) /* in these layers it may be another file */
+        contents_retire(node);
     node->python = true;
     unplace(node);
     image_withdraw(node);
