@@ -81,13 +81,17 @@ class Images:
         except OSError as error:
             log.warning("%s is left where images are mounted: %s.", target, error.strerror)
 
-    async def acquire(self, source: ImageSource) -> Image:
+    async def acquire(self, source: ImageSource, *, known: str = "") -> Image:
         """Return the mounted image; `release` it once for each time.
 
+        One with the digest `known` that is mounted still is used on, whatever is at `source` now.
         Raises `ImageUnavailable` when it is missing, corrupt, or cannot be mounted on this machine.
         """
         async with self._lock:
-            found = await trio.to_thread.run_sync(_inspect, source)
+            if known and known in {*self._users, *self._found}:
+                found = _Found(known, known.partition("-")[0])
+            else:
+                found = await trio.to_thread.run_sync(_inspect, source)
             image = Image(found.digest, source, self._directory / found.digest, found.kind)
             if found.digest in self._found:
                 self._found.remove(found.digest)

@@ -303,6 +303,11 @@ class Manager:
                 nursery.start_soon(self._start_again, session)
         # After that: a worker may have to be told first that it serves something else now.
         await mounter.forget_left()
+        # What was left of sessions that are not served; some have been moved since.
+        for name in ("sessions", "set-aside", "trash"):
+            await trio.to_thread.run_sync(
+                _detach_stale_views, mounts, self._runtime / name, frozenset(self._sessions)
+            )
         await self._services.images.unmount_unused()
         self._services.delete_soon(found.garbage)
         self._services.nursery.start_soon(self._watch_space)

@@ -529,7 +529,7 @@ class Session:
 
     async def _require_image(self) -> Image:
         if self._image is None:
-            image = await self.services.images.acquire(self.record.source)
+            image = await self.services.images.acquire(self.record.source, known=self.record.image)
             # A directory may hold anything tomorrow; that it is a fixed thing is the user's affair.
             directories = {image.kind, self.record.image.partition("-")[0]} == {"directory"}
             if image.digest != self.record.image and not directories:

@@ -156,8 +156,8 @@ def _leader(process: subprocess.Popen[bytes], console: Path) -> int:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + BOUND
     while process.poll() is None:
-        # Others come and go before it.
-        with suppress(FileNotFoundError, ProcessLookupError):
+        # Others come and go before it, and cannot be looked at once they are dead.
+        with suppress(OSError):
             for child in map(int, children.read_text().split()):
                 if os.readlink(f"/proc/{child}/ns/pid") != os.readlink("/proc/self/ns/pid"):
                     return child

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,34 @@ def service(machine: Machine) -> Iterator[Machine]:
         print(machine.run("journalctl --quiet --no-pager --unit sessiond"))
 
 
+@pytest.fixture
+def bystander(service: Machine) -> Iterator[Callable[[], None]]:
+    """Call it to have a program that works in the session show that nothing has happened to it."""
+    service.run("mkfifo /srv/ask")
+    script = (
+        f"cd {ROOT} && exec 3>gone 4<motd && rm gone"
+        "; while read -r command </srv/ask; do eval $command; done"
+    )
+    service.run(f"systemd-run --quiet --unit bystander sh -c '{script}'")
+    number = 0
+
+    def ask() -> None:
+        nonlocal number
+        number += 1
+        # An open file that is removed, one of the image, and the working directory.
+        command = f"echo {number} >&3 && cat note motd /dev/fd/4 >/srv/answer; echo >/srv/done"
+        service.run(f"rm -f /srv/answer /srv/done; echo '{command}' >/srv/ask")
+        service.wait("test -e /srv/done")
+        assert service.run("cat /srv/answer") == "note\nWelcome.\nWelcome.\n"
+        size = "stat --format %s --dereference /proc/$pid/fd/3"
+        pid = "pid=$(systemctl show --value --property=MainPID bystander)"
+        assert service.run(f"{pid}; {size}") == f"{2 * number}\n"
+
+    ask()
+    yield ask
+    service.run("systemctl stop bystander; rm /srv/ask")
+
+
 def show(machine: Machine, name: str) -> str:
     return machine.run(f"systemctl show --value --property={name} sessiond").strip()
 
@@ -103,9 +131,10 @@ def test_the_bus_may_come_and_go(service: Machine) -> None:
     assert_serves_on(service)
 
 
-def test_a_restart_leaves_sessions_alone(service: Machine) -> None:
+def test_a_restart_leaves_sessions_alone(service: Machine, bystander: Callable[[], None]) -> None:
     service.run("systemctl restart sessiond")
     assert_serves_on(service)
+    bystander()
     assert show(service, "NRestarts") == "0"
 
 
@@ -122,14 +151,19 @@ def test_a_stop_leaves_nothing_mounted(service: Machine) -> None:
 
 
 @pytest.mark.parametrize("number", ["KILL", "SEGV", "USR1"])
-def test_it_is_started_again_whatever_kills_it(service: Machine, number: str) -> None:
+def test_it_is_started_again_whatever_kills_it(
+    service: Machine, bystander: Callable[[], None], number: str
+) -> None:
     service.run(f"systemctl kill --kill-who=main --signal={number} sessiond")
     service.wait("test $(systemctl show --value --property=NRestarts sessiond) != 0")
     service.wait("systemctl is-active sessiond")
     assert_serves_on(service)
+    bystander()
 
 
-def test_the_watchdog_ends_a_manager_that_hangs(service: Machine) -> None:
+def test_the_watchdog_ends_a_manager_that_hangs(
+    service: Machine, bystander: Callable[[], None]
+) -> None:
     service.run(
         "mkdir --parents /run/systemd/system/sessiond.service.d;"
         "printf '[Service]\\nWatchdogSec=1s\\nTimeoutAbortSec=1s\\n'"
@@ -142,9 +176,12 @@ def test_the_watchdog_ends_a_manager_that_hangs(service: Machine) -> None:
     service.run("rm --recursive /run/systemd/system/sessiond.service.d; systemctl daemon-reload")
     assert "watchdog" in service.run("journalctl --unit sessiond").lower()
     assert_serves_on(service)
+    bystander()
 
 
-def test_a_mistake_in_the_configuration_costs_no_session(service: Machine) -> None:
+def test_a_mistake_in_the_configuration_costs_no_session(
+    service: Machine, bystander: Callable[[], None]
+) -> None:
     configuration = service.root / "etc/sessiond/sessiond.toml"
     configuration.write_text("[profile.guest]\nimage = 1\n")
     service.run("systemctl restart sessiond", code=1)
@@ -153,6 +190,8 @@ def test_a_mistake_in_the_configuration_costs_no_session(service: Machine) -> No
     configuration.write_text(CONFIGURATION)
     service.run("systemctl start sessiond")
     assert_serves_on(service)
+    if int(service.run("systemctl --version").split()[1]) >= 254:  # FileDescriptorStorePreserve=
+        bystander()
 
 
 def test_descriptors_outlive_the_process(machine: Machine) -> None:

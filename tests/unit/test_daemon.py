@@ -97,12 +97,11 @@ def daemon(place: Path, bus: str, **more: str) -> Iterator[tuple[subprocess.Pope
         (place / "notify").unlink()
     systemd = Systemd(place / "notify")
     environment = {"DBUS_SYSTEM_BUS_ADDRESS": bus, "NOTIFY_SOCKET": systemd.address}
-    # A file, since workers that outlive the daemon would keep a pipe open.
-    log = open(place / "log", "w+")  # noqa: SIM115 -- closed below
-    process = subprocess.Popen(
-        command(place), env=os.environ | environment | more, stderr=log, text=True
-    )
-    process.stderr = log
+    # A file, since workers that outlive it would keep a pipe open.
+    with open(place / "log", "w") as log:
+        process = subprocess.Popen(
+            command(place), env=os.environ | environment | more, stderr=log, text=True
+        )
     try:
         while systemd.receive()[0] != "READY=1":
             pass
@@ -111,15 +110,14 @@ def daemon(place: Path, bus: str, **more: str) -> Iterator[tuple[subprocess.Pope
         systemd.close()
         process.kill()
         process.wait()
-        log.close()
 
 
-def end(process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM) -> str:
+def end(
+    place: Path, process: subprocess.Popen[str], number: signal.Signals = signal.SIGTERM
+) -> str:
     process.send_signal(number)
-    assert process.wait(BOUND) == 0
-    assert process.stderr is not None
-    process.stderr.seek(0)
-    return process.stderr.read()
+    assert process.wait(timeout=BOUND) == 0
+    return (place / "log").read_text()
 
 
 def test_check(place: Path) -> None:
@@ -137,8 +135,7 @@ def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
             f"sessiond: {place}/sessiond.toml: profile.p.storage: input should be 'tmpfs' or "
             "'persistent'.\n"
             f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: image, "
-            "verity_root_hash, verity_hash_device, storage, size, inodes, quota, quota_inodes, "
-            "space_warning, space_critical, mount_point, nosuid, "
+            "verity_root_hash, verity_hash_device, storage, size, inodes, mount_point, nosuid, "
             "nodev, data_path.\n"
         )
 
@@ -182,7 +179,7 @@ class TestAsRoot:
         configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
         with daemon(place, f"unix:path={place}/bus") as (process, _):
             assert (place / "run" / "sessions" / "kiosk" / "root" / "etc").is_dir()
-            stderr = end(process)
+            stderr = end(place, process)
         assert f"There is no message bus at unix:path={place}/bus" in stderr
         assert SystemMounts().mounted_below(place) == []
 
@@ -215,7 +212,7 @@ class TestAsRoot:
             process.send_signal(signal.SIGHUP)
             assert systemd.receive()[0] == "RELOADING=1"
             assert systemd.receive()[0] == "READY=1"
-            stderr = end(process)
+            stderr = end(place, process)
             assert systemd.receive() == ["STOPPING=1", "STATUS=Ending 2 sessions."]
         assert "colour: is unknown" in stderr
         assert "The configuration is kept as it was" in stderr
@@ -229,7 +226,7 @@ class TestAsRoot:
             assert result.returncode == 1
             assert re.fullmatch(r"sessiond: Another sessiond uses .*\n", result.stderr)
             assert SystemMounts().mounted_below(place) == before
-            end(process, signal.SIGINT)
+            end(place, process, signal.SIGINT)
 
     def test_a_killed_daemon_is_succeeded(self, place: Path, bus: str) -> None:
         configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
@@ -238,25 +235,25 @@ class TestAsRoot:
             (root / "etc" / "file").write_text("kept")
         with daemon(place, bus) as (process, _):
             assert (root / "etc" / "file").read_text() == "kept"
-            end(process)
+            end(place, process)
 
     def test_a_restart_keeps_volatile_sessions(self, place: Path, bus: str) -> None:
         configure(place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"')
         root = place / "run" / "sessions" / "kiosk" / "root"
         with daemon(place, bus) as (process, systemd):
             (root / "etc" / "file").write_text("kept")
-            stderr = end(process, signal.SIGUSR1)
+            stderr = end(place, process, signal.SIGUSR1)
             assert systemd.receive()[0] == "STOPPING=1"
         assert "because of SIGUSR1; 1 sessions are left" in stderr
         with daemon(place, bus) as (process, _):
             assert (root / "etc" / "file").read_text() == "kept"
-            end(process)
+            end(place, process)
 
     def test_the_watchdog_is_fed(self, place: Path, bus: str) -> None:
         with daemon(place, bus, WATCHDOG_USEC="20000") as (process, systemd):
             for _ in range(3):
                 assert systemd.receive() == ["WATCHDOG=1"]
-            end(process)
+            end(place, process)
 
     def test_a_missing_image_stops_nothing_else(self, place: Path, bus: str) -> None:
         configure(
@@ -274,7 +271,7 @@ class TestAsRoot:
         )
         with daemon(place, bus) as (process, _):
             assert (place / "run" / "sessions" / "kiosk" / "root" / "etc").is_dir()
-            stderr = end(process)
+            stderr = end(place, process)
         assert "Session broken is not created: Image" in stderr
 
     def test_lines_for_the_journal_have_priorities(self, place: Path, bus: str) -> None:

@@ -212,6 +212,24 @@ async def test_a_changed_image_is_another_image(tmp_path: Path) -> None:
     assert set(images.digests) == {before.digest, after.digest}
 
 
+async def test_a_mounted_image_that_is_known_needs_no_file(tmp_path: Path) -> None:
+    mounts = MemoryMounts()
+    source = ImageSource(path=tmp_path / "image")
+    source.path.write_bytes(b"hsqs" + bytes(36) + (4096).to_bytes(8, "little") + bytes(4048))
+    earlier = Images(tmp_path, mounts)
+    await earlier.prepare()
+    image = await earlier.acquire(source)
+    images = Images(tmp_path, mounts)
+    await images.prepare()
+    source.path.unlink()
+    with pytest.raises(ImageUnavailable):
+        await images.acquire(source)
+    assert await images.acquire(source, known=image.digest) == image
+    await images.release(image)
+    with pytest.raises(ImageUnavailable):
+        await images.acquire(source, known=image.digest)
+
+
 async def test_two_tasks_share_one_mount(tmp_path: Path) -> None:
     images = Images(tmp_path, MemoryMounts())
     await images.prepare()
