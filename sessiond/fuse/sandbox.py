@@ -163,7 +163,6 @@ def enter(reachable: Sequence[Path]) -> Sandbox:
     Neither what is mounted below them, nor anything else but what Python may have to import. One
     that is not there is left out. Raises OSError, upon which the process is of no use.
     """
-    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # or workers could look into each other
     code = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV
     modules = [(path, _clone(path, code)) for path in _importable()]
     directories = []
@@ -246,6 +245,7 @@ def _mount(
 
 def confine() -> None:
     """Drop what a server of a mount has no use for, for good. Raises OSError."""
+    _check(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0))  # or workers could look into each other
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
     _drop_capabilities()
     _filter_system_calls()
