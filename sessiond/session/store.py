@@ -143,7 +143,7 @@ class Store:
         """The directories in which all present and future layers of a session are; some may be
         missing.
         """
-        # A session that is to move has no place on disk yet; one that is moving may be found in RAM.
+        # One that is to move has no place on disk yet; one that is moving may be found in RAM.
         disk = self._bases[StorageKind.PERSISTENT] / "sessions"
         if record.storage is StorageKind.PERSISTENT:
             disk = self.storage(record)

@@ -152,7 +152,8 @@ async def test_a_worker_lets_go_of_storage_that_its_session_has_left(
     reachable = (before, after, playground.image)
     async with playground.mounted(old, reachable) as mount:
         assert {str(before), str(after)} <= _mounted_in(mount.worker)
-        await mount.swap(new, moved=True)
+        async with mount.frozen():
+            await mount.swap(new, moved=True)
         assert str(before) not in _mounted_in(mount.worker)
         assert {str(after), str(playground.image)} <= _mounted_in(mount.worker)
         (playground.root / "file").write_text("served")
