@@ -42,6 +42,8 @@ class Start(_Message):
 
     stack: LayerStack
     data_path: str
+    reachable: tuple[Path, ...]
+    """All that the worker will see of the machine: layers swapped in later have to be there."""
     inherits: bool = False
     """Go on for a worker that has died, by its journal; serve `stack` in place of its layers."""
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from sessiond import __version__
-from sessiond.fuse import data_path, device, worker
+from sessiond.fuse import data_path, device, sandbox, worker
 from sessiond.overlay.stack import Stack, StackOptions
 from sessiond.session.model import DataPath
 
@@ -209,6 +209,7 @@ def _mount(source: str, mount_point: Path, options: Options, *, foreground: bool
     ready = None if foreground else _Fork()
     if ready is not None and ready.is_parent:
         return ready.wait()
+    sandbox.confine()
     operations = worker.start_fuse(stack, connection, path)
     try:
         if ready is not None:

@@ -213,7 +213,10 @@ class FuseMount:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel = trio.socket.from_stdlib_socket(ours)
         start = Start(
-            stack=_layers(self._stack), data_path=self._request.data_path, inherits=inherits
+            stack=_layers(self._stack),
+            data_path=self._request.data_path,
+            reachable=self._request.reachable,
+            inherits=inherits,
         )
         with theirs, self._listen() as listener:
             try:

@@ -25,8 +25,9 @@ import trio
 
 from sessiond import control
 from sessiond.control import ChangeCounts, LayerStack, Reply, Start
-from sessiond.fuse import data_path, device
+from sessiond.fuse import data_path, device, sandbox
 from sessiond.fuse.operations import FOREVER, OverlayOperations
+from sessiond.fuse.sandbox import Sandbox
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.nodes import STACK_FACT
@@ -182,7 +183,8 @@ def rehearse() -> None:
             work=lower / "work",
             lowers=(lower,),
         )
-        Start.model_validate_json(Start(stack=layers, data_path="plain").model_dump_json())
+        start = Start(stack=layers, data_path="plain", reachable=(lower,))
+        Start.model_validate_json(start.model_dump_json())
         for path in (layers.upper, layers.work):
             path.mkdir()
         trio.run(_rehearse, layers, ours, theirs)
@@ -194,7 +196,9 @@ async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.sock
     overlay = Overlay(open_stack(layers, StackOptions()))
     operations = OverlayOperations(overlay)
     async with trio.open_nursery() as nursery:
-        controlled = _Controlled(operations, layers, ours.fileno(), ours.fileno(), nursery)
+        controlled = _Controlled(
+            operations, layers, ours.fileno(), ours.fileno(), nursery, Sandbox(())
+        )
         nursery.start_soon(controlled.run, channel, channel)
         _, descriptors = await control.receive(manager)
         for descriptor in descriptors:
@@ -215,6 +219,7 @@ async def _run(
 ) -> None:
     channel = trio.socket.from_stdlib_socket(manager)
     try:
+        confined = sandbox.enter(start.reachable)
         path = data_path.choose(start.data_path)
         operations, served = _prepare(start, path, connection, journal)
     except OSError as error:
@@ -226,7 +231,7 @@ async def _run(
     _connect(operations, f"/dev/fd/{connection}")
     try:
         async with trio.open_nursery() as nursery:
-            controlled = _Controlled(operations, served, connection, journal, nursery)
+            controlled = _Controlled(operations, served, connection, journal, nursery, confined)
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
             await operations.initialised.wait()
             if served != start.stack:
@@ -303,6 +308,7 @@ class _Controlled:
         connection: int,
         journal: int,
         nursery: trio.Nursery,
+        confined: Sandbox,
     ) -> None:
         """`layers`: what is served."""
         self._operations = operations
@@ -310,6 +316,7 @@ class _Controlled:
         self._connection = connection
         self._journal = journal
         self._nursery = nursery
+        self._sandbox = confined
         self._readers = 0
         self._frozen = AsyncExitStack()
         self._is_frozen = False
@@ -417,6 +424,8 @@ class _Controlled:
             async with self._operations.frozen():
                 names, directories = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
+        if moved:
+            self._sandbox.leave((layers.upper, *layers.lowers))
         await trio.to_thread.run_sync(device.invalidate, names, directories)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat as modes
 
 from sessiond.overlay import origin, orphans, syscalls
@@ -20,6 +21,9 @@ from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At, Object
 from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
+
+_NLINK = re.compile(rb"([UL])([+-][0-9]{1,9})")
+"""As ovl_set_nlink_common writes it."""
 
 
 def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
@@ -253,15 +257,22 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
 
 def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
     """Evaluate ``overlay.nlink``, a difference to upper's or lower's link count (ovl_get_nlink)."""
-    value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
-    try:
-        base, difference = value[:1], int(value[1:])
-    except ValueError:
+    base, difference = _difference(syscalls.getxattr(indexed, stack.xattrs.nlink) or b"")
+    if not base:
         return stat.st_nlink
     if base == b"U":
         return max(stat.st_nlink + difference, 1)
     source = origin.decode(syscalls.getxattr(indexed, stack.xattrs.origin) or b"", stack.lowers)
     return max(source.st_nlink + difference, 1) if source is not None else stat.st_nlink
+
+
+def _difference(value: bytes) -> tuple[bytes, int]:
+    """Parse ``overlay.nlink``: whose link count it refers to, ``U`` or ``L``, and what to add.
+
+    Both are empty if the value makes no sense.
+    """
+    found = _NLINK.fullmatch(value)
+    return (found[1], int(found[2])) if found else (b"", 0)
 
 
 def must_index(stack: Stack, node: Node, stat: os.stat_result) -> bool:
@@ -296,8 +307,8 @@ def drop_index(stack: Stack, node: Node) -> None:
         return
     indexed = At(stack.workdir.index, node.index)
     stat = syscalls.stat(indexed)
-    value = syscalls.getxattr(indexed, stack.xattrs.nlink) or b""
-    if value[:1] != b"U" or stat.st_nlink + int(value[1:]) > 0:
+    base, difference = _difference(syscalls.getxattr(indexed, stack.xattrs.nlink) or b"")
+    if base != b"U" or stat.st_nlink + difference > 0:
         return
     orphans.anchor(stack, node, indexed)
     syscalls.unlink(indexed)

@@ -233,11 +233,10 @@ class _Search:
         if not target:
             return
         if target.startswith(b"/"):
-            components = target[1:].split(b"/")
-            if all(component not in {b"", b".", b".."} for component in components):
+            if all(map(_is_name, target[1:].split(b"/"))):
                 self.absolute = target[1:]
                 return
-        elif b"/" not in target and target not in {b".", b".."}:
+        elif _is_name(target):
             self.name = target
             if self.absolute is not None:
                 self.absolute = join(self.absolute.rpartition(b"/")[0], target)
@@ -245,11 +244,22 @@ class _Search:
         raise OSError(errno.EIO, "malformed redirect", target)
 
 
+def _is_name(component: bytes) -> bool:
+    """Say whether a layer may have an object of that name."""
+    return (
+        component not in {b"", b".", b".."}
+        and len(component) <= NAME_LIMIT
+        and b"/" not in component
+        and b"\0" not in component
+    )
+
+
 def _upper_file(stack: Stack, at: At, stat: os.stat_result, *, copied: bool) -> Entry:
     """A file in the upper; `copied`: it has the attribute that tells its origin."""
     identity = (stat.st_dev, stat.st_ino)
     index = None
-    if copied and (value := syscalls.getxattr(at, stack.xattrs.origin)):
+    value = (syscalls.getxattr(at, stack.xattrs.origin) or b"") if copied else b""
+    if origin.is_handle(value):
         if (source := origin.decode(value, stack.lowers)) is not None:
             identity = (source.st_dev, source.st_ino)
         if stat.st_nlink > 1:
@@ -321,8 +331,8 @@ def origin_of(stack: Stack, lower: Lower) -> bytes | None:
     the file system has no handles.
     """
     if lower.layer is not stack.lowers[-1]:
-        value = syscalls.getxattr(lower.at(), stack.xattrs.origin)
-        if value:
+        value = syscalls.getxattr(lower.at(), stack.xattrs.origin) or b""
+        if origin.is_handle(value):
             return value
     return origin.encode(lower.layer, lower.at())
 

@@ -19,6 +19,8 @@ _VERSION = 0
 _MAGIC = 0xFB
 _CPU_ENDIAN = 0 if sys.byteorder == "little" else 1
 _ANY_ENDIAN = 2
+_LIMIT = 127
+"""Bytes of a handle whose name in the index is no longer than a name may be."""
 
 
 def encode(layer: Layer, at: At) -> bytes | None:
@@ -27,18 +29,26 @@ def encode(layer: Layer, at: At) -> bytes | None:
     if handle is None:
         return None
     size = _HEADER.size + len(handle.data)
+    if size > _LIMIT:
+        return None
     return _HEADER.pack(_VERSION, _MAGIC, size, _CPU_ENDIAN, handle.kind, layer.uuid) + handle.data
+
+
+def is_handle(value: bytes) -> bool:
+    """Say whether an attribute's value is one that `encode` may have returned on this machine."""
+    if not _HEADER.size < len(value) <= _LIMIT:
+        return False
+    version, magic, size, flags, _, _ = _HEADER.unpack_from(value)
+    if version != _VERSION or magic != _MAGIC or size != len(value):
+        return False
+    return flags & 1 == _CPU_ENDIAN or bool(flags & _ANY_ENDIAN)
 
 
 def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:
     """Return the stat(2) of the lower inode that `value` names; None if it is none, or gone."""
-    if len(value) <= _HEADER.size:
+    if not is_handle(value):
         return None
-    version, magic, size, flags, kind, uuid = _HEADER.unpack_from(value)
-    if version != _VERSION or magic != _MAGIC or size != len(value):
-        return None
-    if flags & 1 != _CPU_ENDIAN and not flags & _ANY_ENDIAN:
-        return None
+    *_, kind, uuid = _HEADER.unpack_from(value)
     handle = FileHandle(kind, value[_HEADER.size :])
     tried = set()
     for layer in lowers:
@@ -51,5 +61,8 @@ def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:
 
 
 def index_name(value: bytes) -> bytes:
-    """Return the name in the index directory of the lower inode with handle `value`."""
+    """Return the name in the index directory of the lower inode with handle `value`.
+
+    Precondition: `is_handle`.
+    """
     return value.hex().encode()

@@ -256,8 +256,10 @@ class Overlay:
 
     def _continues(self, node: Node, entry: Entry) -> bool:
         """Say whether `entry`, found in new layers, is what the node was in the old ones."""
+        if modes.S_IFMT(entry.stat.st_mode) != node.kind:  # its inode number was used again
+            return False
         if node.is_directory or self._moving:
-            return modes.S_IFMT(entry.stat.st_mode) == node.kind
+            return True
         return (entry.stat.st_dev, entry.stat.st_ino) == node.real
 
     def _rebind(self, node: Node, entry: Entry, parent: Node, name: bytes) -> None:

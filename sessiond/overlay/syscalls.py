@@ -13,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat as modes
 import struct
 from collections.abc import Callable
 from typing import NamedTuple
@@ -40,6 +41,8 @@ _AT_SYMLINK_NOFOLLOW = 0x100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
 _MOUNT_ATTR_RDONLY = 0x1
+_MOUNT_ATTR_NOSUID = 0x2
+_MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_NOATIME = 0x10
 _MOUNT_ATTR__ATIME = 0x70
 _RESOLVE_NO_XDEV = 0x01
@@ -105,16 +108,15 @@ def clone_read_only(directory: int) -> int | None:
     (open_tree(2)).
 
     Like the private mounts that the kernel's overlayfs makes of its lowers: what is mounted below
-    is not seen, and nothing is written, not even access times. None where the caller may not do
-    that.
+    is not seen, and nothing is written, not even access times. Nor can a device node be opened
+    there. None where the caller may not do that.
     """
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | _AT_EMPTY_PATH
     clone = _libc.syscall(_SYS_OPEN_TREE, directory, b"", flags)
     if clone < 0:
         return None
-    attributes = struct.pack(
-        "QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOATIME, _MOUNT_ATTR__ATIME, 0, 0
-    )
+    wanted = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOATIME
+    attributes = struct.pack("QQQQ", wanted, _MOUNT_ATTR__ATIME, 0, 0)
     if (
         _libc.syscall(_SYS_MOUNT_SETATTR, clone, b"", _AT_EMPTY_PATH, attributes, len(attributes))
         < 0
@@ -151,11 +153,19 @@ def open_path(at: At) -> int:
 
 
 def open_file(at: At, flags: int) -> int:
-    """Open a regular file. `flags`: access mode, O_TRUNC."""
+    """Open a regular file. `flags`: access mode, O_TRUNC.
+
+    Raises ESTALE if it is anything else by now, as in the image, if that is a directory in use.
+    """
     flags |= os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if at.name:
-        return os.open(at.name, flags | os.O_NOFOLLOW, dir_fd=at.directory)
-    return os.open(_path(at), flags)
+        fd = os.open(at.name, flags | os.O_NOFOLLOW, dir_fd=at.directory)
+    else:
+        fd = os.open(_path(at), flags)
+    if not modes.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    return fd
 
 
 def create_file(at: At, mode: int) -> int:

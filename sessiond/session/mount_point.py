@@ -36,8 +36,9 @@ def _require_trusted(path: Path) -> None:
     for directory in reversed(path.parents):
         with explained(f"use the mount point {path}"):
             inode = directory.stat()
-        # In a sticky directory all may make new names, but none may replace another's.
-        open_to_all = inode.st_mode & 0o022 and not inode.st_mode & stat.S_ISVTX
+        # In a sticky directory none may replace another's name; but whoever is first makes it.
+        sticky = inode.st_mode & stat.S_ISVTX and directory != path.parent
+        open_to_all = inode.st_mode & 0o022 and not sticky
         if inode.st_uid not in trusted or open_to_all:
             raise Failed(
                 f"The mount point {path} cannot be used: others than root may write to "

@@ -28,6 +28,8 @@ class MountRequest:
     nodev: bool
     data_path: DataPath
     """The one wanted; another is used where it cannot be had."""
+    reachable: tuple[Path, ...]
+    """Directories that hold the layers of `stack` and of all stacks swapped in later."""
 
 
 class Mount(Protocol):

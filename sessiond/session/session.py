@@ -560,6 +560,7 @@ class Session:
             nosuid=record.nosuid,
             nodev=record.nodev,
             data_path=record.data_path,
+            reachable=(*self.services.store.reachable(record), image.root),
         )
 
     def _own(self, mount: Mount) -> None:

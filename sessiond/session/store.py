@@ -146,6 +146,16 @@ class Store:
         """Where removed files are kept while they are open."""
         return self.storage(record) / "orphans"
 
+    def reachable(self, record: SessionRecord) -> tuple[Path, ...]:
+        """The directories in which all present and future layers of a session are; some may be
+        missing.
+        """
+        # One that is to move has no place on disk yet; one that is moving may be found in RAM.
+        disk = self._bases[StorageKind.PERSISTENT] / "sessions"
+        if record.storage is StorageKind.PERSISTENT:
+            disk = self.storage(record)
+        return self.runtime_directory(record.id) / "storage", disk
+
     # Changes
 
     def create(self, record: SessionRecord, *, size: str, inodes: int | None) -> None:

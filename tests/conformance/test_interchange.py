@@ -10,7 +10,7 @@ import pytest
 
 from tests.support import libc, trees
 from tests.support.kernel_overlay import KernelOverlay
-from tests.support.mounts import FileSystem
+from tests.support.mounts import FileSystem, Layers
 from tests.support.posix import append, write
 from tests.support.sessiond_overlay import SessiondOverlay
 from tests.support.trees import Device, Dir, Fifo, File, Link, Symlink, Tree
@@ -105,6 +105,24 @@ def test_written_by_one_read_by_the_other(
             trees.assert_same(expected, trees.snapshot(root, recent_ns=begun), writer.name)
     with reader.mounted(layers, root):
         trees.assert_same(exact, trees.snapshot(root), f"{reader.name} shows another tree")
+
+
+def test_attributes_of_a_metacopy_are_those_of_the_upper(disk: str, fast: str) -> None:
+    """While it is open, too: the contents that are read then are another file's."""
+    lower, upper, work, root = (f"{fast}/{name}" for name in ("lower", "upper", "work", "root"))
+    for directory in (lower, upper, work, root):
+        os.mkdir(directory)
+    trees.build({"file": File(b"data", xattrs={"user.of": b"lower"})}, lower)
+    meta = {"user.of": b"upper", "trusted.overlay.metacopy": b""}
+    trees.build({"file": File(b"", xattrs=meta)}, upper)
+    os.truncate(f"{upper}/file", 4)
+    for data_path in ("passthrough", "cached", "plain"):
+        with (
+            SessiondOverlay(data_path).mounted(Layers([lower], upper, work), root),
+            open(f"{root}/file", "rb") as file,
+        ):
+            assert file.read() == b"data"
+            assert os.getxattr(file.fileno(), "user.of") == b"upper"
 
 
 def test_metacopy_written_by_the_kernel(disk: str, fast: str) -> None:

@@ -51,7 +51,9 @@ class Playground:
         return Stack(upper, (*committed, self.image), orphans=self._directory / "orphans")
 
     @asynccontextmanager
-    async def mounted(self, stack: Stack) -> AsyncIterator[FuseMount]:
+    async def mounted(
+        self, stack: Stack, reachable: tuple[Path, ...] = ()
+    ) -> AsyncIterator[FuseMount]:
         request = MountRequest(
             SessionId("test"),
             self.root,
@@ -59,6 +61,7 @@ class Playground:
             nosuid=False,
             nodev=False,
             data_path=self.data_path,
+            reachable=reachable or (self._directory,),
         )
         mount = await self._mounter.mount(request)
         try:

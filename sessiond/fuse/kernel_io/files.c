@@ -80,7 +80,7 @@ bool contents_set(struct node *node, int fd, bool writable)
     struct stat stat;
     struct contents *contents = node->contents;
 
-    if (fstat(fd, &stat))
+    if (fstat(fd, &stat) || !S_ISREG(stat.st_mode))
         goto failed;
     if (contents && contents->backing && contents->opens) {
         if (contents->device != stat.st_dev || contents->inode != stat.st_ino)

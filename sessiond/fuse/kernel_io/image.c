@@ -293,7 +293,9 @@ bool answer_getxattr(struct request *request)
 
     if (strstr(name, "overlay."))
         return false;
-    if (node && node->python && node->contents && !node->contents->stale && !node->contents->kept)
+    /* Contents of the image may be those of a file that has its attributes in the upper. */
+    if (node && node->python && node->contents && node->contents->writable &&
+        !node->contents->stale && !node->contents->kept)
         size = fgetxattr(node->contents->fd, name, value, sizeof value);
     else if (xattr_path(path, sizeof path, node))
         size = lgetxattr(path, name, value, sizeof value);

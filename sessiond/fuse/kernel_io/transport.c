@@ -313,10 +313,12 @@ void transport_forget(uint64_t number, uint64_t lookups)
         node_forget(node, lookups);
         return;
     }
-    forgotten.items[forgotten.batch.count].nodeid = number;
-    forgotten.items[forgotten.batch.count++].nlookup = lookups;
     if (forgotten.batch.count == FORGET_LIMIT)
         send_forgotten();
+    if (forgotten.batch.count == FORGET_LIMIT)
+        return; /* no memory: Python keeps the node */
+    forgotten.items[forgotten.batch.count].nodeid = number;
+    forgotten.items[forgotten.batch.count++].nlookup = lookups;
 }
 
 static bool answer_forget(struct request *request)

@@ -38,7 +38,10 @@ def test_relative_redirect_applies_to_the_layers_below(bench: Bench) -> None:
     assert contents(bench.overlay("low"), "new/file") == b"low"
 
 
-@pytest.mark.parametrize("target", [b"/../etc", b"/a//b", b"a/b", b"..", b"/"])
+_MALFORMED = [b"/../etc", b"/a//b", b"a/b", b"..", b"/", b"a\0b", b"/a\0b", b"x" * 256]
+
+
+@pytest.mark.parametrize("target", _MALFORMED)
 def test_a_malformed_redirect_is_an_error_and_leads_nowhere(bench: Bench, target: bytes) -> None:
     bench.layer("low")
     (bench.layer("upper") / "d").mkdir()

@@ -106,6 +106,10 @@ def test_a_mount_point_that_others_could_move_is_refused(tmp_path: Path) -> None
         mount_point.resolve(tmp_path / "link" / "target")
     (tmp_path / "open").chmod(0o1777)
     mount_point.resolve(tmp_path / "open" / "safe" / "target")
+    (tmp_path / "open" / "first").symlink_to("/etc")
+    for name in ("first", "second"):
+        with pytest.raises(Failed, match="others than root may write to"):
+            mount_point.resolve(tmp_path / "open" / name)
 
 
 @pytest.mark.root
