@@ -362,36 +362,48 @@ async def expected(playground: Playground, change: str) -> dict[str, object]:
         return picture(playground.root)
 
 
-@pytest.fixture(scope="module")
-def dying() -> Iterator[tuple[FuseMounter, Path]]:
-    """A mounter, and a file that, while it exists, makes one of its workers kill itself right
-    before or after the n-th of the system calls that publish a change; it holds "before" or
-    "after", and n.
+class Order:
+    """In memory that workers share: one is to kill itself right before or after the n-th of the
+    system calls that publish a change.
     """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def give(self, when: str, step: int) -> None:
+        self._memory[:2] = bytes([step, when == "after"])
+
+    def withdraw(self) -> bool:
+        """Return whether it was obeyed."""
+        obeyed = not self._memory[0]
+        self._memory[0] = 0
+        return obeyed
+
+    def watched(self, call: Callable[..., T]) -> Callable[..., T]:
+        """Return `call` with that behaviour."""
+
+        def watch(*arguments: Any) -> T:
+            memory = self._memory
+            if not memory[0]:
+                return call(*arguments)
+            memory[0] -= 1
+            if memory[0]:
+                return call(*arguments)
+            if memory[1]:
+                call(*arguments)
+            signal.raise_signal(signal.SIGKILL)
+            raise AssertionError
+
+        return watch
+
+
+@pytest.fixture(scope="module")
+def dying() -> Iterator[tuple[FuseMounter, Order]]:
+    """A mounter whose workers obey an order."""
+    order = Order()
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        order = Path(directory) / "order"
-        calls = 0
-
-        def watched(call: Callable[..., T]) -> Callable[..., T]:
-            def watch(*arguments: Any) -> T:
-                nonlocal calls
-                try:
-                    when, number = order.read_text().split()
-                except FileNotFoundError:
-                    return call(*arguments)
-                calls += 1
-                if calls < int(number):
-                    return call(*arguments)
-                order.unlink()
-                if when == "after":
-                    call(*arguments)
-                os.kill(os.getpid(), signal.SIGKILL)
-                raise AssertionError
-
-            return watch
-
         for name in PUBLISHING:
-            patch.setattr(syscalls, name, watched(getattr(syscalls, name)))
+            patch.setattr(syscalls, name, order.watched(getattr(syscalls, name)))
         spawner = Spawner.start()
         yield FuseMounter(spawner, Path(directory)), order
         spawner.close()
@@ -415,7 +427,7 @@ async def attended(mount: FuseMount) -> AsyncIterator[None]:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
 async def test_death_at_each_step_of_a_change(
-    dying: tuple[FuseMounter, Path], playground: Playground, change: str, when: str
+    dying: tuple[FuseMounter, Order], playground: Playground, change: str, when: str
 ) -> None:
     """It was, or was not, carried out when the worker died: the program sees it done once."""
     mounter, order = dying
@@ -429,10 +441,9 @@ async def test_death_at_each_step_of_a_change(
         step += 1
         async with mortal.mounted(mortal.stack()) as mount, attended(mount):
             prepare(mortal.root)
-            order.write_text(f"{when} {step}")
+            order.give(when, step)
             await program(lambda: CHANGES[change](mortal.root))
-            died = not order.exists()
-            order.unlink(missing_ok=True)
+            died = order.withdraw()
             assert await program(lambda: picture(mortal.root)) == wanted, step
     assert step > 1
 
