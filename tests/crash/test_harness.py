@@ -107,12 +107,12 @@ def test_a_disk_has_what_was_flushed(scratch: str) -> None:
 
 
 def test_any_sectors_may_get_to_the_disk() -> None:
-    write = Record(0, 4096, bytes(512) + bytes([1]) * 512 + bytes([2]) * 512)
+    write = Record(0, 8192, b"\0" * 4096 + b"\1" * 4096 + b"\2" * 4096)
     seen = {
         tuple((record.offset, record.data[:1]) for record in torn([write], random.Random(seed)))
         for seed in range(1000)
     }
-    sectors = [(4096, b"\0"), (4608, b"\1"), (5120, b"\2")]
+    sectors = [(8192, b"\0"), (12288, b"\1"), (16384, b"\2")]
     assert seen == {
         tuple(sector for number, sector in enumerate(sectors) if chosen >> number & 1)
         for chosen in range(8)

@@ -22,7 +22,8 @@ from tests.support.mounts import wait_mounted
 
 _HEAD = struct.Struct("=cQI")
 _WRITE, _FLUSH = b"w", b"f"
-_SECTOR = 512
+_SECTOR = 4096
+"""Bytes that a disk writes wholly or not at all. With less, no superblock would survive."""
 
 
 class Record(NamedTuple):
