@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.disks import make_image
 from tests.support import fault_points
+from tests.support.disks import make_image
 from tests.support.recording_disk import Record, RecordingDisk, torn
 
 _SYS_OPENAT2 = 437

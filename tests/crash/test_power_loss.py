@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import pytest
 
 from sessiond.overlay.overlay import Overlay
-from tests.crash.disks import FILE_SYSTEMS, make_image
 from tests.crash.layers import Bench, assert_durable, assert_name_by_name, assert_one_of
 from tests.crash.operations import Operation, operations
 from tests.crash.selection import SOAK
 from tests.support.core_views import find
+from tests.support.disks import FILE_SYSTEMS, make_image
 from tests.support.mounts import Layers
 from tests.support.recording_disk import RecordingDisk, mounted_image, torn
 from tests.support.trees import Snapshot

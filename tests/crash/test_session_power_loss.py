@@ -13,9 +13,9 @@ import pytest
 from sessiond.session.manager import Manager
 from sessiond.session.mounts import SystemMounts
 from tests.crash import sessions
-from tests.crash.disks import FILE_SYSTEMS, make_image
 from tests.crash.lives import LIVES, given, persist, snapshot
 from tests.crash.sessions import Life, State
+from tests.support.disks import FILE_SYSTEMS, make_image
 from tests.support.recording_disk import RecordingDisk, mounted_image
 from tests.support.sessions import World
 

@@ -1,4 +1,4 @@
-"""The file systems of which a power loss is tested: those that can be an upper on disk."""
+"""Disks with each of the file systems that an upper on disk may be on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MIB = 1 << 20
 FILE_SYSTEMS = {
     "ext4": (32 * _MIB, ("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0")),
     "xfs": (300 * _MIB, ("mkfs.xfs", "-q")),
-    "btrfs": (160 * _MIB, ("mkfs.btrfs", "-q")),
+    "btrfs": (160 * _MIB, ("mkfs.btrfs", "--quiet")),
 }
 """The smallest size of each, in bytes, and how to make it."""
 
@@ -19,5 +19,5 @@ def make_image(kind: str, directory: str) -> str:
     image = f"{directory}/disk.img"
     with open(image, "xb") as file:
         file.truncate(size)
-    subprocess.run([*command, image], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*command, image], check=True, stdout=subprocess.DEVNULL)
     return image
