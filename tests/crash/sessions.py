@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,23 @@ Life: TypeAlias = "Callable[[World, Manager], Awaitable[object]]"
 
 Files: TypeAlias = "dict[str, bytes]"
 
+LAST_WORDS: Files = {}
+"""What programs write into a merged view just before it is frozen."""
+
 
 class _Mount(MemoryMount):
     async def sync(self) -> None:
         """See `Mount`: what was written into the upper is there for real."""
         await super().sync()
         await trio.to_thread.run_sync(sync_file_system, self.stack.upper.fs)
+
+    @asynccontextmanager
+    async def frozen(self) -> AsyncIterator[None]:
+        """See `Mount`: there is someone who writes until then, and does not synchronise it."""
+        for name, content in LAST_WORDS.items():
+            await self.write(name, content)
+        async with super().frozen():
+            yield
 
 
 @dataclass

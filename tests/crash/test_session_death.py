@@ -5,6 +5,7 @@ Whatever makes the change: the store, the copying of trees, the mounting of stor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count, product
 
 import pytest
@@ -13,19 +14,27 @@ from tests.crash import sessions
 from tests.crash.lives import LIVES, PROFILES, given
 from tests.crash.sessions import Life
 
-IN_TEST = {"create_lasting-volatile", "snapshot-lasting", "persist-volatile", "close-volatile"}
-"""Of these, every third death is tried without soaking."""
-
-CASES = [
-    pytest.param(life, profile, every, id=f"{name}-every-{every}", marks=marks)
-    for life, profile in product(LIVES, PROFILES)
-    if (name := f"{life.__name__}-{profile}")
-    for every, marks in ((1, pytest.mark.soak), (3, ()))
-    if every == 1 or name in IN_TEST
-]
+IN_TEST = {
+    "create_lasting-volatile": 4,
+    "snapshot-lasting": 1,
+    "persist-volatile": 4,
+    "close-volatile": 4,
+}
+"""What is tried without soaking, too, and one of how many deaths."""
 
 
-@pytest.mark.parametrize(("life", "profile", "every"), CASES)
+def cases() -> Iterator[object]:
+    for life, profile in product(LIVES, PROFILES):
+        name = f"{life.__name__}-{profile}"
+        chosen = {1: True}
+        if name in IN_TEST:
+            chosen[IN_TEST[name]] = False
+        for every, soak in chosen.items():
+            marks = pytest.mark.soak if soak else ()
+            yield pytest.param(life, profile, every, id=f"{name}-every-{every}", marks=marks)
+
+
+@pytest.mark.parametrize(("life", "profile", "every"), list(cases()))
 def test_death(
     scratch: str, caplog: pytest.LogCaptureFixture, life: Life, profile: str, every: int
 ) -> None:

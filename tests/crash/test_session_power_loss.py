@@ -14,7 +14,7 @@ from sessiond.session.manager import Manager
 from sessiond.session.mounts import SystemMounts
 from tests.crash import sessions
 from tests.crash.lives import LIVES, given, persist, snapshot
-from tests.crash.sessions import Life, State
+from tests.crash.sessions import Files, Life, State
 from tests.support.disks import FILE_SYSTEMS, make_image
 from tests.support.recording_disk import RecordingDisk, mounted_image
 from tests.support.sessions import World
@@ -31,6 +31,7 @@ CASES = [
     if (life is persist) == (profile == "volatile")
 ]
 UNSYNCED = "unsynced"
+"""What the names of files begin with that nobody has synchronised."""
 
 
 class Machine:
@@ -78,18 +79,22 @@ def without_unsynced(state: State) -> State:
     return {
         session: replace(
             found,
-            files={name: data for name, data in found.files.items() if name != UNSYNCED},
-            snapshots={
-                snapshot: {name: data for name, data in files.items() if name != UNSYNCED}
-                for snapshot, files in found.snapshots.items()
-            },
+            files=_synced(found.files),
+            snapshots={name: _synced(files) for name, files in found.snapshots.items()},
         )
         for session, found in state.items()
     }
 
 
+def _synced(files: Files) -> Files:
+    return {name: data for name, data in files.items() if not name.startswith(UNSYNCED)}
+
+
 @pytest.mark.parametrize(("kind", "life", "profile"), CASES)
-def test_power_loss(scratch: str, kind: str, life: Life, profile: str) -> None:
+def test_power_loss(
+    scratch: str, monkeypatch: pytest.MonkeyPatch, kind: str, life: Life, profile: str
+) -> None:
+    monkeypatch.setitem(sessions.LAST_WORDS, f"{UNSYNCED} at last", b"4" * 5000)
     directory = f"{scratch}/{life.__name__}-{kind}"
     os.mkdir(directory)
     machine = Machine(directory, kind)
