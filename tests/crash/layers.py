@@ -65,9 +65,9 @@ class Bench:
                 prepare(overlay)
         return layers
 
-    def copy(self, layers: Layers) -> Layers:
-        """Copy an upper, as when a session moves to disk."""
-        top = tempfile.mkdtemp(dir=self.directory)
+    def copy(self, layers: Layers, directory: str) -> Layers:
+        """Copy an upper into `directory`, as when a session moves to disk."""
+        top = tempfile.mkdtemp(dir=directory)
         subprocess.run(["cp", "-a", f"{top_of(layers)}/.", top], check=True)
         return Layers(self.lowers, f"{top}/fs", f"{top}/work")
 
