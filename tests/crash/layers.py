@@ -88,19 +88,21 @@ class Bench:
         upper, work = os.fsencode(layers.upper), os.fsencode(layers.work)
         return Overlay(Stack.open(lowers, upper, work))
 
-    def found(
-        self, layers: Layers, *, by_kernel: bool = True, spare_whiteout: str = ""
-    ) -> Snapshot:
+    def found(self, layers: Layers, spare_whiteout: str = "") -> Snapshot:
         """Mount what a dead process has left; return the view of it.
 
-        Fails unless that is clean, and the kernel's overlayfs shows the same.
+        Fails unless that is clean, and the kernel's overlayfs shows the same. `spare_whiteout`: a
+        path where there may be a whiteout over nothing.
         """
+        shown = self.found_here(layers, spare_whiteout)
+        self._assert_kernel_agrees(layers, shown)
+        return shown
+
+    def found_here(self, layers: Layers, spare_whiteout: str = "") -> Snapshot:
+        """The same without asking the kernel."""
         with self.overlay(layers) as overlay:
             assert set(leftovers(overlay)) <= {os.fsencode(spare_whiteout)}
-            shown = core_views.snapshot(overlay, recent_ns=self.start_ns)
-        if by_kernel:
-            self._assert_kernel_agrees(layers, shown)
-        return shown
+            return core_views.snapshot(overlay, recent_ns=self.start_ns)
 
     def _assert_kernel_agrees(self, layers: Layers, shown: Snapshot) -> None:
         mount_point = f"{top_of(layers)}/view"

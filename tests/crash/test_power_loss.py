@@ -52,7 +52,7 @@ class Machine:
         with mounted_image(image, self._mount_point):
             self._bench = Bench.make(self._mount_point)
             with self._bench.layers() as layers:
-                self.before = self._bench.found(layers, by_kernel=False)
+                self.before = self._bench.found_here(layers)
             self.runs = [
                 Run(operation, self._bench.make_layers(), synced)
                 for operation in chosen
@@ -76,7 +76,7 @@ class Machine:
             os.sync()
             for run in self.runs:
                 run.end = run.end or self.disk.position
-                run.after = self._bench.found(run.layers, by_kernel=False)
+                run.after = self._bench.found_here(run.layers)
 
     def cut_power_at_flushes(self) -> int:
         """Check what is found if the power goes right after any of the flushes."""
@@ -103,9 +103,7 @@ class Machine:
         """`position`: what had been recorded up to there is on the disk for sure."""
         with self.disk.after_power_loss(writes, self._mount_point):
             for run in self._near(position):
-                found = self._bench.found(
-                    run.layers, by_kernel=False, spare_whiteout=run.operation.spare_whiteout
-                )
+                found = self._bench.found_here(run.layers, run.operation.spare_whiteout)
                 assert run.after is not None
                 what = f"{run.operation.name}, power lost at {position}, synced at {run.end}"
                 states = self.before, run.after, found

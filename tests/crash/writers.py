@@ -19,7 +19,9 @@ WRITTEN = b"what programs have written"
 class Writers(FastPath):
     """Programs that have files open for writing, past the overlay."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, recorded: bool = False) -> None:
+        """`recorded`: see `FastPath`."""
+        self.recorded = recorded
         self._files: dict[int, int] = {}
 
     def open(self, overlay: Overlay, path: str) -> int:
@@ -29,6 +31,10 @@ class Writers(FastPath):
         overlay.make_writable(node)
         self._files[node.number] = overlay.open_contents(node, write=True)
         return self._files[node.number]
+
+    def note(self, number: int, which: int, data: bytes, /) -> bool:
+        """See `FastPath`."""
+        return self.recorded
 
     def opened(self) -> list[int]:
         """See `FastPath`."""
