@@ -164,7 +164,7 @@ def assert_name_by_name(before: Snapshot, after: Snapshot, found: Snapshot, what
 
     What btrfs promises of a change of two directories of which one has been synchronised.
     """
-    states = [_without_links(settled(view)) for view in (before, after, found)]
+    states = [without_links(settled(view)) for view in (before, after, found)]
     for path in before.keys() | after.keys() | found.keys():
         was, is_, now = (view.get(path) for view in states)
         assert now in (was, is_), f"{what}: {path!r} was {was}, should be {is_}, and is {now}"
@@ -177,11 +177,12 @@ def assert_durable(after: Snapshot, found: Snapshot, what: str) -> None:
 
     But for link counts, which other names of the same file tell.
     """
-    differences = trees.diff(_without_links(settled(after)), _without_links(settled(found)))
+    differences = trees.diff(without_links(settled(after)), without_links(settled(found)))
     assert not differences, f"{what}: it is lost.\n{differences}"
 
 
-def _without_links(view: Snapshot) -> Snapshot:
+def without_links(view: Snapshot) -> Snapshot:
+    """Leave out which names are of one file."""
     return {path: entry._replace(links=(), nlink=0) for path, entry in view.items()}
 
 

@@ -71,7 +71,7 @@ UPPER: Tree = {
     "newempty": Dir({}, mode=0o702),
     "merged": Dir({"upper": b""}, mode=0o700),
     "opaque": Dir({"upper": b""}, opaque=True),
-    "emptied": {"a": Whiteout(), "b": Whiteout()},
+    "emptied": Dir({"a": Whiteout(), "b": Whiteout()}, mode=0o701),
     "setgid": Dir({}, mode=0o2775, gid=8),
     "acl": Dir({}, xattrs={"system.posix_acl_default": DEFAULT_ACL}),
 }
