@@ -172,15 +172,6 @@ def assert_name_by_name(before: Snapshot, after: Snapshot, found: Snapshot, what
     assert kept <= {entry.digest for entry in found.values()}, f"{what}: contents are lost"
 
 
-def assert_durable(after: Snapshot, found: Snapshot, what: str) -> None:
-    """Fail unless what an operation did is found, since it has been synchronised.
-
-    But for link counts, which other names of the same file tell.
-    """
-    differences = trees.diff(without_links(settled(after)), without_links(settled(found)))
-    assert not differences, f"{what}: it is lost.\n{differences}"
-
-
 def without_links(view: Snapshot) -> Snapshot:
     """Leave out which names are of one file."""
     return {path: entry._replace(links=(), nlink=0) for path, entry in view.items()}
