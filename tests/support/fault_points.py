@@ -187,7 +187,10 @@ def _supervise(child: int, listener: int, die_at: int | None) -> Lived:
             assert status == 0, "the action failed; see its traceback"
             return Lived(tuple(calls), died=False)
         notification = bytearray(_NOTIFICATION.size)
-        fcntl.ioctl(listener, _NOTIF_RECV, notification)
+        try:
+            fcntl.ioctl(listener, _NOTIF_RECV, notification)
+        except FileNotFoundError:  # its caller has ended meanwhile
+            continue
         identity, process, _, number, _, _, *arguments = _NOTIFICATION.unpack(notification)
         if _changes(_Call(process, number, tuple(arguments))):
             calls.append(_seccomp.name(number))
@@ -195,7 +198,8 @@ def _supervise(child: int, listener: int, die_at: int | None) -> Lived:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return Lived(tuple(calls), died=True)
-        fcntl.ioctl(listener, _NOTIF_SEND, _RESPONSE.pack(identity, 0, 0, _CONTINUE))
+        with suppress(FileNotFoundError):  # its process has ended by itself meanwhile
+            fcntl.ioctl(listener, _NOTIF_SEND, _RESPONSE.pack(identity, 0, 0, _CONTINUE))
 
 
 def _changes(call: _Call) -> bool:
