@@ -20,7 +20,7 @@ from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At, Object
 from sessiond.overlay.workdir import remove_tree
-from sessiond.overlay.xattrs import copy_attributes
+from sessiond.overlay.xattrs import CAPABILITY, copy_attributes
 
 _NLINK = re.compile(rb"([UL])([+-][0-9]{1,9})")
 """As ovl_set_nlink_common writes it."""
@@ -35,7 +35,7 @@ def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
     """
     if node.upper:
         if node.metacopy:
-            _fill(stack, node, size)
+            _fill(stack, node)
         return
     with CopyUp(stack, node, size) as copy:
         copy.copy_data()
@@ -81,13 +81,18 @@ class CopyUp:
         self._size = self._stat.st_size if size is None else min(size, self._stat.st_size)
         self._target = self._work.temporary()
         if modes.S_ISREG(node.kind):
-            data = node.data_lower().at() if node.metacopy and node.linked else source
-            self._source_fd = syscalls.open_file(data, os.O_RDONLY)
-            try:
-                self._target_fd = syscalls.create_file(self._target, 0o600)
-            except BaseException:
-                syscalls.close(self._source_fd)
-                raise
+            self._open(source)
+
+    def _open(self, source: At) -> None:
+        """Open the contents, and the file that they are to be copied to."""
+        node = self.node
+        data = node.data_lower().at() if node.metacopy and node.linked else source
+        self._source_fd = syscalls.open_file(data, os.O_RDONLY)
+        try:
+            self._target_fd = syscalls.create_file(self._target, 0o600)
+        except BaseException:
+            syscalls.close(self._source_fd)
+            raise
 
     def __enter__(self) -> CopyUp:
         return self
@@ -104,23 +109,17 @@ class CopyUp:
         source, target = self._source_fd, self._target_fd
         if source < 0:
             return
-        if syscalls.copy_data(source, target, self._size, lambda: self.cancelled):
-            syscalls.fsync(target)  # before the rename that publishes it
+        syscalls.copy_data(source, target, self._size, lambda: self.cancelled)
+        if self._size:
+            # Before the rename that publishes it; a reflink, too, or btrfs may publish no contents.
+            syscalls.fsync(target)
 
     def publish(self) -> None:
         """Make the copy the node's. Raises ESTALE if that is gone by now."""
         node, stack = self.node, self.stack
         # Found anew: while data was copied, its name may have gone, and directories been closed.
         source = locate(stack, node)
-        target: Object = self._target
-        if self._source_fd < 0:
-            self._make_special(source)
-            copy_attributes(source, target, self._stat, stack.xattrs)
-        else:
-            target = self._target_fd
-            # Of a metadata-only file, what is open has the contents and not the attributes.
-            whole = source if node.metacopy else self._source_fd
-            copy_attributes(whole, target, self._stat, stack.xattrs)
+        target = self._complete(source)
         if not node.linked:
             self._replace_anchor()
             return
@@ -144,6 +143,21 @@ class CopyUp:
             _link_alias(stack, node, parent, name)
         else:
             node.links[next(iter(node.links))] = True
+
+    def _complete(self, source: At) -> Object:
+        """Give the copy all that the original has besides contents; return it."""
+        xattrs = self.stack.xattrs
+        if self._target_fd < 0:
+            self._make_special(source)
+            copy_attributes(source, self._target, self._stat, xattrs)
+            return self._target
+        # Of a metadata-only file, what is open has the contents and not the attributes.
+        whole = source if self.node.metacopy else self._source_fd
+        copy_attributes(whole, self._target_fd, self._stat, xattrs)
+        if self._size < self._stat.st_size:
+            # What is published is the file cut off, with all that ftruncate(2) does to it.
+            syscalls.truncate(self._target_fd, self._size)
+        return self._target_fd
 
     def _make_special(self, source: At) -> None:
         mode = self._stat.st_mode
@@ -196,17 +210,23 @@ def _link_alias(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     node.links[parent, name] = True
 
 
-def _fill(stack: Stack, node: Node, size: int | None) -> None:
-    """Give a metadata-only copy its contents (ovl_copy_up_meta_inode_data)."""
+def _fill(stack: Stack, node: Node) -> None:
+    """Give a metadata-only copy its contents (ovl_copy_up_meta_inode_data).
+
+    All of them, whatever is about to be cut off: the merged view shows those of the lower until the
+    attribute goes, and then these. In place, since the copy may have several names.
+    """
     at = locate(stack, node)
-    times = syscalls.stat(at)
+    stat = syscalls.stat(at)
+    capability = syscalls.getxattr(at, CAPABILITY)  # write(2) clears it
     source = syscalls.open_file(node.data_lower().at(), os.O_RDONLY)
     target = syscalls.open_file(at, os.O_WRONLY)
     try:
-        length = times.st_size if size is None else min(size, times.st_size)
-        syscalls.copy_data(source, target, length, lambda: False)
-        syscalls.truncate(target, times.st_size)
-        syscalls.utime(At(target, b""), times.st_atime_ns, times.st_mtime_ns)
+        syscalls.copy_data(source, target, stat.st_size, lambda: False)
+        syscalls.truncate(target, stat.st_size)
+        if capability is not None:
+            syscalls.setxattr(target, CAPABILITY, capability)
+        syscalls.utime(At(target, b""), stat.st_atime_ns, stat.st_mtime_ns)
         syscalls.fsync(target)
     finally:
         syscalls.close(source)

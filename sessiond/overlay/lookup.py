@@ -102,7 +102,7 @@ def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
     if len(name) > NAME_LIMIT:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), name)
     search = _Search(stack, name)
-    upper, upper_marked = None, False
+    upper, upper_marked, index = None, False, None
     if directory.upper is not None:
         assert stack.upper is not None
         at = At(stack.upper.directory(directory.upper), name)
@@ -114,9 +114,11 @@ def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
             upper_marked = search.marked
             if not modes.S_ISDIR(upper.st_mode) and not search.metacopy:
                 return _upper_file(stack, at, upper, copied=stack.xattrs.origin in own)
+            if search.metacopy and upper.st_nlink > 1:
+                index = _indexed(stack, syscalls.getxattr(at, stack.xattrs.origin), upper)
     search.walk(directory)
     if upper is not None:
-        return _upper_entry(search, upper, marked=upper_marked)
+        return _upper_entry(search, upper, index, marked=upper_marked)
     return _lower_entry(stack, search)
 
 
@@ -263,24 +265,29 @@ def _upper_file(stack: Stack, at: At, stat: os.stat_result, *, copied: bool) -> 
         if (source := origin.decode(value, stack.lowers)) is not None:
             identity = (source.st_dev, source.st_ino)
         if stat.st_nlink > 1:
-            index = _indexed(stack, origin.index_name(value), stat)
+            index = _indexed(stack, value, stat)
     return Entry(Presence.UPPER, stat, identity, indexed=index)
 
 
-def _indexed(stack: Stack, name: bytes, upper: os.stat_result) -> bytes | None:
-    if stack.work is None:
+def _indexed(stack: Stack, handle: bytes | None, upper: os.stat_result) -> bytes | None:
+    """Return the name in the index of an upper file whose origin is `handle`, if it is there."""
+    if stack.work is None or not handle:
         return None
+    name = origin.index_name(handle)
     found = syscalls.stat_or_none(At(stack.work.index, name))
     return name if found is not None and found.st_ino == upper.st_ino else None
 
 
-def _upper_entry(search: _Search, upper: os.stat_result, *, marked: bool) -> Entry:
+def _upper_entry(
+    search: _Search, upper: os.stat_result, index: bytes | None, *, marked: bool
+) -> Entry:
     """A directory, or a file that has only its metadata in the upper."""
     lowers = tuple(search.lowers)
     if not search.is_directory:
         if not lowers or search.metacopy:
             raise OSError(errno.EIO, "the data of a metadata-only copy is missing", search.name)
-        return Entry(Presence.UPPER, upper, _identity(search.stats[0]), lowers, metacopy=True)
+        identity = _identity(search.stats[0])
+        return Entry(Presence.UPPER, upper, identity, lowers, index, metacopy=True)
     identity = _identity(search.stats[-1]) if lowers else _identity(upper)
     return Entry(Presence.UPPER, upper, identity, lowers, marked=marked)
 

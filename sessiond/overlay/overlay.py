@@ -680,7 +680,7 @@ class Overlay:
         """Bring contents that are still kept in earlier layers to where they belong."""
         if node.kept >= 0 and node.linked:
             copy_up(self.stack, node)
-            renew(locate(self.stack, node), node.kept)
+            renew(self.stack, node)
 
     def finish_kept(self, node: Node) -> None:
         """The same after the last close; from then on the contents are where they belong."""
@@ -780,7 +780,7 @@ class Overlay:
             for node in opened:
                 if node.upper and node.linked and node.writers and node.kept < 0:
                     contents = self._fast_path.duplicate(node.number)
-                    moving.append(MovingFile(old, new, node, contents))
+                    moving.append(MovingFile(self.stack, new, node, contents))
         except BaseException:
             for file in moving:
                 file.abandon()

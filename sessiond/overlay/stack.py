@@ -101,6 +101,7 @@ class Stack:
                     indexes=kept,
                     locks=locks,
                 )
+                workdir.drop_unnamed(stack.xattrs.nlink)
             undo.pop_all()
         return stack
 

@@ -412,23 +412,18 @@ def lock(directory: int) -> int:
     return fd
 
 
-def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> bool:
+def copy_data(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
     """Copy `size` bytes into the empty file `target`: as a reflink where possible; holes stay
-    holes.
-
-    Return whether anything was written, and may have to be synchronised. Blocks that a reflink
-    shares are on disk.
+    holes. Nothing is synchronised.
 
     Raises ECANCELED soon after `cancelled` has begun to return True.
     """
     if size == 0:
-        return False
+        return
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:
         _copy_extents(source, target, size, cancelled)
-        return True
-    return False
 
 
 def _copy_extents(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:

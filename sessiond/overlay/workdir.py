@@ -63,6 +63,17 @@ class Workdir:
         syscalls.close(self.index)
         self._directory.close()
 
+    def drop_unnamed(self, nlink: bytes) -> None:
+        """Remove files from the index whose last name was removed by a process that died then.
+
+        `nlink`: the attribute that tells how many names there are (ovl_verify_index).
+        """
+        for name, _ in syscalls.scan(self.index):
+            at = At(self.index, name)
+            stat = syscalls.stat(at)
+            if stat.st_nlink == 1 and syscalls.getxattr(at, nlink) == b"U-1":
+                syscalls.unlink(at)
+
     def temporary(self) -> At:
         """Return an unused name."""
         self._serial += 1

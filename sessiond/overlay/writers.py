@@ -14,12 +14,13 @@ import stat as modes
 from collections.abc import Iterator
 
 from sessiond.overlay import syscalls
-from sessiond.overlay.copy_up import CopyUp
+from sessiond.overlay.copy_up import CopyUp, locate
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
-from sessiond.overlay.syscalls import At
-from sessiond.overlay.xattrs import copy_attributes
+from sessiond.overlay.syscalls import At, Object
+from sessiond.overlay.workdir import Workdir
+from sessiond.overlay.xattrs import OverlayXattrs, copy_attributes
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +28,17 @@ _COPY_ATTEMPTS = 3
 
 
 class MovingFile:
-    """A file that leaves the layer `old`, which is frozen, for the upper of `new`.
+    """A file that leaves the upper of `old`, which is frozen, for that of `new`.
 
     Both are on one file system. Until `leave`, nothing has changed; `abandon` undoes the rest.
     """
 
-    def __init__(self, old: Layer, new: Stack, node: Node, contents: int) -> None:
+    def __init__(self, old: Stack, new: Stack, node: Node, contents: int) -> None:
         """Copy the file, which `contents`, taken over, is a descriptor of. Raises ENOSPC."""
         self.node = node
-        self._old = old
         self._new = new
         self._contents = contents
-        self._names = _names(old, node.path, contents)
+        self._names = _Names(old, node, contents)
         self._file = new.workdir.temporary()
         self._copy = new.workdir.temporary()
         try:
@@ -61,13 +61,11 @@ class MovingFile:
             else:
                 path = os.fsdecode(b"/" + self.node.path)
                 log.warning("%s was written to throughout; its snapshot is not of one moment", path)
+            copy_attributes(source, fd, stat, self._new.xattrs)
+            _copy_own(source, fd, self._new.xattrs)
             syscalls.fsync(fd)
         finally:
             syscalls.close(fd)
-        copy_attributes(source, self._copy, stat, self._new.xattrs)
-        for name in syscalls.listxattr(source):
-            if self._new.xattrs.is_own(name):
-                syscalls.setxattr(self._copy, name, syscalls.getxattr(source, name) or b"")
 
     def abandon(self) -> None:
         """Remove the copy."""
@@ -78,10 +76,7 @@ class MovingFile:
     def leave(self) -> None:
         """Let the copy take the file's names in the old layer."""
         syscalls.link_descriptor(self._contents, self._file)
-        for path in self._names:
-            with self._new.workdir.preparing() as prepared:
-                syscalls.link(self._copy, prepared)
-                syscalls.rename(prepared, self._old.at(path))
+        self._names.give(self._copy, self._new.workdir)
         self.abandon()
 
     def arrive(self) -> None:
@@ -91,22 +86,51 @@ class MovingFile:
 
 
 class _Adoption(CopyUp):
-    """A copy-up whose copy is there already."""
+    """A copy-up whose copy is there already, complete."""
 
     def __init__(self, stack: Stack, node: Node, file: At) -> None:
-        super().__init__(stack, node, size=0)
-        syscalls.unlink(self._target)
+        super().__init__(stack, node)
         self._target = file
-        self._stat = syscalls.stat(file)
+
+    def _open(self, source: At) -> None:
+        """Nothing is copied."""
+
+    def _complete(self, source: At) -> Object:
+        return self._target
 
 
-def _names(layer: Layer, path: bytes, contents: int) -> list[bytes]:
-    """Return all names in `layer` of the file `contents`, one of which is `path`."""
-    stat = syscalls.stat(At(contents, b""))
-    if stat.st_nlink == 1:
-        return [path]
-    inode = (stat.st_dev, stat.st_ino)
-    return [name for name, found in _walk(layer, b"") if (found.st_dev, found.st_ino) == inode]
+class _Names:
+    """All names, in the upper of `stack` and in its index, of the file `contents`, `node`."""
+
+    def __init__(self, stack: Stack, node: Node, contents: int) -> None:
+        self._stack = stack
+        self._index = node.index
+        stat = syscalls.stat(At(contents, b""))
+        self._paths = [node.path]
+        if stat.st_nlink > 1:
+            inode = (stat.st_dev, stat.st_ino)
+            self._paths = [
+                path
+                for path, found in _walk(stack.writable, b"")
+                if (found.st_dev, found.st_ino) == inode
+            ]
+
+    def give(self, file: At, work: Workdir) -> None:
+        """Make them names of `file`; `work` is on its file system.
+
+        One after the other: whoever dies in between leaves two files in the place of one.
+        """
+        for path in self._paths:
+            _replace(self._stack.writable.at(path), file, work)
+        if self._index is not None:
+            _replace(At(self._stack.workdir.index, self._index), file, work)
+
+
+def _replace(name: At, file: At, work: Workdir) -> None:
+    """Make `name` one of `file`, in one step."""
+    with work.preparing() as prepared:
+        syscalls.link(file, prepared)
+        syscalls.rename(prepared, name)
 
 
 def _walk(layer: Layer, directory: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
@@ -118,17 +142,40 @@ def _walk(layer: Layer, directory: bytes) -> Iterator[tuple[bytes, os.stat_resul
             yield from _walk(layer, path)
 
 
-def renew(copy: At, contents: int) -> os.stat_result:
-    """Make `copy` what the file `contents` is now; return the stat(2) of that moment."""
-    stat = syscalls.stat(At(contents, b""))
-    fd = syscalls.open_file(copy, os.O_WRONLY)
+def renew(stack: Stack, node: Node) -> None:
+    """Make the file in the upper what `node.kept` is now. Precondition: copied up.
+
+    A new file takes its names when it is on disk, so none is ever without contents that were there.
+    """
+    at = locate(stack, node)
+    former = syscalls.open_path(at)
     try:
-        syscalls.truncate(fd, 0)
+        with stack.workdir.preparing() as copy:
+            stat = _copy_kept(node.kept, at, copy, stack.xattrs)
+            _Names(stack, node, former).give(copy, stack.workdir)
+    finally:
+        syscalls.close(former)
+    node.real = (stat.st_dev, stat.st_ino)
+
+
+def _copy_kept(contents: int, former: At, copy: At, xattrs: OverlayXattrs) -> os.stat_result:
+    """Make `copy` of what a file contains, and the attributes that it has in the upper."""
+    stat = syscalls.stat(At(contents, b""))
+    fd = syscalls.create_file(copy, 0o600)
+    try:
         syscalls.copy_data(contents, fd, stat.st_size, lambda: False)
+        copy_attributes(former, fd, with_contents_of(syscalls.stat(former), stat), xattrs)
+        _copy_own(former, fd, xattrs)
+        syscalls.fsync(fd)
+        return syscalls.stat(fd)
     finally:
         syscalls.close(fd)
-    syscalls.utime(copy, stat.st_atime_ns, stat.st_mtime_ns)
-    return stat
+
+
+def _copy_own(source: At, target: Object, xattrs: OverlayXattrs) -> None:
+    """Copy the overlay's own attributes, which `copy_attributes` leaves out."""
+    for name in xattrs.own(source):
+        syscalls.setxattr(target, name, syscalls.getxattr(source, name) or b"")
 
 
 def with_contents_of(stat: os.stat_result, other: os.stat_result) -> os.stat_result:

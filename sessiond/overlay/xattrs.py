@@ -14,6 +14,8 @@ import os
 from sessiond.overlay import syscalls
 from sessiond.overlay.syscalls import At, Object
 
+CAPABILITY = b"security.capability"
+
 _ESCAPE = b"overlay."
 _MUST_COPY = (b"security.", b"system.posix_acl_")
 _DEFAULT_ACL = b"system.posix_acl_default"

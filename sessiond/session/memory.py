@@ -105,6 +105,7 @@ class MemoryMount:
 class MemoryMounter:
     """Makes `MemoryMount`s; `mounts` holds the latest of each session."""
 
+    kind: type[MemoryMount] = MemoryMount
     mounts: dict[SessionId, MemoryMount] = field(default_factory=dict)
     injected: dict[str, list[SessiondError]] = field(default_factory=dict)
     """What the next calls of ``mount``, or of a mount's method, are to raise, in order."""
@@ -115,7 +116,7 @@ class MemoryMounter:
         if not request.mount_point.is_dir():
             raise Failed(f"The mount point {request.mount_point} is not a directory.")
         _require_directories(request.stack)
-        mount = self.mounts[request.session] = MemoryMount(request, self)
+        mount = self.mounts[request.session] = self.kind(request, self)
         return mount
 
     def left(self) -> set[SessionId]:

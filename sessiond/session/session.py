@@ -185,7 +185,7 @@ class Session:
         return self._start_job(Operation.PERSIST, started_by, lambda job: move_to_disk(self, job))
 
     async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
-        """Keep the merged view as it is now, under `name`.
+        """Keep the merged view as it is now, under `name`; on disk, if the session is.
 
         Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `Busy`, `NoSuchSession`, `NoSpace`,
         `Failed`.
@@ -207,6 +207,9 @@ class Session:
             )
             await self.switch(after.with_snapshots((*after.snapshots, snapshot)))
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
+        if self.storage is StorageKind.PERSISTENT:
+            # The record is on disk, but not yet all that programs have written into the layer.
+            await self.require_mount().sync()
         return snapshot
 
     async def delete_snapshot(self, name: str) -> None:

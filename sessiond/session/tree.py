@@ -13,8 +13,8 @@ import errno
 import os
 import secrets
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -79,7 +79,8 @@ class _Remover:
                 raise full
 
     def _moved(self) -> list[str]:
-        return [name for name in os.listdir(self._top) if name.startswith(self._prefix)]
+        with _entries(self._top) as entries:
+            return [entry.name for entry in entries if entry.name.startswith(self._prefix)]
 
     def _remove(self, name: str) -> None:
         directory = os.open(name, _DIRECTORY, dir_fd=self._top)
@@ -96,7 +97,7 @@ class _Remover:
         What readdir misses, since entries go while it reads, the next call finds.
         """
         found, progress, full = False, False, None
-        with os.scandir(directory) as entries:
+        with _entries(directory) as entries:
             for entry in entries:
                 found = True
                 self._check()
@@ -117,6 +118,20 @@ class _Remover:
         if full is not None and not progress:
             raise full
         return found
+
+
+@contextmanager
+def _entries(directory: int) -> Iterator[Iterator[os.DirEntry[str]]]:
+    """List an open directory as it is now.
+
+    Through a descriptor that was read before, btrfs lists nothing that has come since.
+    """
+    fd = os.open(".", _DIRECTORY, dir_fd=directory)
+    try:
+        with os.scandir(fd) as entries:
+            yield entries
+    finally:
+        os.close(fd)
 
 
 def tree_bytes(path: Path, check: Check = unchecked) -> int:

@@ -253,7 +253,7 @@ Snapshot: TypeAlias = dict[bytes, Entry]
 RECENT = -1
 """Stands for a time of modification that is no earlier than asked for."""
 
-_KINDS = {
+KINDS = {
     stat.S_IFREG: "file",
     stat.S_IFDIR: "directory",
     stat.S_IFLNK: "symlink",
@@ -304,7 +304,7 @@ def _entry(path: bytes, status: os.stat_result, recent_ns: int | None) -> Entry:
     recent = recent_ns is not None and status.st_mtime_ns >= recent_ns
     names = _xattr_names(path)
     return Entry(
-        kind=_KINDS[stat.S_IFMT(status.st_mode)],
+        kind=KINDS[stat.S_IFMT(status.st_mode)],
         mode=stat.S_IMODE(status.st_mode),
         uid=status.st_uid,
         gid=status.st_gid,
@@ -340,11 +340,22 @@ def digest(path: bytes | str) -> str:
             except OSError:  # ENXIO: from here to the end it is all hole
                 break
             position -= position % _BLOCK
-            block = os.pread(file.fileno(), _BLOCK, position)
-            if block.strip(b"\0"):
-                summary.update(struct.pack("<QQ", position, len(block)) + block)
+            _update(summary, position, os.pread(file.fileno(), _BLOCK, position))
             position += _BLOCK
     return summary.hexdigest()
+
+
+def digest_of(content: bytes) -> str:
+    """Return the `digest` of a file with that content."""
+    summary = hashlib.blake2b(digest_size=8)
+    for position in range(0, len(content), _BLOCK):
+        _update(summary, position, content[position : position + _BLOCK])
+    return summary.hexdigest()
+
+
+def _update(summary: hashlib.blake2b, position: int, block: bytes) -> None:
+    if block.strip(b"\0"):
+        summary.update(struct.pack("<QQ", position, len(block)) + block)
 
 
 def diff(expected: Snapshot, found: Snapshot) -> str:

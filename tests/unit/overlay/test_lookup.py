@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 
 import pytest
 
@@ -92,6 +93,22 @@ def test_metadata_only_copies_take_data_from_below(bench: Bench) -> None:
     overlay.release_file(node)
     assert upper.read_bytes() == b"Contents"
     assert os.listxattr(upper) == []
+
+
+def test_a_completed_copy_keeps_its_capabilities_and_times(bench: Bench) -> None:
+    (bench.layer("low") / "file").write_text("contents")
+    upper = bench.layer("upper") / "file"
+    upper.write_text("")
+    os.truncate(upper, 8)
+    capability = struct.pack("<5I", 0x02000001, 1 << 13, 0, 0, 0)  # cap_net_raw
+    os.setxattr(upper, "security.capability", capability)
+    os.utime(upper, ns=(1, 2))
+    mark(upper, "metacopy", b"")
+    overlay = bench.overlay("low")
+    overlay.chmod(find(overlay, "file"), 0o755)
+    assert upper.read_bytes() == b"contents"
+    assert os.getxattr(upper, "security.capability") == capability
+    assert upper.stat().st_mtime_ns == 2
 
 
 def test_contents_from_data_only_lowers(bench: Bench) -> None:

@@ -13,6 +13,8 @@ import pytest
 from sessiond.session.mounts import SystemMounts
 from sessiond.session.tree import copy_root, copy_trees, remove_tree, tree_bytes, unchecked
 from tests.support import trees
+from tests.support.disks import make_image
+from tests.support.recording_disk import mounted_image
 from tests.support.trees import Device, Dir, Fifo, File, Link, Socket, Symlink, Whiteout
 
 DEEP = 1500
@@ -274,3 +276,12 @@ def test_copy_root_leaves_out_what_overlayfs_notes(real: Path) -> None:
     found = target.stat()
     assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (3, 4, 0o2750)
     assert found.st_mtime_ns == 2_000_000_002
+
+
+def test_trees_are_deleted_on_btrfs(real: Path) -> None:
+    """There, a descriptor lists nothing that has come since it was opened or rewound."""
+    with mounted_image(make_image("btrfs", str(real)), str(real)):
+        (real / "tree/layers/1/fs").mkdir(parents=True)
+        (real / "tree/layers/1/work").mkdir()
+        remove_tree(real / "tree")
+        assert os.listdir(real) == []
