@@ -80,7 +80,6 @@ FORBIDDEN = {
     "pidfd_getfd": Forbidden(438, 438),
     "pidfd_send_signal": Forbidden(424, 424),
     "kcmp": Forbidden(312, 272),
-    "kill": Forbidden(62, 129),
     "tkill": Forbidden(200, 130),
     "rt_sigqueueinfo": Forbidden(129, 138),
     "rt_tgsigqueueinfo": Forbidden(297, 240),
@@ -128,6 +127,7 @@ FORBIDDEN = {
 
 _CLONE = Forbidden(56, 220)
 _CLONE3 = 435
+_KILL = Forbidden(62, 129)
 _TGKILL = Forbidden(234, 131)
 _NEW_NAMESPACES = 0x7E020000
 """The CLONE_NEW flags of clone(2)."""
@@ -305,9 +305,10 @@ def _filter(architecture: str) -> Iterator[bytes]:
     yield instruction(_RETURN, _ERRNO | _ENOSYS)
     yield instruction(_JUMP_EQUAL, number(_CLONE), 0, 3)
     yield instruction(_LOAD, _FIRST_ARGUMENT)
-    yield instruction(_JUMP_SET, _NEW_NAMESPACES, 0, 5)
+    yield instruction(_JUMP_SET, _NEW_NAMESPACES, 0, 6)
     yield refuse
     # Signals are for this process alone, as abort(3) sends them.
+    yield instruction(_JUMP_EQUAL, number(_KILL), 1)
     yield instruction(_JUMP_EQUAL, number(_TGKILL), 0, 3)
     yield instruction(_LOAD, _FIRST_ARGUMENT)
     yield instruction(_JUMP_EQUAL, os.getpid(), 1)
