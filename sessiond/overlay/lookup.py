@@ -264,11 +264,17 @@ def _checked_redirect(target: bytes | None) -> bytes | None:
     """Return the value of ``overlay.redirect``, None if it is empty. Raises OSError: EIO."""
     if not target:
         return None
-    absolute = target.startswith(b"/")
-    components = target[1:].split(b"/") if absolute else [target]
-    if any(one in {b"", b".", b".."} or b"/" in one for one in components):
+    if not is_redirect(target):
         raise OSError(errno.EIO, "malformed redirect", target)
     return target
+
+
+def is_redirect(value: bytes) -> bool:
+    """Say whether `value` is what ``overlay.redirect`` may be: a name, or an absolute path."""
+    components = value[1:].split(b"/") if value.startswith(b"/") else [value]
+    return all(one not in {b"", b".", b".."} and b"/" not in one for one in components) and (
+        b"\0" not in value
+    )
 
 
 def _upper_file(stack: Stack, at: At, stat: os.stat_result, *, copied: bool) -> Entry:

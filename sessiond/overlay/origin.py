@@ -32,10 +32,10 @@ def encode(layer: Layer, at: At) -> bytes | None:
 
 def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:
     """Return the stat(2) of the lower inode that `value` names; None if it is none, or gone."""
-    if len(value) <= _HEADER.size:
+    if not is_well_formed(value):
         return None
-    version, magic, size, flags, kind, uuid = _HEADER.unpack_from(value)
-    if version != _VERSION or magic != _MAGIC or size != len(value):
+    version, _, _, flags, kind, uuid = _HEADER.unpack_from(value)
+    if version != _VERSION:
         return None
     if flags & 1 != _CPU_ENDIAN and not flags & _ANY_ENDIAN:
         return None
@@ -48,6 +48,13 @@ def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:
         if (found := layer.stat_handle(handle)) is not None:
             return found
     return None
+
+
+def is_well_formed(value: bytes) -> bool:
+    """Say whether `value` is a file handle in the kernel's form, of whatever version and machine
+    (ovl_check_fh_len).
+    """
+    return len(value) > _HEADER.size and value[1] == _MAGIC and value[2] == len(value)
 
 
 def index_name(value: bytes) -> bytes:
