@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sessiond import __version__
 from sessiond.cli.exit_codes import ExitCode
+from sessiond.config import DEFAULT_FILE
 
 _EXIT_CODES = "exit codes:\n" + "\n".join(
     f"  {code.value:2}  {code.name.lower().replace('_', ' ')}" for code in ExitCode
@@ -26,6 +28,15 @@ class Arguments(argparse.Namespace):
     profile: str
     id: str | None
     program: list[str]
+    checked: str | None
+    """The only session to be checked."""
+    repair: bool
+    config: Path
+    state_directory: Path | None
+    upper: Path | None
+    work: Path | None
+    lower: str | None
+    userxattr: bool
 
 
 def parse(arguments: Sequence[str] | None) -> Arguments:
@@ -44,7 +55,22 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
         parser.error("write '--' before the command: sessionctl run SESSION -- COMMAND")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if parsed.command == "check" and (wrong := _wrong_with_check(parsed)):
+        parser.error(wrong)
     return parsed
+
+
+def _wrong_with_check(parsed: Arguments) -> str | None:
+    """Say what does not go together."""
+    layers = (parsed.upper, parsed.work, parsed.lower)
+    if any(one is not None for one in layers):
+        if None in layers:
+            return "--upper, --work and --lower go together"
+        if parsed.checked is not None or parsed.state_directory is not None:
+            return "with --upper, no session can be given and no state directory"
+    elif parsed.userxattr:
+        return "--userxattr goes with --upper"
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,5 +117,41 @@ def _parser() -> argparse.ArgumentParser:
     run = command("run", "Run a command in a session's root, as its user", one)
     run.usage = "sessionctl run [-h] SESSION -- COMMAND [ARGUMENT ...]"
     command("shell", "Start the user's shell in a session's root", one)
+    _add_check(command("check", "Look for damage in sessions that are not in use", telling))
     command("monitor", "Print what happens to sessions, until interrupted", telling)
     return parser
+
+
+def _add_check(check: argparse.ArgumentParser) -> None:
+    check.usage = (
+        "sessionctl check [--repair] [--json] [--config FILE | --state-directory DIRECTORY] "
+        "[SESSION]\n       sessionctl check [--repair] [--json] [--userxattr] "
+        "--upper DIRECTORY --work DIRECTORY --lower DIRECTORY[:DIRECTORY...]"
+    )
+    check.add_argument("checked", metavar="SESSION", nargs="?", help="check only this one")
+    check.add_argument("--repair", action="store_true", help="mend what can be without risk")
+    where = check.add_mutually_exclusive_group()
+    where.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        default=DEFAULT_FILE,
+        help="the daemon's configuration, which says where sessions are (default: %(default)s)",
+    )
+    where.add_argument(
+        "--state-directory",
+        type=Path,
+        metavar="DIRECTORY",
+        help="check the persistent sessions in it, of another machine's disk for example",
+    )
+    layers = check.add_argument_group("an upper of any overlay instead of sessions")
+    layers.add_argument("--upper", type=Path, metavar="DIRECTORY", help="the upper")
+    layers.add_argument("--work", type=Path, metavar="DIRECTORY", help="its workdir")
+    layers.add_argument(
+        "--lower",
+        metavar="DIRECTORY[:DIRECTORY...]",
+        help="the lowers, as in overlayfs's option lowerdir=",
+    )
+    layers.add_argument(
+        "--userxattr", action="store_true", help="it was written with the mount option userxattr"
+    )

@@ -1,4 +1,7 @@
-"""The exit codes of sessionctl: one table, complete by test, documented in docs/sessionctl.md."""
+"""The exit codes of sessionctl: one table, complete by test, documented in docs/sessionctl.md.
+
+Codes of failures come from `EXIT_CODES`; DAMAGED and REPAIRED are what a check comes to.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ class ExitCode(IntEnum):
     NOT_SUPPORTED = 10
     CANCELLED = 11
     INTERRUPTED = 12
+    DAMAGED = 13
+    REPAIRED = 14
 
 
 EXIT_CODES: dict[type[SessiondError], ExitCode] = {

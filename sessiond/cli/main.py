@@ -14,6 +14,7 @@ import trio
 from sessiond.bus import client
 from sessiond.bus.client import SessionInfo
 from sessiond.cli.arguments import Arguments, parse
+from sessiond.cli.check import check
 from sessiond.cli.commands import COMMANDS
 from sessiond.cli.enter import COMMAND_NOT_EXECUTABLE, COMMAND_NOT_FOUND, Account, enter
 from sessiond.cli.exit_codes import ExitCode, exit_code
@@ -28,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if asked.command in ("run", "shell"):
             return _run_inside(asked)
+        if asked.command == "check":
+            return check(asked)
         trio.run(_command, asked)
         sys.stdout.flush()
     except SessiondError as error:

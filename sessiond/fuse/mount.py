@@ -21,6 +21,8 @@ import trio
 
 from sessiond import __version__
 from sessiond.fuse import data_path, device, sandbox, worker
+from sessiond.overlay.kernel_mounts import refuse_mounted
+from sessiond.overlay.lowerdir import parse_lowers, split, unescape
 from sessiond.overlay.stack import Stack, StackOptions
 from sessiond.session.model import DataPath
 
@@ -72,7 +74,7 @@ def parse_options(text: str) -> Options:
     Raises `UsageError`.
     """
     options = Options()
-    for option in _split(text, ","):
+    for option in split(text, ","):
         name, has_value, value = option.partition("=")
         if has_value and name in {"lowerdir", "upperdir", "workdir"}:
             _set_directory(options, name, value)
@@ -112,7 +114,7 @@ def _set_directory(options: Options, name: str, value: str) -> None:
     if name == "lowerdir":
         _set_lowers(options, value)
         return
-    directory = os.fsencode(_unescape(value))
+    directory = os.fsencode(unescape(value))
     if not directory:
         raise UsageError(f"option {name}= names no directory")
     if name == "upperdir":
@@ -122,38 +124,10 @@ def _set_directory(options: Options, name: str, value: str) -> None:
 
 
 def _set_lowers(options: Options, value: str) -> None:
-    """Take ``A:B::C::D``: lowers A and B, data-only lowers C and D."""
-    lowers, *data = _split_twice(value)
-    if not all(lowers) or not all(len(part) == 1 and part[0] for part in data):
-        raise UsageError(
-            "option lowerdir= takes directories with ':' between them, and after '::' one "
-            "data-only directory"
-        )
-    options.lowers = lowers
-    options.data = [part[0] for part in data]
-
-
-def _split_twice(value: str) -> list[list[bytes]]:
-    """Split at ``::``, and the parts at ``:``."""
-    parts: list[list[bytes]] = [[]]
-    for directory in _split(value, ":"):
-        if directory or len(parts[-1]) == 0:
-            parts[-1].append(os.fsencode(_unescape(directory)))
-        else:
-            parts.append([])
-    return parts
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split at separators without a backslash before them; backslashes stay."""
-    parts = re.findall(rf"(?:\\.|[^\\{separator}])*(?:{separator}|$)", text, re.DOTALL)
-    if not text.endswith(separator):
-        parts.pop()  # the empty match at the end
-    return [part.removesuffix(separator) for part in parts if part or text.endswith(separator)]
-
-
-def _unescape(text: str) -> str:
-    return re.sub(r"\\(.)", r"\1", text, flags=re.DOTALL)
+    try:
+        options.lowers, options.data = parse_lowers(value)
+    except ValueError as error:
+        raise UsageError(f"option lowerdir= {error}") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,7 +169,8 @@ def _complain(message: str, status: int) -> int:
 
 def _mount(source: str, mount_point: Path, options: Options, *, foreground: bool) -> int:
     _check_mount_point(mount_point)
-    _check_not_mounted_by_kernel(options)
+    if options.upper is not None:
+        refuse_mounted(options.upper)
     try:
         path = data_path.choose(DataPath.PASSTHROUGH)
     except ValueError as error:
@@ -256,23 +231,6 @@ def _check_mount_point(mount_point: Path) -> None:
         raise OSError(
             errno.EACCES, "the mount point cannot be reached", str(mount_point)
         ) from error
-
-
-def _check_not_mounted_by_kernel(options: Options) -> None:
-    """Refuse an upper that the kernel's overlayfs has mounted: two writers would damage it."""
-    if options.upper is None:
-        return
-    upper = os.path.realpath(options.upper)
-    with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            _, _, super_fields = line.partition(b" - ")
-            kind, _, super_options = super_fields.rstrip(b"\n").split(b" ", 2)
-            if kind != b"overlay":
-                continue
-            for option in super_options.split(b","):
-                name, _, value = option.partition(b"=")
-                if name == b"upperdir" and os.path.realpath(value) == upper:
-                    raise OSError(errno.EBUSY, "in use by a mount of the kernel's overlayfs", upper)
 
 
 def _connect(source: str, mount_point: Path, options: Options) -> str:

@@ -27,7 +27,7 @@ from sessiond.overlay.copy_up import (
     mark_impure,
     must_index,
 )
-from sessiond.overlay.lookup import Presence, covered, names
+from sessiond.overlay.lookup import Presence, covered, join, names
 from sessiond.overlay.nodes import EXCHANGE_FACT, Node, pack_identity
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
@@ -386,11 +386,10 @@ def _prepare_move(stack: Stack, node: Node, new: Place) -> None:
     mark_impure(stack, new.parent)
     if not node.is_directory:
         return
-    at = locate(stack, node)
     if node.lowers:
-        syscalls.setxattr(at, stack.xattrs.redirect, _redirect(stack, node, new.parent))
+        _set_redirect(stack, node, new.parent)
     elif _hides_lower(stack, new):
-        syscalls.setxattr(at, stack.xattrs.opaque, b"y")
+        syscalls.setxattr(locate(stack, node), stack.xattrs.opaque, b"y")
 
 
 def _hides_lower(stack: Stack, place: Place) -> bool:
@@ -402,19 +401,40 @@ def _hides_lower(stack: Stack, place: Place) -> bool:
     )
 
 
-def _redirect(stack: Stack, node: Node, parent: Node) -> bytes:
-    """Return the redirect that leads from a name in `parent` to the node's topmost lower
-    (ovl_get_redirect).
+def _set_redirect(stack: Stack, node: Node, parent: Node) -> None:
+    """Have a directory merge with the same lowers under a name in `parent` (ovl_set_redirect).
+
+    It does so under its present name as well, in case that a crash keeps it from being moved.
     """
     if stack.options.user_xattrs:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-    top = node.lowers[0]
-    directory, _, name = top.path.rpartition(b"/")
-    sibling = any(lower.layer is top.layer and lower.path == directory for lower in parent.lowers)
-    value = name if sibling else b"/" + top.path
+    at = locate(stack, node)
+    present = syscalls.getxattr(at, stack.xattrs.redirect) or b""
+    if present.startswith(b"/") or (present and parent is node.parent):
+        return
+    value = _own_name(node) if parent is node.parent else _path_below(stack, node)
     if len(value) > _REDIRECT_LIMIT:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-    return value
+    syscalls.setxattr(at, stack.xattrs.redirect, value)
+
+
+def _path_below(stack: Stack, node: Node) -> bytes:
+    """Return the absolute path at which the layers below the upper show a directory that is in the
+    upper (ovl_get_redirect).
+
+    Not its path in one of these layers: another one above that may have renamed what is on the way.
+    """
+    path = b""
+    while not node.is_root and not path.startswith(b"/"):
+        name = syscalls.getxattr(locate(stack, node), stack.xattrs.redirect) or _own_name(node)
+        path = join(name, path) if path else name
+        node = node.parent
+    return path if path.startswith(b"/") else b"/" + path
+
+
+def _own_name(directory: Node) -> bytes:
+    ((_, name),) = directory.links
+    return name
 
 
 def _announce(node: Node, new: Place) -> None:

@@ -141,6 +141,10 @@ class _Search:
         self.name = name
         self.absolute: bytes | None = None
         """Path from the root of the layers below, after an absolute redirect."""
+        self.stopped = False
+        """A directory on the way of the redirect is opaque: only an absolute redirect of what is
+        below it leads further down.
+        """
         self.lowers: list[Lower] = []
         self.stats: list[os.stat_result] = []
         self.is_directory = False
@@ -179,22 +183,37 @@ class _Search:
                 return
 
     def _visit_path(self, layer: Layer, path: bytes) -> None:
-        """Visit the end of a redirect, minding whiteouts and opaque directories on the way."""
+        """Visit the end of a redirect, minding whiteouts, opaque directories and other redirects on
+        the way (ovl_lookup_layer).
+        """
         walked, marked = b"", layer.may_hold_marks
+        below = b""  # where the layers below have what is at `walked` in this one
+        self.stopped = False
         *parents, name = path.split(b"/")
-        for component in parents:
+        for depth, component in enumerate(parents, 1):
             at = At(layer.directory(walked), component)
             stat = syscalls.stat_or_none(at)
-            if stat is None:
+            if stat is None or not modes.S_ISDIR(stat.st_mode):
+                self.done |= self.stopped or stat is not None
                 return
-            if not modes.S_ISDIR(stat.st_mode):
-                self.done = True
-                return
-            opaque = syscalls.getxattr(at, self.stack.xattrs.opaque)
+            own = self.stack.xattrs.own(at)
+            opaque = syscalls.getxattr(at, self.stack.xattrs.opaque) if own else None
+            redirect = None
+            if opaque != b"y" and self.stack.xattrs.redirect in own:
+                redirect = _checked_redirect(syscalls.getxattr(at, self.stack.xattrs.redirect))
+            self.stopped |= opaque == b"y"
             marked = opaque == b"x"
-            self.done |= opaque == b"y"
             walked = join(walked, component)
+            if redirect is None:
+                below = join(below, component)
+                continue
+            if redirect.startswith(b"/"):
+                below, self.stopped = redirect[1:], False
+            else:
+                below = join(below.rpartition(b"/")[0], redirect)
+            self.absolute = b"/".join((below, *parents[depth:], name))
         self._visit(layer, At(layer.directory(walked), name), path, marked=marked)
+        self.done |= self.stopped
 
     def _visit(self, layer: Layer, at: At, path: bytes, *, marked: bool) -> None:
         stat = syscalls.stat_or_none(at)
@@ -232,18 +251,30 @@ class _Search:
 
     def _redirect(self, target: bytes | None) -> None:
         """Follow ``overlay.redirect``: a path from the root, or another last component."""
-        if not target:
+        target = _checked_redirect(target)
+        if target is None:
             return
         if target.startswith(b"/"):
-            if all(map(_is_name, target[1:].split(b"/"))):
-                self.absolute = target[1:]
-                return
-        elif _is_name(target):
-            self.name = target
-            if self.absolute is not None:
-                self.absolute = join(self.absolute.rpartition(b"/")[0], target)
+            self.absolute, self.stopped = target[1:], False
             return
+        self.name = target
+        if self.absolute is not None:
+            self.absolute = join(self.absolute.rpartition(b"/")[0], target)
+
+
+def _checked_redirect(target: bytes | None) -> bytes | None:
+    """Return the value of ``overlay.redirect``, None if it is empty. Raises OSError: EIO."""
+    if not target:
+        return None
+    if not is_redirect(target):
         raise OSError(errno.EIO, "malformed redirect", target)
+    return target
+
+
+def is_redirect(value: bytes) -> bool:
+    """Say whether `value` is what ``overlay.redirect`` may be: a name, or an absolute path."""
+    components = value[1:].split(b"/") if value.startswith(b"/") else [value]
+    return all(map(_is_name, components))
 
 
 def _is_name(component: bytes) -> bool:

@@ -34,14 +34,19 @@ def encode(layer: Layer, at: At) -> bytes | None:
     return _HEADER.pack(_VERSION, _MAGIC, size, _CPU_ENDIAN, handle.kind, layer.uuid) + handle.data
 
 
+def is_well_formed(value: bytes) -> bool:
+    """Say whether `value` is a file handle in the kernel's form, of whatever version and machine
+    (ovl_check_fh_len).
+    """
+    return len(value) > _HEADER.size and value[1] == _MAGIC and value[2] == len(value)
+
+
 def is_handle(value: bytes) -> bool:
     """Say whether an attribute's value is one that `encode` may have returned on this machine."""
-    if not _HEADER.size < len(value) <= _LIMIT:
+    if not is_well_formed(value) or len(value) > _LIMIT:
         return False
-    version, magic, size, flags, _, _ = _HEADER.unpack_from(value)
-    if version != _VERSION or magic != _MAGIC or size != len(value):
-        return False
-    return flags & 1 == _CPU_ENDIAN or bool(flags & _ANY_ENDIAN)
+    version, _, _, flags, _, _ = _HEADER.unpack_from(value)
+    return version == _VERSION and (flags & 1 == _CPU_ENDIAN or bool(flags & _ANY_ENDIAN))
 
 
 def decode(value: bytes, lowers: tuple[Layer, ...]) -> os.stat_result | None:

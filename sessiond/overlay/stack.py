@@ -86,10 +86,10 @@ class Stack:
             if upper is None or work is None:
                 stack = cls(below, None, None, options, data=data_only, indexes=kept)
             else:
-                upper_layer = _open_layer(upper, "upper directory", undo, writable=True)
-                work_layer = _open_layer(work, "workdir", undo, writable=True)
-                _check_pair(upper_layer, upper, work_layer, work)
-                locks = (_lock(upper_layer, upper, undo), _lock(work_layer, work, undo))
+                upper_layer = open_layer(upper, "upper directory", undo, writable=True)
+                work_layer = open_layer(work, "workdir", undo, writable=True)
+                check_pair(upper_layer, upper, work_layer, work)
+                locks = (lock_layer(upper_layer, upper, undo), lock_layer(work_layer, work, undo))
                 workdir = _open_workdir(work_layer, work)
                 _check_renames(workdir, upper)
                 stack = cls(
@@ -148,10 +148,11 @@ class Stack:
 
 
 def _open_lower(path: bytes, undo: ExitStack) -> Layer:
-    return _open_layer(path, "lower directory", undo, writable=False)
+    return open_layer(path, "lower directory", undo, writable=False)
 
 
-def _open_layer(path: bytes, what: str, undo: ExitStack, *, writable: bool) -> Layer:
+def open_layer(path: bytes, what: str, undo: ExitStack, *, writable: bool) -> Layer:
+    """Open a directory, which `undo` closes. Raises OSError as `Stack.open` does."""
     try:
         layer = Layer.open(path, writable=writable)
     except OSError as error:
@@ -171,7 +172,8 @@ def _open_workdir(layer: Layer, path: bytes) -> Workdir:
         raise OSError(error.errno, error.strerror, path) from error
 
 
-def _check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) -> None:
+def check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) -> None:
+    """Raise OSError unless the two can be upper and workdir of one overlay."""
     if upper.device != work.device:
         raise OSError(
             errno.EXDEV,
@@ -189,7 +191,8 @@ def _check_pair(upper: Layer, upper_path: bytes, work: Layer, work_path: bytes) 
         )
 
 
-def _lock(layer: Layer, path: bytes, undo: ExitStack) -> int:
+def lock_layer(layer: Layer, path: bytes, undo: ExitStack) -> int:
+    """Keep other mounts from a layer until `undo` ends. Raises OSError: EBUSY."""
     try:
         lock = syscalls.lock(layer.root)
     except BlockingIOError as error:

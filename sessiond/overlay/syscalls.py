@@ -15,7 +15,7 @@ import fcntl
 import os
 import stat as modes
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -232,6 +232,12 @@ def scan(directory: int) -> list[tuple[bytes, bool]]:
             )
             for entry in entries
         ]
+
+
+def scan_lazily(directory: int) -> Iterator[os.DirEntry[bytes]]:
+    """List a directory entry by entry, however many there are."""
+    with os.scandir(_path(At(directory, b""))) as entries:
+        yield from entries
 
 
 def readlink(at: At) -> bytes:

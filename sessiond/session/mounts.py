@@ -24,6 +24,7 @@ _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
 _SYS_MOUNT_SETATTR = 442
 
+_CLONE_NEWNS = 0x20000
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 1
@@ -31,6 +32,8 @@ _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MOUNT_ATTR_RDONLY = 0x1
 _MS_NOSUID = 0x2
 _MS_NODEV = 0x4
+_MS_REC = 0x4000
+_MS_SLAVE = 1 << 19
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 0x2
 _UMOUNT_NOFOLLOW = 0x8
@@ -196,6 +199,16 @@ def run(command: list[str]) -> None:
         said = [line for line in said if not line.startswith("dmesg(1) may have")]
         reason = said[-1] if said else f"{command[0]} ended with status {result.returncode}"
         raise OSError(errno.EIO, reason.removesuffix("."))
+
+
+def mount_for_oneself() -> None:
+    """Have what this process mounts from now on seen by it alone, and gone with it.
+
+    Raises `OSError`.
+    """
+    _check(_libc.unshare(_CLONE_NEWNS), Path("/"))
+    flags = ctypes.c_ulong(_MS_REC | _MS_SLAVE)  # what others unmount is unmounted here as well
+    _check(_libc.mount(None, b"/", None, flags, None), Path("/"))
 
 
 class _MountEntry(NamedTuple):

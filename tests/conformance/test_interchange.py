@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from tests.support import libc, trees
+from tests.support.checker import assert_clean
 from tests.support.kernel_overlay import KernelOverlay
 from tests.support.mounts import FileSystem, Layers
 from tests.support.posix import append, write
@@ -103,6 +104,7 @@ def test_written_by_one_read_by_the_other(
             workload(root)
             exact = trees.snapshot(root)
             trees.assert_same(expected, trees.snapshot(root, recent_ns=begun), writer.name)
+        assert_clean(*checked(layers))
     with reader.mounted(layers, root):
         trees.assert_same(exact, trees.snapshot(root), f"{reader.name} shows another tree")
 
@@ -135,6 +137,7 @@ def test_metacopy_written_by_the_kernel(disk: str, fast: str) -> None:
         os.chown(f"{root}/other", 3, 3)
         os.rename(f"{root}/other", f"{root}/renamed")
         expected = trees.snapshot(root)
+    assert_clean(*checked(layers))
     with SESSIOND.mounted(layers, root):
         trees.assert_same(expected, trees.snapshot(root), "metacopy is not followed")
         os.chmod(f"{root}/file", 0o640)
@@ -142,5 +145,26 @@ def test_metacopy_written_by_the_kernel(disk: str, fast: str) -> None:
         expected = trees.snapshot(root)
         assert expected[b"renamed"].size == len("more data, and yet more")
         assert expected[b"file"].size == len("the data")
+    assert_clean(*checked(layers))
     with KERNEL.mounted(layers, root, "metacopy=on", "redirect_dir=on", "index=on"):
         trees.assert_same(expected, trees.snapshot(root), "the kernel shows another tree")
+
+
+def checked(layers: Layers) -> tuple[str, str, Sequence[str]]:
+    """Return layers as the checker takes them."""
+    assert layers.upper is not None
+    assert layers.work is not None
+    return layers.upper, layers.work, layers.lowers
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_kernel_with_all_its_features_leaves_nothing_to_complain_of(
+    workload: Callable[[str], None], disk: str, fast: str
+) -> None:
+    layers = make_layers((LOWER, LOWEST), {}, disk, disk)
+    root = f"{fast}/root"
+    os.mkdir(root)
+    features = ("metacopy=on", "redirect_dir=on", "index=on", "nfs_export=off", "xino=on")
+    with KERNEL.mounted(layers, root, *features):
+        workload(root)
+    assert_clean(*checked(layers))

@@ -2,7 +2,8 @@
 
 After each operation its outcome (value or errno) and the whole tree have to be the same on all
 three; in the end also after a remount, and with the upper that `sessiond-overlay` wrote under the
-kernel's overlayfs. SESSIOND_EXAMPLES sets how many sequences are tried, other ones each time then.
+kernel's overlayfs; the checker finds nothing in the uppers. SESSIOND_EXAMPLES sets how many
+sequences are tried, other ones each time then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from tests.support import libc, trees
+from tests.support.checker import assert_clean
 from tests.support.kernel_overlay import KernelOverlay
 from tests.support.mounts import FileSystem, Layers
 from tests.support.sessiond_overlay import SessiondOverlay
@@ -456,6 +458,9 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
                 contest.play(operation)
             exact = [trees.snapshot(tree.root) for tree in overlays]
         for system, layers, tree, shown in zip(systems, uppers, overlays, exact, strict=True):
+            assert layers.upper is not None
+            assert layers.work is not None
+            assert_clean(layers.upper, layers.work, layers.lowers)
             with system.mounted(layers, tree.root):
                 trees.assert_same(shown, trees.snapshot(tree.root), f"{tree.name}, remounted")
             assert_kernel_shows(shown, layers, tree.root)

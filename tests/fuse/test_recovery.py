@@ -439,8 +439,7 @@ async def test_death_at_each_step_of_a_change(
     died, step = True, 0
     while died:
         step += 1
-        view = mortal.mounted(mortal.stack(), reachable=(directory, order.parent))
-        async with view as mount, attended(mount):
+        async with mortal.mounted(mortal.stack()) as mount, attended(mount):
             prepare(mortal.root)
             order.give(when, step)
             await program(lambda: CHANGES[change](mortal.root))

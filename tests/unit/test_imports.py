@@ -15,6 +15,8 @@ ROOT = Path(sessiond.__file__).parent
 
 VERSION = {"sessiond", "sessiond.__version__"}
 CONTRACTS = {"sessiond.session.model", "sessiond.session.mounter"}
+CHECKER = {"sessiond.session.check", "sessiond.session.check_store"}
+"""What of the session layer works without a daemon, for `sessionctl check`."""
 
 ALLOWED: dict[str, set[str]] = {
     "sessiond.errors": set(),
@@ -32,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sessiond.session": {"sessiond.overlay", "sessiond.config", "sessiond.errors"},
     "sessiond.bus": {"sessiond.session", "sessiond.errors"},
-    "sessiond.cli": {"sessiond.bus.client", "sessiond.errors"},
+    "sessiond.cli": {"sessiond.bus.client", "sessiond.config", "sessiond.errors", *CHECKER},
     "sessiond.daemon": {"sessiond"},
 }
 """What each part may import of this project, apart from itself and the version."""

@@ -8,6 +8,8 @@ from sessiond.cli.arguments import parse
 from sessiond.cli.commands import COMMANDS
 from sessiond.cli.exit_codes import ExitCode
 
+UPPER = ["--upper", "u", "--work", "w", "--lower", "l"]
+
 
 @pytest.mark.parametrize(
     "program", [["ls", "-la"], ["sh", "-c", "ls --json"], ["git", "log", "--", "file"], ["--json"]]
@@ -25,6 +27,11 @@ def test_the_program_to_run_is_taken_as_it_is(program: list[str]) -> None:
         (["snapshot", "live"], "SNAPSHOT"),
         (["reset", "live", "twice"], "unrecognized arguments: twice"),
         (["reset", "live", "--", "twice"], "unrecognized arguments: twice"),
+        (["check", "--upper", "u", "--work", "w"], "--upper, --work and --lower go together"),
+        (["check", "live", *UPPER], "no session can be given"),
+        (["check", "--state-directory", "s", *UPPER], "no state directory"),
+        (["check", "--userxattr"], "--userxattr goes with --upper"),
+        (["check", "--config", "c", "--state-directory", "s"], "not allowed with"),
         (["run", "live"], "sessionctl run SESSION -- COMMAND"),
         (["run", "live", "--"], "sessionctl run SESSION -- COMMAND"),
         (["run", "live", "ls", "-l"], "sessionctl run SESSION -- COMMAND"),
@@ -44,7 +51,7 @@ def test_every_command_is_listed_in_the_help(capsys: pytest.CaptureFixture[str])
         parse(["--help"])
     assert ended.value.code == ExitCode.OK
     printed = capsys.readouterr().out
-    for command in (*COMMANDS, "run", "shell"):
+    for command in (*COMMANDS, "run", "shell", "check"):
         assert f"\n    {command}" in printed
     for code in ExitCode:
         assert f"\n  {code.value:2}  " in printed

@@ -63,6 +63,42 @@ def test_redirect_stops_at_an_opaque_directory_on_its_way(bench: Bench) -> None:
     assert names(bench.overlay("middle", "low"), "d") == []
 
 
+@pytest.mark.parametrize("redirect", [b"/z", b"z"])
+def test_redirect_through_a_redirected_directory(bench: Bench, redirect: bytes) -> None:
+    """`a` was renamed before a snapshot, `a/x` afterwards."""
+    low, middle, upper = bench.layer("low"), bench.layer("middle"), bench.layer("upper")
+    (low / "z/x").mkdir(parents=True)
+    (low / "z/x/deep").write_text("low")
+    (middle / "a/x").mkdir(parents=True)
+    mark(middle / "a", "redirect", redirect)
+    (upper / "y").mkdir()
+    mark(upper / "y", "redirect", b"/a/x")
+    assert contents(bench.overlay("middle", "low"), "y/deep") == b"low"
+
+
+def test_redirect_leads_on_where_a_layer_has_only_the_way(bench: Bench) -> None:
+    low, middle, upper = bench.layer("low"), bench.layer("middle"), bench.layer("upper")
+    (low / "z/x").mkdir(parents=True)
+    (low / "z/x/deep").write_text("low")
+    (middle / "a").mkdir()
+    mark(middle / "a", "redirect", b"/z")
+    (upper / "y").mkdir()
+    mark(upper / "y", "redirect", b"/a/x")
+    assert contents(bench.overlay("middle", "low"), "y/deep") == b"low"
+
+
+def test_absolute_redirect_leads_out_of_an_opaque_directory(bench: Bench) -> None:
+    low, middle, upper = bench.layer("low"), bench.layer("middle"), bench.layer("upper")
+    (low / "z").mkdir()
+    (low / "z/deep").write_text("low")
+    (middle / "new/x").mkdir(parents=True)
+    mark(middle / "new", "opaque", b"y")
+    mark(middle / "new/x", "redirect", b"/z")
+    (upper / "y").mkdir()
+    mark(upper / "y", "redirect", b"/new/x")
+    assert contents(bench.overlay("middle", "low"), "y/deep") == b"low"
+
+
 def test_whiteouts_that_are_files(bench: Bench) -> None:
     low, upper = bench.layer("low"), bench.layer("upper")
     (low / "gone").write_text("")

@@ -265,6 +265,39 @@ def test_a_directory_becomes_empty_before_it_is_replaced(bench: Bench) -> None:
     assert names(bench.overlay("low"), "target") == ["inside"]
 
 
+def test_a_directory_moved_out_of_one_that_a_snapshot_has_renamed(bench: Bench) -> None:
+    (bench.layer("low") / "a/b").mkdir(parents=True)
+    (bench.layer("low") / "a/b/file").write_text("low")
+    overlay = bench.overlay("low", upper="first")
+    overlay.rename((overlay.root, b"a"), (overlay.root, b"c"))
+    bench.close()
+    overlay = bench.overlay("first", "low")
+    overlay.rename((find(overlay, "c"), b"b"), (overlay.root, b"d"))
+    assert contents(overlay, "d/file") == b"low"
+    bench.close()
+    assert contents(bench.overlay("first", "low"), "d/file") == b"low"
+
+
+def test_what_is_noted_before_a_rename_holds_without_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back to where it was a bare name would do, but not before it is there."""
+    (bench.layer("low") / "a/b").mkdir(parents=True)
+    (bench.layer("low") / "a/b/file").write_text("low")
+    overlay = bench.overlay("low")
+    overlay.rename((find(overlay, "a"), b"b"), (overlay.root, b"c"))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(syscalls, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        overlay.rename((overlay.root, b"c"), (find(overlay, "a"), b"d"))
+    monkeypatch.undo()
+    bench.close()
+    assert contents(bench.overlay("low"), "c/file") == b"low"
+
+
 def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     (bench.layer("low") / "kept").write_text("low")
     (bench.layer("low") / "directory").mkdir()

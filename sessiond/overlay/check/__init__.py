@@ -1,0 +1,1 @@
+"""The offline checker of an upper and its workdir."""
