@@ -24,7 +24,10 @@ class Layer:
     def __init__(self, root: int) -> None:
         """Take over the descriptor `root`."""
         self.root = root
-        self.device = syscalls.stat(At(root, b"")).st_dev
+        stat = syscalls.stat(At(root, b""))
+        self.device = stat.st_dev
+        self.identity = (stat.st_dev, stat.st_ino)
+        """Of the root; known also when this object is closed."""
         self.may_hold_marks = False
         """Whether whiteouts may be files with an attribute (see `whiteout`); set from the layer's
         root.
@@ -50,8 +53,7 @@ class Layer:
 
     def is_same(self, other: Layer) -> bool:
         """Say whether both are the same directory."""
-        ours, theirs = syscalls.stat(At(self.root, b"")), syscalls.stat(At(other.root, b""))
-        return (ours.st_dev, ours.st_ino) == (theirs.st_dev, theirs.st_ino)
+        return self.identity == other.identity
 
     def close(self) -> None:
         self.forget_all()

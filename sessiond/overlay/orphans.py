@@ -91,8 +91,7 @@ def record(stack: Stack, node: Node, at: At, *, gone: bool = False) -> None:
         fact = _HEAD.pack(_KEPT, gone) + _NUMBER.pack(node.number)
     else:
         layer, path, _ = node.lowers[0]
-        root = syscalls.stat(At(layer.root, b""))
-        fact = _HEAD.pack(_LOWER, gone) + _LAYER.pack(root.st_dev, root.st_ino) + path
+        fact = _HEAD.pack(_LOWER, gone) + _LAYER.pack(*layer.identity) + path
     for number in (node.number, *node.former):
         node.fast_path.note(number, ORPHAN_FACT, fact)
 
@@ -135,7 +134,6 @@ def find(stack: Stack, fact: bytes) -> Found | None:
 def _find_lower(stack: Stack, described: bytes) -> tuple[Lower, ...]:
     identity = _LAYER.unpack_from(described)
     for layer in stack.lowers:
-        root = syscalls.stat(At(layer.root, b""))
-        if (root.st_dev, root.st_ino) == identity:
+        if layer.identity == identity:
             return (Lower(layer, described[_LAYER.size :]),)
     raise FileNotFoundError(errno.ENOENT, "the layer is not served any more")

@@ -39,6 +39,18 @@ async def test_reset_shows_the_image_again(playground: Playground) -> None:
         assert not (root / "added").exists()
 
 
+async def test_a_removed_file_of_the_image_outlives_a_reset(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(playground.stack()) as mount:
+        with open(playground.root / "file") as file:
+            (playground.root / "file").unlink()
+            for _ in range(2):
+                await mount.swap(playground.stack())
+                assert os.fstat(file.fileno()).st_nlink == 0
+            assert file.read() == "image"
+        assert (playground.root / "file").read_text() == "image"
+
+
 async def test_what_is_mounted_inside_outlives_a_snapshot(playground: Playground) -> None:
     """As are /proc and /dev in a session that programs are started in."""
     (playground.image / "proc/below").mkdir(parents=True)

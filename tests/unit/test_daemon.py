@@ -135,8 +135,8 @@ def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
             f"sessiond: {place}/sessiond.toml: profile.p.storage: input should be 'tmpfs' or "
             "'persistent'.\n"
             f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: image, "
-            "verity_root_hash, verity_hash_device, storage, size, inodes, mount_point, nosuid, "
-            "nodev, data_path.\n"
+            "verity_root_hash, verity_hash_device, storage, size, inodes, quota, quota_inodes, "
+            "space_warning, space_critical, mount_point, nosuid, nodev, data_path.\n"
         )
 
 
