@@ -351,6 +351,7 @@ class _Controlled:
             try:
                 if not packet:
                     return False
+                self._operations.overlay.settle()  # its answer to the last request has arrived
                 request = control.parse_request(packet)
                 if isinstance(request, control.Stop):
                     return True

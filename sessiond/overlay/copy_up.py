@@ -265,25 +265,30 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
         if not node.linked:
             return 0
         return 1 if len(node.lowers) + node.upper > 1 else stat.st_nlink
+    names = _names(node, stat)
     if node.index is not None:
-        return _union_links(stack, At(stack.workdir.index, node.index), stat)
-    if node.upper or stat.st_nlink == 1:
-        own = node.orphan is not None or not (node.linked or node.upper)
-        return stat.st_nlink - own  # a name that is not the user's
+        return _union_links(stack, At(stack.workdir.index, node.index), names)
+    if node.upper or names == 1:
+        return names - (not node.linked and not node.upper)
     was_upper = node.linked and node.lowers[0].layer is not stack.lowers[-1]
-    count = _union_links(stack, node.lowers[0].at(), stat) if was_upper else stat.st_nlink
+    count = _union_links(stack, node.lowers[0].at(), names) if was_upper else names
     return count - (not node.linked)  # a whiteout hides one name; the lower keeps it
 
 
-def _union_links(stack: Stack, indexed: At, stat: os.stat_result) -> int:
+def _names(node: Node, stat: os.stat_result) -> int:
+    """Return the link count of the node's file without its name among the orphans."""
+    return stat.st_nlink - (node.orphan is not None)
+
+
+def _union_links(stack: Stack, indexed: At, names: int) -> int:
     """Evaluate ``overlay.nlink``, a difference to upper's or lower's link count (ovl_get_nlink)."""
     base, difference = _difference(syscalls.getxattr(indexed, stack.xattrs.nlink) or b"")
     if not base:
-        return stat.st_nlink
+        return names
     if base == b"U":
-        return max(stat.st_nlink + difference, 1)
+        return max(names + difference, 1)
     source = origin.decode(syscalls.getxattr(indexed, stack.xattrs.origin) or b"", stack.lowers)
-    return max(source.st_nlink + difference, 1) if source is not None else stat.st_nlink
+    return max(source.st_nlink + difference, 1) if source is not None else names
 
 
 def _difference(value: bytes) -> tuple[bytes, int]:
@@ -316,7 +321,7 @@ def count_from_upper(stack: Stack, node: Node) -> None:
     indexed = At(stack.workdir.index, node.index)
     stat = syscalls.stat(indexed)
     count = link_count(stack, node, stat)
-    syscalls.setxattr(indexed, stack.xattrs.nlink, b"U%+d" % (count - stat.st_nlink))
+    syscalls.setxattr(indexed, stack.xattrs.nlink, b"U%+d" % (count - _names(node, stat)))
 
 
 def drop_index(stack: Stack, node: Node) -> None:
@@ -328,7 +333,7 @@ def drop_index(stack: Stack, node: Node) -> None:
     indexed = At(stack.workdir.index, node.index)
     stat = syscalls.stat(indexed)
     base, difference = _difference(syscalls.getxattr(indexed, stack.xattrs.nlink) or b"")
-    if base != b"U" or stat.st_nlink + difference > 0:
+    if base != b"U" or _names(node, stat) + difference > 0:
         return
     orphans.anchor(stack, node, indexed)
     syscalls.unlink(indexed)

@@ -38,6 +38,8 @@ SETTING_FACT = 4
 """The extended attribute that is about to be set."""
 EXCHANGE_FACT = 3
 """Of the mount: which two objects are about to change places."""
+MOVING_FACT = 6
+"""Where a file was that moves from one upper to the next; see `writers`."""
 STACK_FACT = 5
 """Of the mount: the layers that are served, as who serves them writes it."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
@@ -219,7 +221,7 @@ class Node:
         if self.anchor >= 0:
             syscalls.close(self.anchor)
             self.anchor = -1
-        self._drop_orphan()
+            self._drop_orphan()
 
     def anchor_to(self, at: At) -> None:
         """Keep the object `at` within reach, because its name goes away."""

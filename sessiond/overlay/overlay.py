@@ -20,6 +20,7 @@ from sessiond.overlay.lookup import Entry, Identity, Lower, Presence
 from sessiond.overlay.nodes import (
     EXCHANGE_FACT,
     IDENTITY_FACT,
+    MOVING_FACT,
     ROOT_NUMBER,
     SETTING_FACT,
     Node,
@@ -28,7 +29,7 @@ from sessiond.overlay.nodes import (
 )
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.overlay.writers import MovingFile, renew, with_contents_of
+from sessiond.overlay.writers import MovingFile, put_back, renew, settle, with_contents_of
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class Overlay:
         """What a predecessor was about to exchange with something else when it died."""
         self._setting: dict[int, bytes] = {}
         """Extended attributes that a predecessor was about to set, by the node's number."""
+        self._moved: list[Node] = []
+        """Files that the last exchange of layers has moved from one upper to the next."""
         self._moving = False
         """The layers are being replaced by copies of them."""
         self.root = self.nodes.add(self._root_entry(), 0, number=ROOT_NUMBER)
@@ -154,6 +157,9 @@ class Overlay:
         """
         self._moving = moved
         for left in inherited:
+            if MOVING_FACT in left.facts:
+                self._put_back(left)
+        for left in inherited:
             if left.number == 0 and EXCHANGE_FACT in left.facts:
                 self._exchanging = unpack_identity(left.facts[EXCHANGE_FACT])
             if SETTING_FACT in left.facts:
@@ -164,6 +170,19 @@ class Overlay:
             kept = [node.orphan for node in self.nodes.all() if node.orphan is not None]
             self.stack.orphans.remove_others(kept)
         self._moving = False
+
+    def _put_back(self, left: Inherited) -> None:
+        try:
+            put_back(self.stack, left.number, left.facts[MOVING_FACT])
+        except OSError as error:
+            log.warning("a file that was being moved, node %x, is lost: %s", left.number, error)
+        self._fast_path.note(left.number, MOVING_FACT, b"")
+
+    def settle(self) -> None:
+        """Make a `swap` final: no successor will have to go back on it."""
+        moved, self._moved = self._moved, []
+        for node in moved:
+            settle(node)
 
     def was_setting(self, number: int, name: bytes) -> bool:
         """Say whether a predecessor died about when it set that extended attribute of a node."""
@@ -731,6 +750,7 @@ class Overlay:
         files that are open go on in them. The caller tells the kernel that its names and attributes
         are out of date.
         """
+        self.settle()
         for node in self._kept:
             self.renew_kept(self.node(node.number))
         opened = self._opened()
@@ -748,6 +768,7 @@ class Overlay:
             self._moving = False
         for file in moving:
             file.arrive()
+        self._moved = [file.node for file in moving]
         if self._fast_path.recorded:  # a successor could not find what only the old layers have
             for node in opened:
                 self.node(node.number)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from sessiond.overlay import syscalls
 from sessiond.overlay.copy_up import CopyUp, locate
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.nodes import Node
+from sessiond.overlay.nodes import MOVING_FACT, Node, pack_identity, unpack_identity
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At, Object
 from sessiond.overlay.workdir import Workdir
@@ -41,6 +41,7 @@ class MovingFile:
         self._names = _Names(old, node, contents)
         self._file = new.workdir.temporary()
         self._copy = new.workdir.temporary()
+        self._orphan: At | None = None
         try:
             self._make_copy()
         except BaseException:
@@ -76,21 +77,66 @@ class MovingFile:
     def leave(self) -> None:
         """Let the copy take the file's names in the old layer."""
         syscalls.link_descriptor(self._contents, self._file)
+        self._record()
         self._names.give(self._copy, self._new.workdir)
         self.abandon()
 
+    def _record(self) -> None:
+        """Let a successor put the file back, if the old layers are served on after all."""
+        node, orphans = self.node, self._new.orphans
+        if not node.fast_path.recorded or orphans is None:
+            return
+        self._orphan = orphans.keep(node.number, At(self._contents, b""))
+        new = self._new.writable.identity
+        node.fast_path.note(node.number, MOVING_FACT, self._names.pack(pack_identity(new)))
+
     def arrive(self) -> None:
         """Give the file its name in the new upper. Precondition: `new` is served, `node` in it."""
-        with _Adoption(self._new, self.node, self._file) as adoption:
+        with _Adoption(self._new, self.node, self._file, self._orphan) as adoption:
             adoption.publish()
+
+
+def settle(node: Node) -> None:
+    """Forget that a file was moved: the manager knows now that it was."""
+    node.fast_path.note(node.number, MOVING_FACT, b"")
+    if node.linked and node.orphan is not None:
+        syscalls.unlink(node.orphan)
+        node.orphan = None
+
+
+def put_back(stack: Stack, number: int, fact: bytes) -> None:
+    """Undo the move of a file by a predecessor, unless `stack` is that to which it moved.
+
+    Raises OSError if the file, or the place where it was, is not there any more.
+    """
+    new, index, own, *paths = _unpack(fact)
+    if stack.orphans is None or stack.writable.identity == unpack_identity(new):
+        return
+    file = stack.orphans.at(number)
+    for name in set(stack.xattrs.own(file)) - set(own.split(b" ")):
+        syscalls.removexattr(file, name)  # of its arrival
+    for path in paths:
+        _replace(stack.writable.at(path), file, stack.workdir)
+    if index:
+        _replace(At(stack.workdir.index, index), file, stack.workdir)
 
 
 class _Adoption(CopyUp):
     """A copy-up whose copy is there already, complete."""
 
-    def __init__(self, stack: Stack, node: Node, file: At) -> None:
+    def __init__(self, stack: Stack, node: Node, file: At, orphan: At | None) -> None:
+        """`orphan`: another name of `file`, which does not count."""
         super().__init__(stack, node)
         self._target = file
+        self._orphan = orphan
+
+    def publish(self) -> None:
+        super().publish()
+        self.node.orphan = self._orphan
+
+    def _publish_index(self, name: bytes, count: int) -> None:
+        super()._publish_index(name, count)
+        self.node.orphan = self._orphan
 
     def _open(self, source: At) -> None:
         """Nothing is copied."""
@@ -115,6 +161,11 @@ class _Names:
                 if (found.st_dev, found.st_ino) == inode
             ]
 
+    def pack(self, new: bytes) -> bytes:
+        """Return what `put_back` has to know."""
+        own = b" ".join(self._stack.xattrs.own(self._stack.writable.at(self._paths[0])))
+        return new + b"\0".join([self._index or b"", own, *self._paths])
+
     def give(self, file: At, work: Workdir) -> None:
         """Make them names of `file`; `work` is on its file system.
 
@@ -124,6 +175,11 @@ class _Names:
             _replace(self._stack.writable.at(path), file, work)
         if self._index is not None:
             _replace(At(self._stack.workdir.index, self._index), file, work)
+
+
+def _unpack(fact: bytes) -> list[bytes]:
+    size = len(pack_identity((0, 0)))
+    return [fact[:size], *fact[size:].split(b"\0")]
 
 
 def _replace(name: At, file: At, work: Workdir) -> None:

@@ -7,11 +7,12 @@ import functools
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -445,6 +446,43 @@ async def test_death_at_each_step_of_a_change(
             await program(lambda: CHANGES[change](mortal.root))
             died = order.withdraw()
             assert await program(lambda: picture(mortal.root)) == wanted, step
+    assert step > 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_death_while_files_that_are_written_move(
+    dying: tuple[FuseMounter, Order], playground: Playground, when: str
+) -> None:
+    """A snapshot that fails has changed nothing: the file goes on under its name."""
+    mounter, order = dying
+    directory = playground.root.parent / "mortal"
+    directory.mkdir()
+    mortal = Playground(directory, mounter, playground.data_path)
+    file = mortal.root / "file"
+    died, step = True, 0
+    while died:
+        step += 1
+        first = mortal.stack()
+        async with mortal.mounted(first) as mount, attended(mount):
+            with open(file, "wb", buffering=0) as writer:
+                os.link(file, mortal.root / "link")
+                writer.write(b"one")
+                order.give(when, step)
+                second = mortal.stack(first.upper.fs)
+                with suppress(Failed):
+                    await mount.swap(second)
+                died = order.withdraw()
+                await program(lambda writer=writer: writer.write(b"two"))  # type: ignore[misc]
+                assert await program(file.read_bytes) == b"onetwo", step
+                if died:
+                    shutil.rmtree(second.upper.fs.parent)  # as the manager does
+                    await mount.swap(mortal.stack(first.upper.fs))
+                assert (first.upper.fs / "file").read_bytes() == (b"onetwo" if died else b"one")
+                writer.write(b"three")
+                for path in (file, mortal.root / "link"):
+                    assert path.read_bytes() == b"onetwothree"
+                    assert path.stat() == os.fstat(writer.fileno())
+                assert file.stat().st_nlink == 2, step
     assert step > 1
 
 
