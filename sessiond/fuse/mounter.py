@@ -189,6 +189,7 @@ class FuseMount:
         self._address = address
         self._unmounted = unmounted
         self._channel: trio.socket.SocketType | None = None
+        self._listener: socket.socket | None = None
         self._process = -1
         """A pidfd of the worker."""
         self._turn = trio.Lock()
@@ -218,12 +219,21 @@ class FuseMount:
             reachable=self._request.reachable,
             inherits=inherits,
         )
-        with theirs, self._listen() as listener:
+        with theirs:
             try:
-                self._spawner.spawn(start, self.device, self.journal, theirs, listener)
+                self._spawner.spawn(start, self.device, self.journal, theirs, self._listening())
             except OSError as error:
                 raise Failed("The fork server is gone: restart sessiond.") from error
         self._know(_checked(await self._reply()))
+
+    def _listening(self) -> socket.socket:
+        """Return the socket at which each worker of this mount in turn can be found.
+
+        To replace a worker takes no space in its directory, which may be full by then.
+        """
+        if self._listener is None:
+            self._listener = self._listen()
+        return self._listener
 
     def _listen(self) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -376,6 +386,8 @@ class FuseMount:
 
     def _close(self) -> None:
         self._hang_up()
+        if self._listener is not None:
+            self._listener.close()
         for descriptor in (self.device, self.journal):
             os.close(descriptor)
         self.device = self.journal = -1

@@ -57,7 +57,7 @@ KEPT_CAPABILITIES = {
     28: "lease",  # to find out whether a file is mapped for writing
     31: "setfcap",  # file capabilities are copied up
 }
-"""By number (capability.h)."""
+"""By number (capability.h). Not sys_resource: who has that writes beyond quotas."""
 _CAP_SETPCAP = 8
 
 

@@ -6,16 +6,14 @@ requests of either side never overlap but at checkpoints.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import functools
 import json
 import logging
 import os
 import resource
+import signal
 import socket
 import stat as modes
-import struct
 import tempfile
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -47,11 +45,6 @@ _DIFF_BUFFER = 1 << 16
 _READERS_LIMIT = 8
 _SHORT = 1.0  # seconds
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_CAPABILITY_VERSION = 0x20080522  # linux/capability.h
-_CAPABILITY_SETS = struct.Struct("=6I")
-_CAP_SYS_RESOURCE = 24
-
 
 def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
     """Open the layers. Raises OSError with a message for people."""
@@ -62,15 +55,28 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
         options,
         indexes=[os.fsencode(path) for path in layers.indexes if path.is_dir()],
     )
-    stack.orphans = None if layers.orphans is None else _orphans(layers.orphans)
+    if layers.orphans is not None:
+        stack.orphans = _open_orphans(layers.orphans)
     return stack
 
 
-@functools.cache
-def _orphans(directory: Path) -> Orphans:
-    """Files there may be needed as long as this process lives, whatever the layers."""
-    directory.mkdir(mode=0o700, exist_ok=True)
-    return Orphans(os.fsencode(directory))
+_orphans: dict[Path, Orphans] = {}
+"""Those of the present layers, and of earlier ones as long as something is there."""
+
+
+def _open_orphans(directory: Path) -> Orphans:
+    if directory not in _orphans:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        _orphans[directory] = Orphans(os.fsencode(directory))
+    return _orphans[directory]
+
+
+def _close_unused_orphans(overlay: Overlay) -> None:
+    """Let go of storage that the session has left, and its space with it."""
+    for directory, orphans in list(_orphans.items()):
+        if orphans is not overlay.stack.orphans and not any(map(orphans.has, overlay.nodes.all())):
+            orphans.close()
+            del _orphans[directory]
 
 
 def prepare_process() -> None:
@@ -82,25 +88,9 @@ def prepare_process() -> None:
         with suppress(ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             break
-    _obey_quotas()
     os.umask(0)
-
-
-def _obey_quotas() -> None:
-    """Give up CAP_SYS_RESOURCE: who has it writes beyond any quota (ignore_hardlimit).
-
-    The kernel's overlayfs does the same (ovl_fill_super). Raises `OSError`.
-    """
-    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    sets = ctypes.create_string_buffer(_CAPABILITY_SETS.size)
-    if _libc.capget(header, sets) == 0:
-        # The lower half of effective, permitted and inheritable; then the upper one.
-        words = _CAPABILITY_SETS.unpack(sets.raw)
-        lower = [word & ~(1 << _CAP_SYS_RESOURCE) for word in words[:3]]
-        if _libc.capset(header, _CAPABILITY_SETS.pack(*lower, *words[3:])) == 0:
-            return
-    code = ctypes.get_errno()
-    raise OSError(code, os.strerror(code))
+    # A lease, by which mappings are found (kernel_io/files.c), may be broken while it is held.
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
 
 
 class _AbortedReplies(logging.Filter):
@@ -352,6 +342,8 @@ class _Controlled:
                 if not packet:
                     return False
                 self._operations.overlay.settle()  # its answer to the last request has arrived
+                if len(_orphans) > 1:
+                    _close_unused_orphans(self._operations.overlay)
                 request = control.parse_request(packet)
                 if isinstance(request, control.Stop):
                     return True
@@ -428,6 +420,7 @@ class _Controlled:
         if moved:
             self._sandbox.leave((layers.upper, *layers.lowers))
         await trio.to_thread.run_sync(device.invalidate, names, directories)
+        _close_unused_orphans(self._operations.overlay)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)

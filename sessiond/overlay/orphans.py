@@ -43,6 +43,13 @@ class Orphans:
         """Raises OSError: ENOENT."""
         self._directory = syscalls.open_root(path)
 
+    def close(self) -> None:
+        syscalls.close(self._directory)
+
+    def has(self, node: Node) -> bool:
+        """Say whether `node` has a name here."""
+        return node.orphan is not None and node.orphan.directory == self._directory
+
     def at(self, number: int) -> At:
         """Return where the file of node `number` is, if it is here."""
         return At(self._directory, b"%x" % number)

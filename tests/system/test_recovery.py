@@ -135,3 +135,18 @@ def test_the_manager_while_it_exchanges_layers(daemon: Daemon) -> None:
     assert daemon.differences("one") == {}
     daemon.sessionctl("restore", "one", "first")
     assert daemon.differences("one")["/srv/held"] == "added"
+
+
+def test_a_session_that_has_moved_to_disk_keeps_no_ram(daemon: Daemon) -> None:
+    daemon.sessionctl("create", "root", "guest", "--id", "one")
+    in_ram = os.stat(daemon.runtime / "sessions/one/storage").st_dev
+    (worker,) = daemon.workers()
+
+    def devices() -> set[int]:
+        return {
+            os.stat(f"/proc/{worker}/fd/{fd}").st_dev for fd in os.listdir(f"/proc/{worker}/fd")
+        }
+
+    assert in_ram in devices()
+    daemon.sessionctl("persist", "one")
+    assert in_ram not in devices()
