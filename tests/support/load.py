@@ -243,11 +243,12 @@ class Load:
         self.ended = threading.Event()
         self.failed = False
         self.longest = 0.0
-        """The longest step, in seconds."""
+        """The longest step, in seconds, but for the first ones, which make what is worked on."""
 
     def run(self, work: Work) -> None:
         """Take steps until told to end."""
         try:
+            next(work)
             while not self.ended.is_set():
                 start = time.monotonic()
                 next(work)
