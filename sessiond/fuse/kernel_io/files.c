@@ -281,7 +281,7 @@ bool contents_inherit(struct node *node, const struct life *life)
         .inode = life->inode,
     };
     node->contents = contents;
-    if (!contents->opens && !contents->mapped)
+    if (!contents->opens && (!contents->mapped || !life->names)) /* removed: no layer has it */
         contents_close(node);
     else if (!contents->opens)
         rest(node);

@@ -8,7 +8,8 @@
  *   journal.c    what a successor of this process has to know
  *   module.c     the Python module
  *
- * One mutex guards all state; it is held while a request is answered, never while waiting for one.
+ * One mutex guards all state; it is held while a request is taken and answered, never while waiting
+ * for one.
  */
 #ifndef SESSIOND_KERNEL_IO_H
 #define SESSIOND_KERNEL_IO_H

@@ -406,24 +406,34 @@ static char *new_buffer(void)
     return buffer;
 }
 
+/* Take a request. The lock is held, so that what the kernel does not send again, which is FORGET, is in
+ * the journal right after. */
+static ssize_t read_device(char *buffer)
+{
+    return read(state.device, buffer, buffer_size());
+}
+
 static void *serve(void *argument)
 {
     char *buffer = argument;
     bool answered = false;
     for (;;) {
-        ssize_t size = read(state.device, buffer, buffer_size());
+        pthread_mutex_lock(&state.lock);
+        ssize_t size = read_device(buffer);
+        int error = size < 0 ? errno : 0;
         if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
             struct fuse_in_header *in = (struct fuse_in_header *)buffer;
-            pthread_mutex_lock(&state.lock);
             answered = answer_here(in);
             if (!answered)
                 forward(in);
             journal_tidy();
-            pthread_mutex_unlock(&state.lock);
-        } else if (size < 0 && errno == EAGAIN) {
+        }
+        pthread_mutex_unlock(&state.lock);
+        if (error == EAGAIN) {
             await_request(answered);
             answered = false; /* if it is not for this thread, there is one that looks out */
-        } else if (size >= 0 || (errno != EINTR && errno != ENOENT)) {
+        } else if (size >= 0 ? size < (ssize_t)sizeof(struct fuse_in_header)
+                             : error != EINTR && error != ENOENT) {
             break; /* ENODEV: unmounted */
         }
     }
@@ -487,8 +497,8 @@ static ssize_t take(void *buffer, size_t room)
 static ssize_t linger(void *buffer, size_t room)
 {
     for (uint64_t end = now() + PATIENCE; now() < end;) {
-        ssize_t size = read(state.device, own_buffer, buffer_size());
         pthread_mutex_lock(&state.lock);
+        ssize_t size = read_device(own_buffer);
         if (size >= (ssize_t)sizeof(struct fuse_in_header)) {
             struct fuse_in_header *in = (struct fuse_in_header *)own_buffer;
             if (answer_here(in)) {
