@@ -467,7 +467,6 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
 
 
 @pytest.mark.timeout(5 * EXAMPLES + SHRINKING_SECONDS)
-@pytest.mark.timeout(600)  # many mounts in one test
 @settings(
     max_examples=EXAMPLES,
     derandomize="SESSIOND_EXAMPLES" not in os.environ,
