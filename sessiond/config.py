@@ -38,6 +38,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 MOUNT_POINT_FIELDS = ("id", "user", "uid")
 """What may stand in braces in a mount point pattern."""
 
+# As many digits as are sure to make less than 2**63 bytes, which is what the kernel counts up to.
+_BYTES = "[1-9][0-9]{0,17}|[1-9][0-9]{0,14}[Kk]|[1-9][0-9]{0,11}[Mm]|[1-9][0-9]{0,8}[Gg]"
+_TERABYTES = "[1-9][0-9]{0,5}[Tt]"
+
 _Key = tuple[str, ...]
 
 
@@ -60,6 +64,7 @@ def _name(text: str) -> str:
 
 AbsolutePath = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
 Name = Annotated[str, AfterValidator(_name)]
+_Inodes = Annotated[int, Field(ge=64, lt=2**63)]
 
 
 class _Table(BaseModel):
@@ -74,7 +79,7 @@ class DaemonTable(_Table):
     runtime_directory: AbsolutePath = Path("/run/sessiond")
     """Mounts, volatile sessions; emptied by a reboot."""
     volatile_limit: Annotated[
-        str, Field(pattern=r"^([1-9][0-9]*[KMGTkmgt]?|[1-9][0-9]*%|none)$")
+        str, Field(pattern=rf"^({_BYTES}|{_TERABYTES}|[1-9][0-9]{{0,5}}%|none)$")
     ] = "85%"
     """RAM that the limits of all volatile sessions may come to: bytes, or a part of the machine's;
     above 100% they may take more than there is.
@@ -90,13 +95,13 @@ class Profile(_Table):
     verity_hash_device: AbsolutePath | None = None
     """Where the hash tree is; the image file itself if not given."""
     storage: Literal["tmpfs", "persistent"] = "tmpfs"
-    size: Annotated[str, Field(pattern=r"^([1-9][0-9]*[KMGkmg]?|([1-9][0-9]?|100)%)$")] = "25%"
+    size: Annotated[str, Field(pattern=rf"^({_BYTES}|([1-9][0-9]?|100)%)$")] = "25%"
     """Limit of a tmpfs: bytes with a suffix, or a part of RAM."""
-    inodes: Annotated[int, Field(ge=64)] | None = None
+    inodes: _Inodes | None = None
     """Most files, directories and whiteouts of a tmpfs; one for 16 KiB of its size if not given."""
-    quota: Annotated[str, Field(pattern=r"^[1-9][0-9]*[KMGTkmgt]?$")] | None = None
+    quota: Annotated[str, Field(pattern=rf"^({_BYTES}|{_TERABYTES})$")] | None = None
     """Limit of a session on disk, also of one that is moved there: bytes with a suffix."""
-    quota_inodes: Annotated[int, Field(ge=64)] | None = None
+    quota_inodes: _Inodes | None = None
     """Most files on disk, whiteouts included; with a quota, one for 16 KiB of it if not given."""
     space_warning: Annotated[int, Field(ge=1, le=100)] = 80
     """Percent of bytes or inodes from which on the storage is reported to be filling up."""
@@ -175,7 +180,7 @@ def _check_pattern(pattern: str) -> None:
         ):
             raise ValueError(f"{{{field}}} is unknown here; in braces may stand {allowed}")
     _absolute(Path(pattern))
-    if Path(pattern) == Path("/"):
+    if len(Path(pattern).parts) < 2:  # pathlib keeps "//" apart from "/"
         raise ValueError("a directory below / is needed")
 
 
@@ -222,7 +227,9 @@ def _read(file: Path) -> dict[str, object]:
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: is not UTF-8 at byte {error.start}.") from None
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError:
+        raise ConfigError(f"{file}: is nested too deeply.") from None
+    except ValueError as error:  # also of numbers that are too long for Python
         raise ConfigError(f"{file}: is not valid TOML: {error}.") from None
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NewType, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from sessiond.config import NAME, NAME_LIMIT
 from sessiond.errors import InvalidName, NoSuchSnapshot
@@ -27,10 +27,21 @@ Uid = NewType("Uid", int)
 RECORD_FORMAT = 1
 """Written into each record; a record of a higher format is left alone."""
 
+
+def _without_nul(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("a path without NUL is needed")
+    return path
+
+
 # What records are held to when they are read.
 _NAME = Field(pattern=f"^{NAME.pattern}$", max_length=NAME_LIMIT)
 _Uid = Annotated[Uid, Field(ge=0, lt=2**32 - 1)]  # the highest one is chown's "leave it"
 _Layer = Annotated[LayerNumber, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Percent = Annotated[int, Field(ge=1, le=100)]
+_Path = Annotated[Path, AfterValidator(_without_nul)]
+_Moment = Annotated[AwareDatetime, Field(ge=datetime.fromtimestamp(0, UTC))]  # D-Bus has no earlier
 
 
 def session_id(text: str) -> SessionId:
@@ -101,9 +112,9 @@ class ImageSource(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: Path
-    verity_root_hash: str | None = None
-    verity_hash_device: Path | None = None
+    path: _Path
+    verity_root_hash: Annotated[str, Field(pattern="^[0-9a-f]+$")] | None = None
+    verity_hash_device: _Path | None = None
 
 
 class Quota(BaseModel):
@@ -111,8 +122,8 @@ class Quota(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    bytes: int
-    inodes: int
+    bytes: _Count
+    inodes: _Count
 
 
 class SpaceThresholds(BaseModel):
@@ -120,8 +131,8 @@ class SpaceThresholds(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    warning: int = 80
-    critical: int = 95
+    warning: _Percent = 80
+    critical: _Percent = 95
 
 
 class SnapshotRecord(BaseModel):
@@ -131,7 +142,7 @@ class SnapshotRecord(BaseModel):
 
     name: Annotated[SnapshotName, _NAME]
     description: str = ""
-    created_at: AwareDatetime
+    created_at: _Moment
     layers: tuple[_Layer, ...]
     """Topmost first, without the image."""
 
@@ -152,7 +163,7 @@ class SessionRecord(BaseModel):
     source: ImageSource
     image: str
     """Digest of the image that the upper was built on."""
-    mount_point: Path
+    mount_point: _Path
     """Absolute, without symlinks."""
     nosuid: bool
     nodev: bool
@@ -161,8 +172,8 @@ class SessionRecord(BaseModel):
     quota: Quota | None = None
     """What it may take on disk, now or once it is moved there; None: as much as there is."""
     thresholds: SpaceThresholds = SpaceThresholds()
-    created_at: AwareDatetime
-    last_reset: AwareDatetime | None = None
+    created_at: _Moment
+    last_reset: _Moment | None = None
     next_layer: _Layer = LayerNumber(2)
     """No layer has had this number or a higher one: numbers are never used again."""
     upper: _Layer = LayerNumber(1)
@@ -234,7 +245,7 @@ class JobRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    number: Annotated[int, Field(ge=1)]
+    number: Annotated[int, Field(ge=1, lt=2**63)]
     operation: Operation
     started_by: _Uid
     storage: StorageKind
