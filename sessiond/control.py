@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 MESSAGE_LIMIT = 1 << 18
 """Bytes; a stack of some hundred layers with long paths fits."""
 _DESCRIPTORS_LIMIT = 4
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Message(BaseModel):
@@ -101,10 +102,10 @@ Request = Annotated[
 class ChangeCounts(_Message):
     """How many objects differ, and the bytes in the regular files among them."""
 
-    added: int = 0
-    changed: int = 0
-    deleted: int = 0
-    bytes: int = 0
+    added: _Count = 0
+    changed: _Count = 0
+    deleted: _Count = 0
+    bytes: _Count = 0
 
 
 class Reply(_Message):
@@ -114,7 +115,7 @@ class Reply(_Message):
     errno: int = 0
     """Of the system call that failed; 0 without error, or if it was none."""
     changes: ChangeCounts | None = None
-    worker: int | None = None
+    worker: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Process id, when it is ready."""
     data_path: str | None = None
     """The one in use, when it is ready."""

@@ -112,10 +112,16 @@ class FuseMounter:
         try:
             await channel.connect(str(self._socket(request.session)))
             packet, descriptors = await control.receive(channel)
+        except OSError:  # no worker, or it died in this moment
+            channel.close()
+            return None
+        try:
             device, journal = descriptors
             report = Reply.model_validate_json(packet)
-        except (OSError, ValueError):  # no worker, or it died in this moment
+        except ValueError:
             channel.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             return None
         mount = self._mount(request, device, journal)
         try:
@@ -318,6 +324,8 @@ class FuseMount:
             packet, descriptors = await control.receive(self._open_channel)
         except trio.ClosedResourceError:
             raise self._gone() from None
+        except OSError as error:
+            raise self._nonsense() from error
         for fd in descriptors:
             os.close(fd)
         if not packet:
@@ -325,9 +333,10 @@ class FuseMount:
         try:
             return Reply.model_validate_json(packet)
         except ValidationError as error:
-            raise Failed(
-                f"The worker of session {self._request.session} talks nonsense."
-            ) from error
+            raise self._nonsense() from error
+
+    def _nonsense(self) -> SessiondError:
+        return Failed(f"The worker of session {self._request.session} talks nonsense.")
 
     def _gone(self) -> SessiondError:
         self._died.set()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pyfuse3
 import trio
+from pydantic import ValidationError
 
 from sessiond import control
 from sessiond.control import ChangeCounts, LayerStack, Reply, Start
@@ -56,7 +57,11 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
         indexes=[os.fsencode(path) for path in layers.indexes if path.is_dir()],
     )
     if layers.orphans is not None:
-        stack.orphans = _open_orphans(layers.orphans)
+        try:
+            stack.orphans = _open_orphans(layers.orphans)
+        except BaseException:
+            stack.close()
+            raise
     return stack
 
 
@@ -284,8 +289,12 @@ async def _serve_and_cancel(scope: trio.CancelScope) -> None:
 
 
 def _failure(error: OSError) -> Reply:
-    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-    return Reply(error=f"{where}{error.strerror or error}", errno=error.errno or 0)
+    # Calls with a descriptor have its number for a name.
+    named = isinstance(error.filename, str | bytes)
+    text = f"{os.fsdecode(error.filename) + ': ' if named else ''}{error.strerror or error}"
+    # A name that is not UTF-8 has no place in JSON.
+    printable = text.encode(errors="backslashreplace").decode()
+    return Reply(error=printable, errno=error.errno or 0)
 
 
 class _Controlled:
@@ -348,6 +357,8 @@ class _Controlled:
                 if isinstance(request, control.Stop):
                     return True
                 reply = await self._answer(request, descriptors)
+            except ValidationError:
+                reply = Reply(error="The worker does not know what it was asked for.")
             finally:
                 for fd in descriptors:
                     os.close(fd)
