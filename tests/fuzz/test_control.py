@@ -250,7 +250,7 @@ async def _no_worker(_session: SessionId) -> None:
 @example(b"{}", 5)
 @example(_reply_with(changes={"added": -1}), 0)
 @example(_reply_with(changes={"bytes": 2**64}), 0)
-@fuzz(150)
+@fuzz(100)
 async def test_a_manager_outlives_any_answer(packet: bytes, descriptors: int) -> None:
     before = _open_descriptors()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
