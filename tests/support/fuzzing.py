@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -66,7 +67,7 @@ def mistaken(draw: st.DrawFn, valid: bytes, values: st.SearchStrategy[object]) -
     return json.dumps(tree).encode()
 
 
-def _places(tree: object) -> Iterable[tuple[dict | list, object]]:
+def _places(tree: object) -> Iterator[tuple[Any, Any]]:
     if isinstance(tree, dict | list):
         for key in tree if isinstance(tree, dict) else range(len(tree)):
             yield tree, key
