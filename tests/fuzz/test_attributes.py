@@ -155,7 +155,7 @@ _EVERYWHERE = [
     [_Mark("upper", "file", "metacopy", b""), _Mark("upper", "file", "redirect", b"/up/secret")]
 )
 @example([_Mark("middle", "a", "redirect", b"/a/b"), _Mark("upper", "a", "redirect", b"/a/b")])
-@fuzz(60)
+@fuzz(40)
 def test_nothing_said_in_attributes_leads_out_of_the_layers(marks: list[_Mark]) -> None:
     with _layers(marks) as directory:
         overlay = _open(directory)

@@ -75,7 +75,7 @@ def _load(file: Path, text: bytes) -> Config | None:
 @given(st.binary(max_size=60) | damaged(_VALID))
 @example(b"a = " + b"[" * 50_000)
 @example(b"a = " + b"9" * 5000)
-@fuzz(400)
+@fuzz(200)
 def test_any_file_is_a_configuration_or_a_mistake(tmp_path: Path, text: bytes) -> None:
     _load(tmp_path / "sessiond.toml", text)
 
@@ -85,7 +85,7 @@ def test_any_file_is_a_configuration_or_a_mistake(tmp_path: Path, text: bytes) -
 @example({"profile.p": {"image": "/a", "storage": "persistent", "quota": "9" * 30 + "T"}})
 @example({"profile.p": {"image": "/a", "inodes": 2**70}})
 @example({"daemon": {"volatile_limit": "9" * 5000}})
-@fuzz(400)
+@fuzz(200)
 def test_what_is_accepted_can_be_used(tmp_path: Path, tables: dict[str, dict[str, object]]) -> None:
     loaded = _load(tmp_path / "sessiond.toml", _toml(tables).encode(errors="replace"))
     if loaded is None:

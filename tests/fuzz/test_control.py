@@ -188,7 +188,7 @@ def _open_descriptors() -> int:
 @example([(_DIFF, 0), (_DIFF, 2), (_DIFF, 1)])
 @example([(_swap(orphans="file"), 0), (_swap(orphans="missing/orphans"), 0)])
 @example([(_swap(upper="a\0b"), 0), (_swap(lowers=[]), 0), (_swap(lowers=["file"]), 0)])
-@fuzz(60)
+@fuzz(40)
 async def test_a_worker_outlives_any_manager(
     layers: None, packets: list[tuple[bytes, int]]
 ) -> None:
@@ -250,7 +250,7 @@ async def _no_worker(_session: SessionId) -> None:
 @example(b"{}", 5)
 @example(_reply_with(changes={"added": -1}), 0)
 @example(_reply_with(changes={"bytes": 2**64}), 0)
-@fuzz(100)
+@fuzz(60)
 async def test_a_manager_outlives_any_answer(packet: bytes, descriptors: int) -> None:
     before = _open_descriptors()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -276,7 +276,7 @@ async def test_a_manager_outlives_any_answer(packet: bytes, descriptors: int) ->
 @example(b"nonsense", 2)
 @example(_reply_with(worker=2**40), 2)
 @example(_reply_with(worker=0), 2)
-@fuzz(60)
+@fuzz(40)
 async def test_what_is_found_at_the_socket_of_a_session_is_a_worker_or_nothing(
     layers: None, packet: bytes, descriptors: int
 ) -> None:

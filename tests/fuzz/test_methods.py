@@ -94,7 +94,7 @@ def daemon() -> Iterator[Daemon]:
 
 
 @given(st.lists(_calls(), min_size=4, max_size=12))
-@fuzz(60)
+@fuzz(40)
 async def test_any_call_is_answered(
     daemon: Daemon, calls: list[tuple[str, str, str, str, list[object]]]
 ) -> None:

@@ -131,7 +131,7 @@ def _with(valid: bytes, **values: object) -> bytes:
 @example(_with(_RECORD, quota={"bytes": 2**80, "inodes": -1}))
 @example(_with(_RECORD, next_layer=10**400))
 @example(b"[" * 100_000)
-@fuzz(80)
+@fuzz(40)
 async def test_any_record_leaves_other_sessions_alone(
     caplog: pytest.LogCaptureFixture, record: bytes
 ) -> None:
@@ -144,7 +144,7 @@ async def test_any_record_leaves_other_sessions_alone(
 @example(_with(_NOTE, number=10**4000))
 @example(_with(_NOTE, error="SessiondError", message="\0"))
 @example(_with(_NOTE, operation="persist", finished=False))
-@fuzz(50)
+@fuzz(30)
 async def test_any_note_of_a_job_leaves_its_session_alone(
     caplog: pytest.LogCaptureFixture, job: bytes
 ) -> None:

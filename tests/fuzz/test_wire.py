@@ -32,7 +32,7 @@ _CALL = wire.encode(
 @given(st.binary(max_size=400) | damaged(_CALL))
 @example(b"l\1\0\1" + bytes(12))
 @example(b"l\1\0\1\xff\xff\xff\xff" + bytes(8))
-@fuzz(1000)
+@fuzz(500)
 def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
     if len(data) < wire.HEAD_SIZE:
         return
@@ -44,7 +44,7 @@ def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
 
 
 @given(_SIGNATURES, st.binary(max_size=200), st.booleans())
-@fuzz(1000)
+@fuzz(500)
 def test_any_body_is_values_or_malformed(signature: str, body: bytes, big_endian: bool) -> None:
     message = Message(kind=Kind.CALL, signature=signature, body=body, big_endian=big_endian)
     with suppress(WireError):

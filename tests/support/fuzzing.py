@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.support.soak import factor
 
 SOAKING = "SOAK" in os.environ
-_TIMES_LONGER = 20
+_TIMES_LONGER = 10
 
 
 def json_values(texts: st.SearchStrategy[str]) -> st.SearchStrategy[object]:
