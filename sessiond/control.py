@@ -71,15 +71,24 @@ class Thaw(_Message):
 
 
 class Changes(_Message):
-    """Count the differences from the bottom-most lower; answered with `Reply.changes`."""
+    """Count the differences from the bottom-most lower.
+
+    It takes long, so the answer says only that it has begun. The outcome is another `Reply`, with
+    `changes`, through the socket that comes along; if that closes without one, the worker has died.
+    """
 
     kind: Literal["changes"] = "changes"
 
 
 class Diff(_Message):
-    """Write the differences from the bottom-most lower to the descriptor that comes along."""
+    """Write the differences from the bottom-most lower to a pipe that does not block.
+
+    The outcome comes as that of `Changes`. Descriptors: the socket for it, the pipe.
+    """
 
     kind: Literal["diff"] = "diff"
+    patience: float
+    """Seconds for which the pipe may be full until the list is given up."""
 
 
 class Sync(_Message):

@@ -8,10 +8,9 @@ from __future__ import annotations
 from enum import StrEnum
 
 from sessiond.bus.interface import Caller
+from sessiond.bus.limits import ROOT
 from sessiond.errors import NotAuthorized
 from sessiond.session.model import Uid
-
-_ROOT = 0
 
 
 class Action(StrEnum):
@@ -34,7 +33,7 @@ async def authorise(caller: Caller, action: Action, owner: Uid | None = None) ->
     Raises `NotAuthorized`, or `BusError` when the caller has left the bus.
     """
     uid = await caller.uid()
-    if uid in (_ROOT, owner):
+    if uid in (ROOT, owner):
         return Uid(uid)
     others = "" if owner is None else f" and its owner, uid {owner},"
     raise NotAuthorized(f"As uid {uid} you may not {action}; only root{others} may.")

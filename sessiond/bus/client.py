@@ -166,7 +166,7 @@ class Events:
 
 
 class Differences:
-    """Iterates over a list of differences. Raises `Failed` when the daemon cannot complete it."""
+    """Iterates over a list of differences. Raises `Failed` when it ends without being complete."""
 
     def __init__(self, stream: trio.lowlevel.FdStream) -> None:
         self._stream = stream
@@ -176,21 +176,30 @@ class Differences:
         return self
 
     async def __anext__(self) -> Difference:
-        values = json.loads(await self._line())
+        line = await self._line()
+        try:
+            values = json.loads(line)
+        except ValueError:  # of the line that was being written then, a part
+            raise self._early() from None
+        if "complete" in values:
+            raise StopAsyncIteration
         if "error" in values:
-            raise errors.Failed(values["error"])
+            raise errors.Failed(f"The list of changes ends early: {values['error']}")
         return Difference(values["path"], values["kind"], values["type"], values["size"])
 
     async def _line(self) -> bytes:
         while b"\n" not in self._unread:
             part = await self._stream.receive_some()
             if not part:
-                if self._unread:
-                    raise errors.Failed("The list of changes ends in the middle of a line.")
-                raise StopAsyncIteration
+                raise self._early()
             self._unread += part
         line, _, self._unread = self._unread.partition(b"\n")
         return bytes(line)
+
+    def _early(self) -> SessiondError:
+        return errors.Failed(
+            "The list of changes ends early; the log of sessiond says why. List them again."
+        )
 
 
 _I = TypeVar("_I", bound=_Info)

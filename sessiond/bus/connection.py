@@ -4,9 +4,10 @@ A connection lives within `async with connect(...)` and owns the tasks that work
 one writes, and one runs for each call that came in. When the bus goes away the body is cancelled
 and `Unreachable` raised.
 
-Nothing grows without bound. Calls that come in are refused beyond `CALLS_AT_ONCE`, and when longer
-than `CALL_SIZE_LIMIT`. Whoever calls or answers waits while more than `QUEUE_LIMIT` bytes are still
-to be sent. Signals cannot wait, so a bus that takes none of them for long is given up.
+Nothing grows without bound. Calls that come in are refused beyond `CALLS_AT_ONCE`, beyond
+`CALLS_OF_USER` of one user, and when longer than `CALL_SIZE_LIMIT`. Whoever calls or answers waits
+while more than `QUEUE_LIMIT` bytes are still to be sent. Signals cannot wait, so a bus that takes
+none of them for long is given up.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import logging
 import os
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import trio
 
 from sessiond.bus import names, wire
+from sessiond.bus.limits import ROOT, Limit
 from sessiond.bus.signals import Match, Signals
 from sessiond.bus.transport import Transport, system_bus_address
 from sessiond.bus.wire import BusError, Kind, Message, WireError
@@ -32,6 +34,10 @@ CALL_TIMEOUT = 25.0
 """Seconds to wait for an answer unless told otherwise; libdbus's and sd-bus's default."""
 
 CALLS_AT_ONCE = 1024
+CALLS_OF_USER = 64
+"""For each user but root; also for each sender of whom the bus has yet to say which user it is."""
+CALLS_OF_STRANGERS = 512
+"""For all of those together."""
 CALL_SIZE_LIMIT = 64 << 10
 """Longest body of a call that is read, in bytes; none of ours takes much more than a few names."""
 
@@ -67,7 +73,18 @@ class Connection:
         self._transport = transport
         self._nursery = nursery
         self._handler = handler
-        self._calls_in_progress = 0
+        self._calls = Limit(
+            CALLS_AT_ONCE, "{most} calls are being answered, which is the most. Try again later."
+        )
+        own = (
+            "{most} of your calls are being answered, the most that a user may have. Wait for an "
+            "answer, then try again."
+        )
+        self._calls_of_user = Limit(CALLS_OF_USER, own, exempt={ROOT})
+        self._calls_of_stranger = Limit(CALLS_OF_USER, own)
+        self._calls_of_strangers = Limit(
+            CALLS_OF_STRANGERS, "{most} calls of new callers wait. Try again later."
+        )
         self._last_serial = 0
         self._pending: dict[int, _Pending] = {}
         self._listeners: set[Signals] = set()
@@ -310,27 +327,39 @@ class Connection:
             listener.offer(message)
 
     async def _accept(self, message: Message) -> None:
-        if len(message.body) > CALL_SIZE_LIMIT:
-            refusal = f"The call has {len(message.body)} bytes; at most {CALL_SIZE_LIMIT} are read."
-        elif self._calls_in_progress >= CALLS_AT_ONCE:
-            refusal = f"{self._calls_in_progress} calls are being answered. Try again later."
-        else:
-            self._calls_in_progress += 1
-            self._nursery.start_soon(self._answer, message)
-            return
-        error = BusError(names.LIMITS_EXCEEDED, refusal)
-        await self._send_reply(message, _error_reply(error))
-        message.close()
+        """Begin to answer, or refuse at once: all others wait for this."""
+        with ExitStack() as shares:
+            try:
+                _require_short(message)
+                self._admit(message.sender, self._uids.get(message.sender), shares)
+            except BusError as error:
+                await self._send_reply(message, _error_reply(error))
+                message.close()
+            else:
+                self._nursery.start_soon(self._answer, message, shares.pop_all())
 
-    async def _answer(self, message: Message) -> None:
+    def _admit(self, sender: str, uid: int | None, shares: ExitStack) -> None:
+        """Take what a call needs; `uid` is None until the bus has told. Raises `BusError`."""
+        if uid is None:
+            shares.enter_context(self._calls_of_stranger.share(sender))
+            shares.enter_context(self._calls_of_strangers.share(None))
+        else:
+            # First, so that who floods is told so, rather than that all are busy.
+            shares.enter_context(self._calls_of_user.share(uid))
+            shares.enter_context(self._calls.share(None))
+
+    async def _answer(self, message: Message, shares: ExitStack) -> None:
         try:
-            await self._send_reply(message, await self._reply_to(message))
+            with shares:
+                await self._send_reply(message, await self._reply_to(message, shares))
         finally:
-            self._calls_in_progress -= 1
             message.close()
 
-    async def _reply_to(self, message: Message) -> Message:
+    async def _reply_to(self, message: Message, shares: ExitStack) -> Message:
         try:
+            uid = await self.uid_of(message.sender)
+            shares.close()
+            self._admit(message.sender, uid, shares)
             signature, values = await self._handler(self, message)
             body, descriptors = wire.pack(signature, values)
         except BusError as error:
@@ -423,6 +452,14 @@ def _result(reply: Message) -> tuple[object, ...]:
         if descriptor not in wanted:
             os.close(descriptor)
     return values
+
+
+def _require_short(message: Message) -> None:
+    if len(message.body) > CALL_SIZE_LIMIT:
+        raise BusError(
+            names.LIMITS_EXCEEDED,
+            f"The call has {len(message.body)} bytes; at most {CALL_SIZE_LIMIT} are read.",
+        )
 
 
 def _error_reply(error: BusError) -> Message:

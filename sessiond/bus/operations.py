@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from sessiond.bus import names
 from sessiond.bus.authorisation import Action, authorise
-from sessiond.bus.diff_stream import DiffStreams
+from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
 from sessiond.bus.options import CreateOptions, NoOptions, SnapshotOptions, parse
 from sessiond.bus.wire import Variant
@@ -28,7 +28,7 @@ class Operations:
     def __init__(self, manager: Manager, publish: Callable[[Job], str]) -> None:
         self._manager = manager
         self._publish = publish
-        self._streams = DiffStreams()
+        self._comparisons = Comparisons()
 
     async def create(self, caller: Caller, user: str, profile: str, options: Options) -> str:
         await authorise(caller, Action.CREATE)
@@ -65,9 +65,9 @@ class Operations:
     async def changes(
         self, caller: Caller, session: Session, options: Options
     ) -> dict[str, Variant]:
-        await authorise(caller, Action.COMPARE, session.uid)
+        uid = await authorise(caller, Action.COMPARE, session.uid)
         parse(NoOptions, options)
-        summary = await session.changes()
+        summary = await self._comparisons.count(uid, session)
         return {
             "added": Variant("t", summary.added),
             "changed": Variant("t", summary.changed),
@@ -76,9 +76,9 @@ class Operations:
         }
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
-        await authorise(caller, Action.COMPARE, session.uid)
+        uid = await authorise(caller, Action.COMPARE, session.uid)
         parse(NoOptions, options)
-        return self._streams.open(session, caller.start_soon)
+        return self._comparisons.open_list(uid, session, caller.start_soon)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)

@@ -30,6 +30,9 @@ from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
 log = logging.getLogger(__name__)
 
+READER_PATIENCE = 60.0
+"""Seconds that a worker waits for who reads a list of changes and does not go on."""
+
 
 class FuseMounter:
     """Implements `Mounter`."""
@@ -314,6 +317,23 @@ class FuseMount:
                 reply = await self._reply()
         return _checked(reply)
 
+    async def _ask_for_outcome(
+        self, request: control.Changes | control.Diff, descriptors: tuple[int, ...] = ()
+    ) -> Reply:
+        """Ask for what takes long; other requests are served meanwhile."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with trio.socket.from_stdlib_socket(ours) as outcome:
+            with theirs:
+                await self._ask(request, (theirs.fileno(), *descriptors))
+            reply = await self._received(outcome)
+        if reply is None:
+            # Another may go on for it by now.
+            raise Failed(
+                f"The worker of session {self._request.session} ended while it compared the "
+                "session with its image; try again."
+            )
+        return _checked(reply)
+
     @property
     def _open_channel(self) -> trio.socket.SocketType:
         assert self._channel is not None, "start() was not called"
@@ -321,15 +341,23 @@ class FuseMount:
 
     async def _reply(self) -> Reply:
         try:
-            packet, descriptors = await control.receive(self._open_channel)
+            reply = await self._received(self._open_channel)
         except trio.ClosedResourceError:
             raise self._gone() from None
+        if reply is None:
+            raise self._gone()
+        return reply
+
+    async def _received(self, channel: trio.socket.SocketType) -> Reply | None:
+        """Return the next reply, or None when the worker has gone."""
+        try:
+            packet, descriptors = await control.receive(channel)
         except OSError as error:
             raise self._nonsense() from error
         for fd in descriptors:
             os.close(fd)
         if not packet:
-            raise self._gone()
+            return None
         try:
             return Reply.model_validate_json(packet)
         except ValidationError as error:
@@ -360,14 +388,14 @@ class FuseMount:
 
     async def changes(self) -> ChangeSummary:
         """See `Mount.changes`."""
-        counts = (await self._ask(control.Changes())).changes
+        counts = (await self._ask_for_outcome(control.Changes())).changes
         if counts is None:
             raise Failed(f"The worker of session {self._request.session} did not count changes.")
         return ChangeSummary(counts.added, counts.changed, counts.deleted, counts.bytes)
 
     async def diff(self, target: int) -> None:
         """See `Mount.diff`."""
-        await self._ask(control.Diff(), (target,))
+        await self._ask_for_outcome(control.Diff(patience=READER_PATIENCE), (target,))
 
     async def sync(self) -> None:
         """See `Mount.sync`."""

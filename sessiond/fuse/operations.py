@@ -343,11 +343,8 @@ class OverlayOperations(pyfuse3.Operations):
             node = self.overlay.node(inode)
         else:
             node = await self._changeable(inode)
-        if fields.update_size and (
-            # As ftruncate(2); truncate(2) to the same size changes nothing, not even times.
-            fh is not None or self.overlay.stat(node).st_size != attr.st_size
-        ):
-            self.overlay.resize(node, attr.st_size)
+        if fields.update_size:
+            self.overlay.resize(node, attr.st_size, by_name=fh is None)
             if ctx.uid != 0:
                 self.overlay.drop_privileges(node)
         if fields.update_uid or fields.update_gid:

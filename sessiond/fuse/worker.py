@@ -7,14 +7,14 @@ requests of either side never overlap but at checkpoints.
 from __future__ import annotations
 
 import errno
-import json
+import functools
 import logging
 import os
 import resource
 import signal
 import socket
-import stat as modes
 import tempfile
+from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -24,10 +24,9 @@ from pydantic import ValidationError
 
 from sessiond import control
 from sessiond.control import ChangeCounts, LayerStack, Reply, Start
-from sessiond.fuse import data_path, device, sandbox
+from sessiond.fuse import comparison, data_path, device, sandbox
 from sessiond.fuse.operations import FOREVER, OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
-from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.nodes import STACK_FACT
 from sessiond.overlay.orphans import Orphans
@@ -41,9 +40,7 @@ if data_path.HAS_EXTENSION:
 
 log = logging.getLogger(__name__)
 
-_TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "symlink"}
-_DIFF_BUFFER = 1 << 16
-_READERS_LIMIT = 8
+_COMPARISONS_AT_ONCE = 16
 _SHORT = 1.0  # seconds
 
 
@@ -198,9 +195,14 @@ async def _rehearse(layers: LayerStack, ours: socket.socket, theirs: socket.sock
         _, descriptors = await control.receive(manager)
         for descriptor in descriptors:
             os.close(descriptor)
-        for request in (control.Freeze(), control.Thaw(), control.Changes()):
+        for request in (control.Freeze(), control.Thaw()):
             await control.send(manager, request)
             await control.receive(manager)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours, theirs:
+            await control.send(manager, control.Changes(), (theirs.fileno(),))
+            await control.receive(manager)
+            await control.receive(trio.socket.from_stdlib_socket(ours))
         await control.send(manager, control.Stop())
     overlay.close()
 
@@ -316,7 +318,7 @@ class _Controlled:
         self._journal = journal
         self._nursery = nursery
         self._sandbox = confined
-        self._readers = 0
+        self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self._frozen = AsyncExitStack()
         self._is_frozen = False
 
@@ -378,10 +380,15 @@ class _Controlled:
                     await self._frozen.aclose()
                     self._is_frozen = False
                 case control.Changes():
-                    return Reply(changes=await trio.to_thread.run_sync(_count, self._copy()))
+                    (outcome,) = descriptors
+                    count = functools.partial(comparison.count, self._copy())
+                    self._nursery.start_soon(self._compare, count, os.dup(outcome))
                 case control.Diff():
-                    (target,) = descriptors
-                    return self._start_diff(os.dup(target))
+                    outcome, target = descriptors
+                    write = functools.partial(
+                        comparison.write_list, self._copy(), os.dup(target), request.patience
+                    )
+                    self._nursery.start_soon(self._compare, write, os.dup(outcome))
                 case control.Sync():
                     await trio.to_thread.run_sync(_sync, self._copy())
         except OSError as error:
@@ -394,22 +401,24 @@ class _Controlled:
     def _copy(self) -> Stack:
         return self._operations.overlay.stack.copy()
 
-    def _start_diff(self, target: int) -> Reply:
-        """Write in the background: the reader may be slow, or never read at all."""
-        if self._readers >= _READERS_LIMIT:
-            os.close(target)
-            return Reply(error="too many listings of changes are being read; close some")
-        self._readers += 1
-        self._nursery.start_soon(self._diff, self._copy(), target)
-        return Reply()
+    async def _compare(self, compare: Callable[[], ChangeCounts | None], outcome: int) -> None:
+        """Do it in the background, since others must not wait; send the outcome to a socket.
 
-    async def _diff(self, stack: Stack, target: int) -> None:
-        try:
-            await trio.to_thread.run_sync(_write_diff, stack, target, abandon_on_cancel=True)
-        except OSError as error:
-            log.warning("cannot list changes: %s", error)
-        finally:
-            self._readers -= 1
+        Its threads are not those that requests of the mount need.
+        """
+        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, outcome) as manager:
+            try:
+                counts = await trio.to_thread.run_sync(
+                    compare, abandon_on_cancel=True, limiter=self._comparisons
+                )
+                reply = Reply(changes=counts)
+            except OSError as error:
+                reply = _failure(error)
+            except Exception:
+                log.exception("a comparison failed")
+                reply = Reply(error="the worker failed; its log has the reason")
+            with suppress(OSError):  # it does not want to know any more
+                await control.send(manager, reply)
 
     async def _freeze(self) -> None:
         if not self._is_frozen:
@@ -465,44 +474,3 @@ def _sync(stack: Stack) -> None:
         stack.sync()
     finally:
         stack.close()
-
-
-def _count(stack: Stack) -> ChangeCounts:
-    added = changed = deleted = size = 0
-    try:
-        for change in changes(stack):
-            match change.kind:
-                case ChangeKind.ADDED:
-                    added += 1
-                case ChangeKind.DELETED:
-                    deleted += 1
-                case _:
-                    changed += 1
-            if change.kind is not ChangeKind.DELETED:
-                size += change.size
-    finally:
-        stack.close()
-    return ChangeCounts(added=added, changed=changed, deleted=deleted, bytes=size)
-
-
-def _write_diff(stack: Stack, target: int) -> None:
-    """Write changes as JSON lines, and close `target`; a reader that hangs up ends it."""
-    try:
-        with os.fdopen(target, "wb", buffering=_DIFF_BUFFER) as lines:
-            for change in changes(stack):
-                lines.write(_line(change))
-    except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
-    finally:
-        stack.close()
-
-
-def _line(change: Change) -> bytes:
-    fields = {
-        "path": os.fsdecode(b"/" + change.path),
-        "kind": change.kind.value,
-        "type": _TYPES.get(modes.S_IFMT(change.mode), "other"),
-        "size": change.size,
-    }
-    return json.dumps(fields).encode() + b"\n"

@@ -430,19 +430,19 @@ class Overlay:
         """Return the statvfs(3) of the file system that takes new files."""
         return syscalls.statvfs(self.stack.layers[0].root)
 
-    def resize(self, node: Node, size: int) -> None:
-        """Set the size of a regular file, in bytes."""
+    def resize(self, node: Node, size: int, *, by_name: bool = False) -> None:
+        """Set the size of a regular file, in bytes; see `syscalls.truncate`."""
         copy_up(self.stack, node, size)
         if node.kept >= 0:
             fd = syscalls.open_file(At(node.kept, b""), os.O_WRONLY)
             syscalls.truncate(fd, size)
             syscalls.close(fd)
         if node.fd_writable:
-            syscalls.truncate(node.fd, size)
+            syscalls.truncate(node.fd, size, by_name=by_name)
             return
         fd = syscalls.open_file(locate(self.stack, node), os.O_WRONLY)
         try:
-            syscalls.truncate(fd, size)
+            syscalls.truncate(fd, size, by_name=by_name)
         finally:
             syscalls.close(fd)
 

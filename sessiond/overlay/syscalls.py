@@ -324,8 +324,14 @@ def utime(at: Object, atime: int, mtime: int) -> None:
         os.utime(_path(at), ns=times)
 
 
-def truncate(fd: int, size: int) -> None:
-    os.ftruncate(fd, size)
+def truncate(fd: int, size: int, *, by_name: bool = False) -> None:
+    """Set the size of an open file as ftruncate(2) does, or `by_name`, as truncate(2), which
+    leaves it to the file system whether the times change where the size does not.
+    """
+    if by_name:
+        os.truncate(_path(At(fd, b"")), size)
+    else:
+        os.ftruncate(fd, size)
 
 
 def getxattr(at: Object, name: bytes) -> bytes | None:

@@ -64,7 +64,7 @@ class MemoryMount:
 
     async def diff(self, target: int) -> None:
         self._require_alive()
-        for difference in self.differences:
+        for difference in (*self.differences, {"complete": True}):
             line = json.dumps(difference).encode() + b"\n"
             try:
                 while line:

@@ -55,12 +55,14 @@ class Mount(Protocol):
         """Count how the merged view differs from the bottom-most lower, the image."""
 
     async def diff(self, target: int) -> None:
-        """Write the differences from the image to descriptor `target`, as JSON lines.
+        """Write the differences from the image to `target`, a pipe that does not block.
 
-        Each line: ``{"path": str, "kind": "added"|"contents"|"metadata"|"deleted"|"type", "type":
-        "file"|"directory"|"symlink"|"other", "size": int}``; a directory comes before what is in
-        it, bytes of a path that are not UTF-8 come as surrogate escapes. The caller closes
-        `target`. Returns early when the reader hangs up.
+        Lines of JSON: ``{"path": str, "kind": "added"|"contents"|"metadata"|"deleted"|"type",
+        "type": "file"|"directory"|"symlink"|"other", "size": int}``; a directory comes before what
+        is in it, bytes of a path that are not UTF-8 come as surrogate escapes. After the last comes
+        ``{"complete": true}``. The caller closes `target`. Returns when the list has ended, early
+        when the reader hangs up. Raises `Failed` when it cannot be completed: for one, because
+        nothing was read for long.
         """
 
     async def sync(self) -> None:

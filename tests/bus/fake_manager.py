@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -94,7 +95,11 @@ class FakeSession:
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
         self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
-        self.diff_body: Callable[[int], object] = lambda target: os.write(target, b"{}\n")
+        self.diff_body: Callable[[int], object] = lambda target: None
+        """Writes the list of differences, or raises."""
+        self.diff_end = b'{"complete": true}\n'
+        self.changes_gate = trio.Event()
+        self.changes_gate.set()
         self.snapshot_gate = trio.Event()
         self.snapshot_gate.set()
         self._manager = manager
@@ -152,12 +157,15 @@ class FakeSession:
         self._manager.tell("session_changed", self)
 
     async def changes(self) -> ChangeSummary:
+        await self.changes_gate.wait()
         return self.summary
 
     async def diff(self, target: int) -> None:
         result = self.diff_body(target)
         if hasattr(result, "__await__"):
             await result
+        with suppress(BrokenPipeError):
+            os.write(target, self.diff_end)
 
     def _record(self, name: str) -> SnapshotRecord:
         if name not in self.snapshots:

@@ -162,10 +162,15 @@ async def test_a_list_that_ends_early_is_an_error(
             await anext(differences)
 
 
-async def test_a_list_that_is_cut_off_is_an_error(sessiond: Client, serving: FakeManager) -> None:
-    serving.sessions["live"].diff_body = lambda target: os.write(target, b'{"path": "x", ')
+@pytest.mark.parametrize(
+    "end", [b"", b'{"path": "x", ', b'{"path": "x", {"error": "A worker died."}\n']
+)
+async def test_a_list_that_is_cut_off_is_an_error(
+    sessiond: Client, serving: FakeManager, end: bytes
+) -> None:
+    serving.sessions["live"].diff_end = end
     async with (await sessiond.session("live")).diff() as differences:
-        with pytest.raises(Failed, match="middle of a line"):
+        with pytest.raises(Failed, match="ends early"):
             await anext(differences)
 
 

@@ -91,7 +91,7 @@ async def test_a_caller_is_told_when_the_service_vanishes(private_bus: str) -> N
 
         async with connect(handler=never) as service:
             nursery.start_soon(call, service.unique_name)
-            await until(lambda: service._calls_in_progress)
+            await until(service._calls.total)
 
 
 async def test_a_fault_is_logged_and_told_without_detail(
@@ -179,7 +179,7 @@ async def test_calls_beyond_the_limit_are_refused(
     ):
         for _ in range(2):
             nursery.start_soon(caller.call, service.unique_name, PATH, INTERFACE, "Never")
-        await until(lambda: service._calls_in_progress == 2)
+        await until(lambda: service._calls.total() == 2)
         with pytest.raises(BusError) as caught:
             await caller.call(service.unique_name, PATH, INTERFACE, "Never")
         assert caught.value.name == names.LIMITS_EXCEEDED

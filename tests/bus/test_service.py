@@ -332,14 +332,15 @@ async def test_a_reader_that_hangs_up_ends_the_diff(sessiond: Client, serving: F
     def endless(target: int) -> object:
         line = json.dumps({"path": "x", "kind": "added", "type": "file", "size": 1}) + "\n"
 
-        def write() -> None:
+        async def write() -> None:
             while True:
+                await trio.lowlevel.wait_writable(target)
                 try:
                     os.write(target, line.encode())
                 except BrokenPipeError:
                     return
 
-        return trio.to_thread.run_sync(write)
+        return write()
 
     serving.sessions["live"].diff_body = endless
     session = await sessiond.session("live")
@@ -350,16 +351,25 @@ async def test_a_reader_that_hangs_up_ends_the_diff(sessiond: Client, serving: F
         await until(lambda: open_pipes() == before)
 
 
-async def test_only_so_many_diffs_at_once(sessiond: Client, serving: FakeManager) -> None:
-    serving.sessions["live"].diff_body = lambda _target: trio.sleep_forever()
-    call = sessiond._connection.call
-    opened = []
-    for _ in range(8):
-        opened += await call(names.BUS, SESSION_PATH, names.SESSION, "OpenDiff", "a{sv}", {})
-    with pytest.raises(BusError, match="are being read"):
-        await call(names.BUS, SESSION_PATH, names.SESSION, "OpenDiff", "a{sv}", {})
-    for descriptor in opened:
-        os.close(descriptor)
+async def test_a_reader_that_never_reads_gets_no_reason_and_keeps_nothing(
+    sessiond: Client, serving: FakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill_and_fail(target: int) -> None:
+        try:
+            while True:
+                os.write(target, b"{}\n" * 1000)
+        except BlockingIOError:
+            raise Failed("nothing of the list was read") from None
+
+    serving.sessions["live"].diff_body = fill_and_fail
+    before = open_pipes()
+    (descriptor,) = await sessiond._connection.call(
+        names.BUS, SESSION_PATH, names.SESSION, "OpenDiff", "a{sv}", {}
+    )
+    assert isinstance(descriptor, int)
+    await until(lambda: open_pipes() == before + 1)
+    assert "Session live: the list of changes ends early: nothing of the list" in caplog.text
+    os.close(descriptor)
 
 
 async def test_a_diff_of_busctl_is_a_descriptor(serving: FakeManager) -> None:

@@ -196,6 +196,7 @@ def test_fifos(merge: Merge) -> None:
 def test_sockets(merge: Merge) -> None:
     view = merge({"low": Socket(), "run": {}})
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        before = os.getcwd()
         os.chdir(view / "run")
         try:
             server.bind("s")
@@ -205,7 +206,7 @@ def test_sockets(merge: Merge) -> None:
             with socket.socket(socket.AF_UNIX) as second:
                 second.connect("t")
         finally:
-            os.chdir("/")
+            os.chdir(before)
         connection, _ = server.accept()
         with connection:
             client.sendall(b"hello")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -14,61 +13,9 @@ import trio
 
 from sessiond.errors import Failed
 from sessiond.fuse.operations import OverlayOperations
-from sessiond.session.model import ChangeSummary, Stack, UpperDirectories
+from sessiond.session.model import Stack, UpperDirectories
 from tests.fuse.conftest import Playground
 from tests.support.mounts import is_mounted
-
-
-async def test_changes_and_diff(playground: Playground) -> None:
-    (playground.image / "deleted").write_text("x")
-    (playground.image / "touched").write_text("same")
-    (playground.image / "changed").write_text("before")
-    (playground.image / "moved").mkdir()
-    (playground.image / "moved/inside").write_text("123")
-    async with playground.mounted(playground.stack()) as mount:
-        root = playground.root
-        (root / "deleted").unlink()
-        (root / "touched").write_text("same")
-        os.utime(root / "touched", ns=(5, (playground.image / "touched").stat().st_mtime_ns))
-        (root / "changed").write_text("after!")
-        (root / "moved").rename(root / "new")
-        (root / "b\udcffd").symlink_to("x")
-        assert await mount.changes() == ChangeSummary(added=3, changed=1, deleted=2, bytes=9)
-        read, write = os.pipe()
-        await mount.diff(write)
-        os.close(write)
-        with open(read) as lines:
-            listed = {
-                (line["path"], line["kind"], line["type"], line["size"])
-                for line in map(json.loads, lines)
-            }
-        assert listed == {
-            ("/deleted", "deleted", "file", 1),
-            ("/changed", "contents", "file", 6),
-            ("/moved", "deleted", "directory", 0),
-            ("/new", "added", "directory", 0),
-            ("/new/inside", "added", "file", 3),
-            ("/b\udcffd", "added", "symlink", 0),
-        }
-
-
-async def test_a_reader_that_never_reads_blocks_nobody(playground: Playground) -> None:
-    async with playground.mounted(first := playground.stack()) as mount:
-        for number in range(3000):
-            (playground.root / f"a-rather-long-name-to-fill-the-pipe-{number}").touch()
-        pipes = []
-        try:
-            for _ in range(8):
-                pipes.append(os.pipe())
-                await mount.diff(pipes[-1][1])
-            with pytest.raises(Failed, match="too many"):
-                await mount.diff(pipes[0][1])
-            await mount.swap(playground.stack(first.upper.fs))
-            assert (await mount.changes()).added == 3000
-        finally:
-            for read, write in pipes:
-                os.close(read)
-                os.close(write)
 
 
 async def test_death_of_the_worker_is_noticed(playground: Playground) -> None:

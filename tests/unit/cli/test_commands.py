@@ -239,11 +239,15 @@ async def test_diff_of_a_pristine_session(manager: FakeManager, sessionctl: Sess
 async def test_a_diff_that_breaks_off_is_a_failure(
     manager: FakeManager, sessionctl: Sessionctl
 ) -> None:
-    manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(
-        target, b'{"path": "/half'
-    )
-    done = await sessionctl("diff", "live", code=ExitCode.FAILED)
-    assert b"ends in the middle of a line" in done.stderr
+    body = json.dumps(DIFFERENCES[0]).encode() + b"\n"
+    session = manager.sessions[next(iter(manager.sessions))]
+    session.diff_body = lambda target: os.write(target, body)
+    session.diff_end = b'{"path": "/half'
+    for options in ((), ("--json",)):
+        done = await sessionctl("diff", "live", *options, code=ExitCode.FAILED)
+        assert b"The list of changes ends early" in done.stderr
+        assert b"added" in done.stdout
+        assert b"1 added" not in done.stdout
 
 
 async def test_a_reader_that_has_seen_enough_is_no_failure(

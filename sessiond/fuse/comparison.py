@@ -1,0 +1,83 @@
+"""The merged view compared with the image, for whoever asked: counted, or listed into a pipe.
+
+Runs in threads of the worker, beside everything else, on a stack of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import stat as modes
+from contextlib import suppress
+
+from sessiond.control import ChangeCounts
+from sessiond.overlay.diff import Change, ChangeKind, changes
+from sessiond.overlay.stack import Stack
+
+_TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "symlink"}
+_BUFFER = 1 << 16
+_COMPLETE = json.dumps({"complete": True}).encode() + b"\n"
+
+
+def count(stack: Stack) -> ChangeCounts:
+    """Count the changes, and close `stack`. Raises `OSError`."""
+    added = changed = deleted = size = 0
+    try:
+        for change in changes(stack):
+            match change.kind:
+                case ChangeKind.ADDED:
+                    added += 1
+                case ChangeKind.DELETED:
+                    deleted += 1
+                case _:
+                    changed += 1
+            if change.kind is not ChangeKind.DELETED:
+                size += change.size
+    finally:
+        stack.close()
+    return ChangeCounts(added=added, changed=changed, deleted=deleted, bytes=size)
+
+
+def write_list(stack: Stack, target: int, patience: float) -> None:
+    """Write the changes as JSON lines, then that this was all, and close `stack` and `target`.
+
+    `target`: the end of a pipe that does not block. A reader that hangs up ends the list. Raises
+    `TimeoutError` when there was no room for more for `patience` seconds, `OSError`.
+    """
+    try:
+        lines = bytearray()
+        for change in changes(stack):
+            lines += _line(change)
+            if len(lines) >= _BUFFER:
+                _write(target, lines, patience)
+                lines.clear()
+        _write(target, lines + _COMPLETE, patience)
+    except BrokenPipeError:
+        return
+    finally:
+        os.close(target)
+        stack.close()
+
+
+def _write(target: int, lines: bytearray, patience: float) -> None:
+    room = select.poll()
+    room.register(target, select.POLLOUT)
+    written = 0
+    while written < len(lines):
+        if not room.poll(patience * 1000):
+            raise TimeoutError(
+                f"nothing of the list of changes was read for {patience:g} seconds; it is given up"
+            )
+        with suppress(BlockingIOError):  # root, who can open the pipe as well, was faster
+            written += os.write(target, lines[written:])
+
+
+def _line(change: Change) -> bytes:
+    fields = {
+        "path": os.fsdecode(b"/" + change.path),
+        "kind": change.kind.value,
+        "type": _TYPES.get(modes.S_IFMT(change.mode), "other"),
+        "size": change.size,
+    }
+    return json.dumps(fields).encode() + b"\n"
