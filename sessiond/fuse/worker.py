@@ -379,16 +379,8 @@ class _Controlled:
                 case control.Thaw():
                     await self._frozen.aclose()
                     self._is_frozen = False
-                case control.Changes():
-                    (outcome,) = descriptors
-                    count = functools.partial(comparison.count, self._copy())
-                    self._nursery.start_soon(self._compare, count, os.dup(outcome))
-                case control.Diff():
-                    outcome, target = descriptors
-                    write = functools.partial(
-                        comparison.write_list, self._copy(), os.dup(target), request.patience
-                    )
-                    self._nursery.start_soon(self._compare, write, os.dup(outcome))
+                case control.Changes() | control.Diff():
+                    return self._start_comparison(request, descriptors)
                 case control.Sync():
                     await trio.to_thread.run_sync(_sync, self._copy())
         except OSError as error:
@@ -401,12 +393,31 @@ class _Controlled:
     def _copy(self) -> Stack:
         return self._operations.overlay.stack.copy()
 
-    async def _compare(self, compare: Callable[[], ChangeCounts | None], outcome: int) -> None:
+    def _start_comparison(
+        self, request: control.Changes | control.Diff, descriptors: list[int]
+    ) -> Reply:
+        if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
+            return Reply(error="The request came without its descriptors.")
+        outcome = _socket(descriptors[0])
+        compare: Callable[[], ChangeCounts | None]
+        if isinstance(request, control.Diff):
+            target = os.dup(descriptors[1])
+            compare = functools.partial(
+                comparison.write_list, self._copy(), target, request.patience
+            )
+        else:
+            compare = functools.partial(comparison.count, self._copy())
+        self._nursery.start_soon(self._compare, compare, outcome)
+        return Reply()
+
+    async def _compare(
+        self, compare: Callable[[], ChangeCounts | None], outcome: trio.socket.SocketType
+    ) -> None:
         """Do it in the background, since others must not wait; send the outcome to a socket.
 
         Its threads are not those that requests of the mount need.
         """
-        with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, outcome) as manager:
+        with outcome:
             try:
                 counts = await trio.to_thread.run_sync(
                     compare, abandon_on_cancel=True, limiter=self._comparisons
@@ -418,7 +429,7 @@ class _Controlled:
                 log.exception("a comparison failed")
                 reply = Reply(error="the worker failed; its log has the reason")
             with suppress(OSError):  # it does not want to know any more
-                await control.send(manager, reply)
+                await control.send(outcome, reply)
 
     async def _freeze(self) -> None:
         if not self._is_frozen:
@@ -467,6 +478,16 @@ class _Controlled:
         # One by one costs time for each name held, but a directory that goes on must not be
         # invalidated: getcwd(2) would fail in it.
         return overlay.lost_names(held), directories
+
+
+def _socket(descriptor: int) -> trio.socket.SocketType:
+    """Return the socket that `descriptor` is, with a descriptor of its own. Raises OSError."""
+    duplicate = os.dup(descriptor)
+    try:
+        return trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, duplicate)
+    except OSError:
+        os.close(duplicate)
+        raise
 
 
 def _sync(stack: Stack) -> None:

@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
-from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -60,7 +59,7 @@ _REQUESTS = [
         Freeze(),
         Thaw(),
         Changes(),
-        Diff(),
+        Diff(patience=1.0),
         Sync(),
         Stop(),
     )
@@ -77,7 +76,7 @@ _PACKETS = (
     | st.sampled_from(_REQUESTS)
 )
 _FREEZE, _THAW, _DIFF = (
-    message.model_dump_json().encode() for message in (Freeze(), Thaw(), Diff())
+    message.model_dump_json().encode() for message in (Freeze(), Thaw(), Diff(patience=1.0))
 )
 _SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 _TOO_LONG = b"x" * (control.MESSAGE_LIMIT + 1)
@@ -260,8 +259,7 @@ async def test_a_manager_outlives_any_answer(packet: bytes, descriptors: int) ->
     await mount.attach(trio.socket.from_stdlib_socket(ours), Reply(worker=os.getpid()))
     socket.send_fds(theirs, [packet], [theirs.fileno()] * descriptors)
     try:
-        counts = astuple(await mount.changes())
-        assert all(0 <= count < 2**63 for count in counts)
+        await mount.sync()
     except SessiondError as error:
         str(error).encode()
     await mount.abandon()
