@@ -347,7 +347,11 @@ class OverlayOperations(pyfuse3.Operations):
             self.overlay.resize(node, attr.st_size, by_name=fh is None)
             if ctx.uid != 0:
                 self.overlay.drop_privileges(node)
-        if fields.update_uid or fields.update_gid:
+        others = (
+            fields.update_size or fields.update_mode or fields.update_atime or fields.update_mtime
+        )
+        # Nothing at all is chown(2) with -1 twice, which clears set-user-ID and set-group-ID bits.
+        if fields.update_uid or fields.update_gid or not others:
             uid = attr.st_uid if fields.update_uid else -1
             gid = attr.st_gid if fields.update_gid else -1
             self.overlay.chown(node, uid, gid)

@@ -480,6 +480,7 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
 @example(script=[MakeDirectory("g", 0o700), Rename("d", "g", 0), MakeDirectory("d", 0o700)])
 @example(script=[RemoveTree("e"), Rename("d/e", "e", 0), Rename("e", "d/e", 0), Unlink("d/e/a")])
 @example(script=[MakeLink("a", "b"), Hold("d/c"), Unlink("a"), UseHeld("", 0, b"x", 8)])
+@example(script=[ChangeMode("a", 0o2755), ChangeOwner("a", -1, -1)])
 @example(script=[Rename("d", "e", libc.RENAME_EXCHANGE), RemoveTree("d"), Rename("e", "d", 0)])
 def test_random_operations(script: list[Operation], scratch: str) -> None:
     with umask_of_zero(), ExitStack() as stack:
