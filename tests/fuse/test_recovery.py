@@ -383,15 +383,15 @@ class Order:
     def watched(self, call: Callable[..., T]) -> Callable[..., T]:
         """Return `call` with that behaviour."""
 
-        def watch(*arguments: Any) -> T:
+        def watch(*arguments: Any, **named: Any) -> T:
             memory = self._memory
             if not memory[0]:
-                return call(*arguments)
+                return call(*arguments, **named)
             memory[0] -= 1
             if memory[0]:
-                return call(*arguments)
+                return call(*arguments, **named)
             if memory[1]:
-                call(*arguments)
+                call(*arguments, **named)
             signal.raise_signal(signal.SIGKILL)
             raise AssertionError
 
