@@ -218,7 +218,7 @@ async def _run(
     try:
         confined = sandbox.enter(start.reachable)
         path = data_path.choose(start.data_path)
-        operations, served = _prepare(start, path, connection, journal)
+        operations, served, is_known = _prepare(start, path, connection, journal)
     except OSError as error:
         await control.send(channel, _failure(error))
         return
@@ -231,7 +231,7 @@ async def _run(
             controlled = _Controlled(operations, served, connection, journal, nursery, confined)
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
             await operations.initialised.wait()
-            if served != start.stack:
+            if served != start.stack or not is_known:
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
             await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
             operations.overlay.finish_all_kept()
@@ -242,14 +242,15 @@ async def _run(
 
 def _prepare(
     start: Start, path: DataPath, connection: int, journal: int
-) -> tuple[OverlayOperations, LayerStack]:
-    """Open the layers, and take over what a predecessor has left; return what layers these are.
+) -> tuple[OverlayOperations, LayerStack, bool]:
+    """Open the layers, and take over what a predecessor has left.
 
-    Raises OSError, ValueError, with words for people.
+    Returns also what layers these are, and whether what the kernel knows is of them. Raises
+    OSError, ValueError, with words for people.
     """
     if path is DataPath.PLAIN:
         stack = open_stack(start.stack, StackOptions())
-        return _operations(stack, path), start.stack
+        return _operations(stack, path), start.stack, True
     if not _kernel_io.record(connection, journal, start.inherits):
         raise ValueError("What the worker before this one has left cannot be read.")
     inherited = [Inherited(*left) for left in _kernel_io.inherited()]
@@ -262,8 +263,9 @@ def _prepare(
         operations.take_over(inherited, moved=moved)
     elif stack.orphans is not None:
         stack.orphans.remove_others(())
-    _note_stack(layers)
-    return operations, layers
+    if before is None:
+        _note_stack(layers)
+    return operations, layers, before in {None, layers}
 
 
 def _stack_of(inherited: list[Inherited]) -> LayerStack | None:

@@ -32,16 +32,19 @@ _VERSIONS = 1 << 7
 _VERSIONLESS = (1 << _INODE_BITS + _FILE_SYSTEM_BITS) - 1
 _COUNTER_START = 1 << 32
 
+# What a successor is told; see `FastPath.note`.
+ORPHAN_FACT = 1
+"""Where an object without a name is; see `orphans`."""
 IDENTITY_FACT = 2
-"""Identity of a node whose number does not tell it; see `FastPath.note`."""
-SETTING_FACT = 4
-"""The extended attribute that is about to be set."""
+"""Identity of a node whose number does not tell it."""
 EXCHANGE_FACT = 3
 """Of the mount: which two objects are about to change places."""
-MOVING_FACT = 6
-"""Where a file was that moves from one upper to the next; see `writers`."""
+SETTING_FACT = 4
+"""The extended attribute that is about to be set."""
 STACK_FACT = 5
 """Of the mount: the layers that are served, as who serves them writes it."""
+MOVING_FACT = 6
+"""Where a file was that moves from one upper to the next; see `writers`."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
 _IDENTITY = struct.Struct("=QQ")
 _DEVICE = struct.Struct("=Q")

@@ -16,12 +16,9 @@ from typing import NamedTuple
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.lookup import Entry, Lower, Presence
-from sessiond.overlay.nodes import Node
+from sessiond.overlay.nodes import ORPHAN_FACT, Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-
-ORPHAN_FACT = 1
-"""Tells a successor where an orphan is; see `FastPath.note`."""
 
 _KEPT, _LOWER, _DIRECTORY = b"KLD"
 _HEAD = struct.Struct("=B?")  # which of these, and whether the layers were swapped away under it

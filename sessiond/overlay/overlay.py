@@ -21,6 +21,7 @@ from sessiond.overlay.nodes import (
     EXCHANGE_FACT,
     IDENTITY_FACT,
     MOVING_FACT,
+    ORPHAN_FACT,
     ROOT_NUMBER,
     SETTING_FACT,
     Node,
@@ -199,7 +200,7 @@ class Overlay:
         for parent, name in left.names:
             if self._claim_at(left.number, left.kind, parent, name, identity) is not None:
                 return
-        fact = left.facts.get(orphans.ORPHAN_FACT)
+        fact = left.facts.get(ORPHAN_FACT)
         found = orphans.find(self.stack, fact) if fact else None
         if found is not None and (node := self.nodes.by_orphan(found.orphan)) is not None:
             syscalls.close(found.anchor)

@@ -254,6 +254,8 @@ static void uncount(struct node *node, uint32_t flags)
 void contents_closed(struct node *node, uint32_t flags)
 {
     struct contents *contents = node->contents;
+    if (!contents || !contents->opens)
+        return;
     uncount(node, flags);
     if (contents->opens)
         return;
@@ -300,7 +302,7 @@ bool answer_release(struct request *request)
         in->fh = request->in->nodeid;
         return false;
     }
-    if (contents && contents->opens)
+    if (node)
         contents_closed(node, in->flags);
     reply(request, NULL, 0);
     return true;

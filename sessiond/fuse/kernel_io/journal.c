@@ -374,36 +374,35 @@ static bool take_in(struct picture *picture, struct record *record, bool doubted
     return true;
 }
 
-static bool is_doubted(const uint64_t *uniques, size_t count, uint64_t unique)
+#define DOUBTS_LIMIT 16 /* deaths in a row; what earlier ones doubted is settled by then */
+
+static bool is_doubted(const uint64_t uniques[DOUBTS_LIMIT + 1], uint64_t unique)
 {
-    for (size_t i = 0; unique && i < count; i++)
+    for (size_t i = 0; unique && i <= DOUBTS_LIMIT; i++)
         if (uniques[i] == unique)
             return true;
     return false;
 }
 
-#define DOUBTS_LIMIT 16 /* deaths in a row; the oldest are settled by then */
-
-/* Find out which replies may not have been sent: the last, and those doubted by predecessors. */
-static size_t find_doubts(uint64_t *uniques)
+/* Find out which replies may not have been sent: the last, and the latest that predecessors doubted.
+ * Most of those were sent, and are never settled. */
+static void find_doubts(uint64_t uniques[DOUBTS_LIMIT + 1])
 {
     uint64_t last = 0;
-    size_t count = 0;
+    size_t doubted = 0;
     const struct record *record;
     for (char *at = half(header->half); (record = (const struct record *)at)->size; at += record->size) {
-        if (record->kind == DOUBT && count < DOUBTS_LIMIT) {
-            uniques[count++] = record->unique;
+        if (record->kind == DOUBT) {
+            uniques[doubted++ % DOUBTS_LIMIT] = record->unique;
         } else if (record->kind == SETTLED) {
-            for (size_t i = 0; i < count; i++)
+            for (size_t i = 0; i < DOUBTS_LIMIT; i++)
                 if (uniques[i] == record->unique)
                     uniques[i] = 0;
         } else if (record->unique) {
             last = record->unique;
         }
     }
-    if (last && !is_doubted(uniques, count, last))
-        uniques[count++] = last;
-    return count;
+    uniques[DOUBTS_LIMIT] = last;
 }
 
 static void free_life(struct life *life)
@@ -454,14 +453,15 @@ static struct picture *read_journal(bool with_doubts)
 {
     uint64_t uniques[DOUBTS_LIMIT + 1] = {0};
     struct picture *picture = calloc(1, sizeof *picture);
-    size_t count = with_doubts ? find_doubts(uniques) : 0;
     struct record *record;
     if (!picture)
         return NULL;
+    if (with_doubts)
+        find_doubts(uniques);
     end = 0;
     while ((record = (struct record *)(half(header->half) + end))->size) {
         bool doubted = record->kind != DOUBT && record->kind != SETTLED &&
-                       is_doubted(uniques, count, record->unique);
+                       is_doubted(uniques, record->unique);
         if (!take_in(picture, record, doubted)) {
             free_picture(picture);
             return NULL;
@@ -615,6 +615,17 @@ void journal_inherited(void (*visit)(const struct life *, void *), void *argumen
     inheritance = NULL;
 }
 
+static void take_back(const struct doubt *doubt)
+{
+    struct node *node;
+    if (doubt->kind == LOOKUPS)
+        transport_forget(doubt->number, doubt->value);
+    else if (doubt->kind == OPENED && (node = node_find(doubt->number)))
+        contents_closed(node, doubt->value);
+    else if (doubt->kind == LISTED)
+        listing_close(doubt->value);
+}
+
 /* A request was sent again: what its reply was to tell the kernel has not been told. Return whether it
  * was to tell of a close. */
 bool journal_settle(uint64_t unique)
@@ -628,12 +639,7 @@ bool journal_settle(uint64_t unique)
         }
         *link = doubt->next;
         found = true;
-        if (doubt->kind == LOOKUPS)
-            transport_forget(doubt->number, doubt->value);
-        else if (doubt->kind == OPENED)
-            contents_closed(node_find(doubt->number), doubt->value);
-        else if (doubt->kind == LISTED)
-            listing_close(doubt->value);
+        take_back(doubt);
         closed |= doubt->kind == CLOSED;
         free(doubt);
     }
