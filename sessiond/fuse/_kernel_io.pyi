@@ -14,11 +14,8 @@ NAMES_ONLY: int
 SETXATTR: int
 """An opcode."""
 
-def configure(path: str, negative_timeout: int) -> None:
-    """Before the mount: "plain" (take no part), "cached" or "passthrough".
-
-    `negative_timeout`: seconds for which the kernel may remember that a name is missing.
-    """
+def configure(path: str) -> None:
+    """Before the mount: "plain" (take no part), "cached" or "passthrough"."""
 
 def is_active() -> bool:
     """Say whether the mount has been made through this module."""
@@ -67,7 +64,7 @@ def is_served(number: int, /) -> bool: ...
 def withdraw(number: int, /) -> None: ...
 def claim(number: int, /) -> int: ...
 def place(number: int, /) -> tuple[int, int, bytes] | None: ...
-def unclaimed() -> list[int]: ...
+def names() -> list[tuple[int, bytes]]: ...
 def opened() -> list[int]: ...
 def begin_generation() -> list[int]: ...
 def keep(number: int, /) -> None: ...
@@ -80,6 +77,9 @@ def forget(number: int, count: int, /) -> None:
 
 def listed(handle: int, /) -> int:
     """Return the number of the directory that a listing's handle is of; 0 for one of Python's."""
+
+def remember_missing(parent: int, name: bytes, /) -> int:
+    """Return for how many seconds the kernel may remember that a name is missing."""
 
 def set_contents(number: int, descriptor: int, writable: bool, /) -> bool:
     """Take over a descriptor of the node's contents; `writable`: it is in the upper.

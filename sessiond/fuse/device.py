@@ -7,19 +7,18 @@ import errno
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyfuse3
 from pyfuse3 import InodeT
 
-from sessiond.fuse.data_path import kernel_version
-
 _libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
-_NOTIFY_INC_EPOCH = 8
-_EPOCH_KERNEL = (6, 16)
+_NOTIFY_INVAL_ENTRY = 3
+_EXPIRE_ONLY = 1
+_EXPIRED = struct.Struct("=IiQQII")  # fuse_out_header, fuse_notify_inval_entry_out
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -73,20 +72,23 @@ def _check(result: int, mount_point: Path) -> None:
         raise OSError(code, os.strerror(code), str(mount_point))
 
 
-def has_epochs() -> bool:
-    """Say whether this kernel can invalidate all names at once (FUSE_NOTIFY_INC_EPOCH)."""
-    return kernel_version() >= _EPOCH_KERNEL
+def expire(connection: int, names: Iterable[tuple[int, bytes]]) -> None:
+    """Make the kernel ask again, when they are used next, for `names`, each in a node.
 
-
-def begin_epoch(connection: int) -> None:
-    """Make the kernel ask again for every name. Precondition: `has_epochs`."""
-    header = struct.pack("=IiQ", 16, _NOTIFY_INC_EPOCH, 0)  # struct fuse_out_header
-    os.write(connection, header)
+    A directory that is still the same then keeps what is mounted on it, and whoever works in it;
+    not so before Linux 6.2, which does not know FUSE_EXPIRE_ONLY. Call from a thread: it waits for
+    requests that are under way.
+    """
+    for parent, name in names:
+        size = _EXPIRED.size + len(name) + 1
+        head = _EXPIRED.pack(size, _NOTIFY_INVAL_ENTRY, 0, parent, len(name), _EXPIRE_ONLY)
+        with suppress(FileNotFoundError):  # forgotten meanwhile
+            os.write(connection, head + name + b"\0")
 
 
 def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -> None:
-    """Make the kernel ask again for `names`, each in a node, and for attributes and
-    listings of `directories`.
+    """Make the kernel forget `names`, each in a node, and ask again for attributes and listings
+    of `directories`.
 
     Call from a thread: it waits for requests that are under way.
     """

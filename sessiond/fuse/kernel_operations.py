@@ -59,7 +59,7 @@ class KernelFastPath(FastPath):
     place = staticmethod(_kernel_io.place)
     shows_image = staticmethod(_kernel_io.shows_image)
     is_served = staticmethod(_kernel_io.is_served)
-    unclaimed = staticmethod(_kernel_io.unclaimed)
+    names = staticmethod(_kernel_io.names)
     serve = staticmethod(_kernel_io.serve)
     withdraw = staticmethod(_kernel_io.withdraw)
     begin_generation = staticmethod(_kernel_io.begin_generation)
@@ -122,12 +122,12 @@ class KernelOperations(OverlayOperations):
     File handles of requests are node numbers, which the extension puts there.
     """
 
-    def __init__(self, overlay: Overlay, path: DataPath, negative_timeout: float) -> None:
-        """`path`: not plain. `negative_timeout` as for `OverlayOperations`."""
-        super().__init__(overlay, negative_timeout=negative_timeout)
+    def __init__(self, overlay: Overlay, path: DataPath) -> None:
+        """`path`: not plain."""
+        super().__init__(overlay)
         self._path = path
         self._position_key = _kernel_io.key()
-        _kernel_io.configure(path, int(negative_timeout))
+        _kernel_io.configure(path)
 
     def take_over(self, inherited: list[Inherited], *, moved: bool) -> None:
         """Go on with the nodes, open files and listings of a predecessor that has died.
@@ -171,7 +171,15 @@ class KernelOperations(OverlayOperations):
     ) -> EntryAttributes:
         if self.overlay.serve(self.overlay.node(parent_inode)):
             raise FUSEError(_kernel_io.TRY_AGAIN)
-        return await super().lookup(parent_inode, name, ctx)
+        try:
+            return await super().lookup(parent_inode, name, ctx)
+        except FUSEError as error:
+            if error.errno != errno.ENOENT:
+                raise
+        missing = EntryAttributes()
+        missing.st_ino = 0
+        missing.entry_timeout = _kernel_io.remember_missing(parent_inode, name)
+        return missing
 
     # Changes that a predecessor may have made
 

@@ -23,7 +23,7 @@ from sessiond.control import LayerStack, Reply, Start
 from sessiond.descriptors import DescriptorStore, NoDescriptorStore
 from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
-from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, has_epochs, mount_device
+from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
 from sessiond.session.mounter import VIEW_TYPE, MountRequest
@@ -48,11 +48,8 @@ class FuseMounter:
         self._sockets = sockets
         self._descriptors = descriptors or NoDescriptorStore()
         self._inherited = dict(self._descriptors.inherited)
-        self.features = (
-            *(f"datapath-{path}" for path in data_path.available()),
-            *(["epochs"] if has_epochs() else []),
-        )
-        """How data and metadata reach the kernel on this machine, for people who ask why."""
+        self.features = tuple(f"datapath-{path}" for path in data_path.available())
+        """How data reach the kernel on this machine, for people who ask why."""
 
     async def mount(self, request: MountRequest) -> FuseMount:
         """See `Mounter.mount`."""

@@ -4,8 +4,9 @@ Handlers run whole between their checkpoints, so the core is never entered twice
 checkpoints are two: a large copy-up, whose data is copied in a thread, and the gate that holds
 changes back while the session is frozen.
 
-Names, attributes and missing names are valid for ever in the kernel's caches: only this process
-changes the layers, and what it changes behind the kernel's back, `Invalidation` announces.
+Names and attributes are valid for ever in the kernel's caches: only this process changes the
+layers, and what it changes behind the kernel's back, the worker announces. That a name is missing
+the kernel may remember only if it can be told otherwise, which `KernelOperations` sees to.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ from pyfuse3 import (
 from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.nodes import Node
-from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.session.model import DataPath
 
 log = logging.getLogger(__name__)
 
-FOREVER = 1e9  # seconds
+_FOREVER = 1e9  # seconds
 _COPY_IN_THREAD = 1 << 20
 """Files from this size, in bytes, are copied up in a thread: below, waking one costs more."""
 
@@ -101,11 +102,9 @@ class OverlayOperations(pyfuse3.Operations):
 
     enable_acl = True
 
-    def __init__(self, overlay: Overlay, *, negative_timeout: float = FOREVER) -> None:
-        """`negative_timeout`: seconds for which the kernel may remember that a name is missing."""
+    def __init__(self, overlay: Overlay) -> None:
         super().__init__()
         self.overlay = overlay
-        self._negative_timeout = negative_timeout
         self._position_key = os.urandom(_POSITION_KEY_SIZE)
         self._listings: dict[int, tuple[Node, Listing]] = {}
         self._last_listing = 0
@@ -141,7 +140,7 @@ class OverlayOperations(pyfuse3.Operations):
         finally:
             self._open.set()
 
-    def swap(self, stack: Stack, *, moved: bool) -> list[int]:
+    def swap(self, stack: Stack, *, moved: bool) -> Outdated:
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
         return self.overlay.swap(stack, moved=moved)
@@ -173,9 +172,9 @@ class OverlayOperations(pyfuse3.Operations):
         entry.st_atime_ns = stat.st_atime_ns
         entry.st_mtime_ns = stat.st_mtime_ns
         entry.st_ctime_ns = stat.st_ctime_ns
-        entry.entry_timeout = FOREVER
+        entry.entry_timeout = _FOREVER
         # Known to the kernel as two inodes, it must not be changed as one and cached as the other.
-        entry.attr_timeout = 0 if node.former else FOREVER
+        entry.attr_timeout = 0 if node.former else _FOREVER
         return entry
 
     def _given(self, node: Node, stat: os.stat_result) -> EntryAttributes:
@@ -233,14 +232,7 @@ class OverlayOperations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        try:
-            node, stat = self.overlay.lookup(self.overlay.node(parent_inode), name)
-        except FileNotFoundError:
-            missing = EntryAttributes()
-            missing.st_ino = 0  # remember that there is none
-            missing.entry_timeout = self._negative_timeout
-            return missing
-        return self._given(node, stat)
+        return self._given(*self.overlay.lookup(self.overlay.node(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from sessiond import control
 from sessiond.control import ChangeCounts, LayerStack, Reply, Start
 from sessiond.fuse import comparison, data_path, device, sandbox
-from sessiond.fuse.operations import FOREVER, OverlayOperations
+from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.nodes import STACK_FACT
@@ -41,7 +41,6 @@ if data_path.HAS_EXTENSION:
 log = logging.getLogger(__name__)
 
 _COMPARISONS_AT_ONCE = 16
-_SHORT = 1.0  # seconds
 
 
 def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
@@ -116,12 +115,8 @@ def start_fuse(stack: Stack, mount_point: str, path: DataPath) -> OverlayOperati
 
 def _operations(stack: Stack, path: DataPath) -> OverlayOperations:
     if path is DataPath.PLAIN:
-        return OverlayOperations(Overlay(stack), negative_timeout=_negative_timeout())
-    return KernelOperations(Overlay(stack, KernelFastPath(path)), path, _negative_timeout())
-
-
-def _negative_timeout() -> float:
-    return FOREVER if device.has_epochs() else _SHORT
+        return OverlayOperations(Overlay(stack))
+    return KernelOperations(Overlay(stack, KernelFastPath(path)), path)
 
 
 def _connect(operations: OverlayOperations, mount_point: str) -> None:
@@ -257,7 +252,7 @@ def _prepare(
     before = _stack_of(inherited)
     layers, stack = _open_either(before or start.stack, start.stack)
     fast_path = KernelFastPath(path, recorded=True)
-    operations = KernelOperations(Overlay(stack, fast_path, inherited), path, _negative_timeout())
+    operations = KernelOperations(Overlay(stack, fast_path, inherited), path)
     if start.inherits:
         moved = before is not None and before.orphans != layers.orphans
         operations.take_over(inherited, moved=moved)
@@ -441,45 +436,38 @@ class _Controlled:
     async def swap(self, layers: LayerStack, *, moved: bool) -> None:
         """Serve `layers` from now on. Raises OSError, with those before still served."""
         stack = open_stack(layers, self._operations.overlay.stack.options)
-        # As for a snapshot. Then all that the kernel knows goes on, and so does what is mounted in
-        # the view: a directory of an epoch that is over loses it.
+        # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
-            names, directories = self._exchange(stack, moved=moved, same_view=same_view)
+            announce = self._exchange(stack, moved=moved, same_view=same_view)
         else:
             async with self._operations.frozen():
-                names, directories = self._exchange(stack, moved=moved, same_view=same_view)
+                announce = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
         if moved:
             self._sandbox.leave((layers.upper, *layers.lowers))
-        await trio.to_thread.run_sync(device.invalidate, names, directories)
+        await trio.to_thread.run_sync(announce)
         _close_unused_orphans(self._operations.overlay)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)
 
-    def _exchange(
-        self, stack: Stack, *, moved: bool, same_view: bool
-    ) -> tuple[list[tuple[int, bytes]], list[int]]:
-        """Swap; return the names and directories of which the kernel is still to be told."""
+    def _exchange(self, stack: Stack, *, moved: bool, same_view: bool) -> Callable[[], None]:
+        """Swap; return what tells the kernel, to be called in a thread."""
         overlay = self._operations.overlay
-        if same_view:
-            self._operations.swap(stack, moved=moved)
-            return [], []
-        if not device.has_epochs():
-            held = overlay.held_names()
-        elif self._operations.data_path is DataPath.CACHED:
-            # Open or not, what the kernel remembers is held, and its space with it, until it is
-            # told that the name is gone.
-            held = overlay.upper_names()
-        else:
-            held = []
-        directories = self._operations.swap(stack, moved=moved)
-        if device.has_epochs():
-            device.begin_epoch(self._connection)
-        # One by one costs time for each name held, but a directory that goes on must not be
-        # invalidated: getcwd(2) would fail in it.
-        return overlay.lost_names(held), directories
+        # Open or not, what the kernel remembers is held, and its space with it, until it is told
+        # that the name is gone.
+        keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
+        held = overlay.upper_names() if keeps_space else []
+        outdated = self._operations.swap(stack, moved=moved)
+        lost = overlay.lost_names(held)
+
+        def announce() -> None:
+            if not same_view:
+                device.expire(self._connection, outdated.names)
+                device.invalidate(lost, outdated.directories)
+
+        return announce
 
 
 def _socket(descriptor: int) -> trio.socket.SocketType:

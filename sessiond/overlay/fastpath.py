@@ -55,8 +55,10 @@ class FastPath:
     def withdraw(self, number: int, /) -> None:
         """Forget which real directories or contents a node has: they are changing."""
 
-    def unclaimed(self) -> list[int]:
-        """Return the numbers of all nodes that have not been claimed."""
+    def names(self) -> list[tuple[int, bytes]]:
+        """Return the names that the kernel may know of nodes that have not been claimed, and those
+        that it may know to be missing: number of the directory, and name in it.
+        """
         return []
 
     def begin_generation(self) -> list[int]:

@@ -10,7 +10,7 @@ import logging
 import os
 import stat as modes
 from collections.abc import Sequence
-from contextlib import suppress
+from typing import NamedTuple
 
 from sessiond.overlay import directory, lookup, orphans, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
@@ -39,6 +39,15 @@ _SPARE_DESCRIPTORS = 256
 
 def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
+
+
+class Outdated(NamedTuple):
+    """What the kernel may know that is of earlier layers."""
+
+    names: list[tuple[int, bytes]]
+    """Found or missing: number of the directory, and name in it."""
+    directories: list[int]
+    """Numbers; their attributes and listings."""
 
 
 class Overlay:
@@ -718,15 +727,10 @@ class Overlay:
 
     # The stack
 
-    def held_names(self) -> list[tuple[Node, Node, bytes]]:
-        """Return all names of nodes that are held: node, parent, name."""
-        for number in self._fast_path.unclaimed():
-            with suppress(OSError):  # ESTALE: of earlier layers, and gone since
-                self.node(number)
-        return [(node, *link) for node in self.nodes.all() for link in node.links]
-
     def upper_names(self) -> list[tuple[Node, Node, bytes]]:
-        """The same of regular files in the upper, that is, of those that take space."""
+        """Return all names of regular files in the upper, of those, that is, that take space: node,
+        parent, name.
+        """
         files = (node for node in self.nodes.all() if node.upper and modes.S_ISREG(node.kind))
         return [(node, *link) for node in files for link in node.links]
 
@@ -743,13 +747,13 @@ class Overlay:
                     lost.append((parent.number, name))
         return lost
 
-    def swap(self, stack: Stack, *, moved: bool = False) -> list[int]:
-        """Serve `stack` instead of the present layers, which are closed; return directories held.
+    def swap(self, stack: Stack, *, moved: bool = False) -> Outdated:
+        """Serve `stack` instead of the present layers, which are closed.
 
         Nodes find their new place when they are used next. Files that are open and not in the new
         layers go on as unlinked ones. `moved`: the new layers are copies of the present ones, so
-        files that are open go on in them. The caller tells the kernel that its names and attributes
-        are out of date.
+        files that are open go on in them. The caller tells the kernel what it knows that is out of
+        date.
         """
         self.settle()
         for node in self._kept:
@@ -759,7 +763,11 @@ class Overlay:
         if moved:
             self._keep_writers(opened)
         self._exchange(stack)
-        unclaimed = self._fast_path.begin_generation()
+        directories = self._fast_path.begin_generation()
+        # Now: what was answered until then is among them, and nothing has found its new place.
+        names = self._fast_path.names()
+        for node in self.nodes.all():
+            names += [(parent.number, name) for parent, name in node.links]
         self._refresh(self.root)
         self._moving = True
         try:
@@ -773,7 +781,7 @@ class Overlay:
         if self._fast_path.recorded:  # a successor could not find what only the old layers have
             for node in opened:
                 self.node(node.number)
-        return [*unclaimed, *self.nodes.directories]
+        return Outdated(names, [*directories, *self.nodes.directories])
 
     def _opened(self) -> list[Node]:
         """Return files that are, or may be, open, each found in the present layers."""

@@ -9,23 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from sessiond.fuse import device
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import DataPath, SessionId, Stack, UpperDirectories
 from sessiond.session.mounter import MountRequest
 
 
-@pytest.fixture(scope="session", params=["epochs", "names"])
-def mounter(request: pytest.FixtureRequest) -> Iterator[FuseMounter]:
-    """Also as on kernels before 6.16, which have to be told of each name that is out of date."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "names":
-            patch.setattr(device, "has_epochs", lambda: False)
-        spawner = Spawner.start()
-        with tempfile.TemporaryDirectory() as sockets:
-            yield FuseMounter(spawner, Path(sockets))
-        spawner.close()
+@pytest.fixture(scope="session")
+def mounter() -> Iterator[FuseMounter]:
+    spawner = Spawner.start()
+    with tempfile.TemporaryDirectory() as sockets:
+        yield FuseMounter(spawner, Path(sockets))
+    spawner.close()
 
 
 class Playground:

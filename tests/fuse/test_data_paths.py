@@ -326,7 +326,8 @@ async def test_layers_on_a_stacked_file_system(playground: Playground, tmp_path:
     await trio.run_process(["mount", "-t", "overlay", "-o", options, "stacked", stacked])
     try:
         own = playground.stack()
-        async with playground.mounted(Stack(own.upper, (stacked,))):
+        reachable = (own.upper.fs.parent, stacked)
+        async with playground.mounted(Stack(own.upper, (stacked,)), reachable):
             path = playground.root / "file"
             with open(path, "rb") as old:
                 assert old.read(1) == b"a"

@@ -34,14 +34,6 @@ T = TypeVar("T")
 RECOVERING = [DataPath.PASSTHROUGH, DataPath.CACHED]
 
 
-@pytest.fixture(scope="module")
-def mounter() -> Iterator[FuseMounter]:
-    spawner = Spawner.start()
-    with tempfile.TemporaryDirectory() as sockets:
-        yield FuseMounter(spawner, Path(sockets))
-    spawner.close()
-
-
 @pytest.fixture(params=RECOVERING)
 def playground(request: pytest.FixtureRequest, mounter: FuseMounter) -> Iterator[Playground]:
     with tempfile.TemporaryDirectory() as directory:
@@ -267,6 +259,17 @@ async def test_after_the_layers_were_exchanged(playground: Playground) -> None:
             await succeed(mount)
             assert (root / "file").read_text() == "upper"
             assert os.pread(new.fileno(), 3, 0) == b"new"
+
+
+async def test_names_that_a_predecessor_said_to_be_missing(playground: Playground) -> None:
+    root = playground.root
+    (playground.image / "file").write_bytes(b"image")
+    async with playground.mounted(playground.stack()) as mount:
+        (root / "file").unlink()
+        assert not (root / "file").exists()
+        await succeed(mount)
+        await mount.swap(playground.stack())
+        assert (root / "file").read_bytes() == b"image"
 
 
 async def test_more_names_than_the_journal_is_tidied_for(playground: Playground) -> None:

@@ -13,7 +13,6 @@ import pytest
 import trio
 
 from sessiond.config import Config
-from sessiond.fuse import device
 from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.manager import Manager, Session, open_manager
@@ -100,14 +99,10 @@ class Machine:
 
 
 @pytest.fixture(scope="session")
-def spawner(request: pytest.FixtureRequest) -> Iterator[Spawner]:
-    """With the parameter ``names``, as on kernels before 6.16: told of each name out of date."""
-    with pytest.MonkeyPatch.context() as patch:
-        if getattr(request, "param", "") == "names":
-            patch.setattr(device, "has_epochs", lambda: False)
-        spawner = Spawner.start()
-        yield spawner
-        spawner.close()
+def spawner() -> Iterator[Spawner]:
+    spawner = Spawner.start()
+    yield spawner
+    spawner.close()
 
 
 @pytest.fixture

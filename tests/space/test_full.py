@@ -38,7 +38,6 @@ def disk_of(machine: Machine, profile: str) -> None:
         machine.mount_disk("ext4", "-N", "256", "-m", "0", size="16M")
 
 
-@pytest.mark.parametrize("spawner", ["epochs", "names"], indirect=True)
 @WHAT
 @PROFILE
 async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, profile: str) -> None:

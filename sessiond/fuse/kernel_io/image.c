@@ -216,7 +216,7 @@ bool answer_lookup(struct request *request)
     if (!directory || !find(directory, name, &stat, &found))
         return false;
     if (found) {
-        entry.entry_valid = state.negative_valid;
+        entry.entry_valid = missing_remember(parent->number, name);
         reply(request, &entry, sizeof entry);
         return true;
     }

@@ -16,9 +16,10 @@
 #include <sys/random.h>
 #include <unistd.h>
 
-#define MAGIC 0x316a646e73736573ull /* "sessndj1" */
+#define MAGIC 0x326a646e73736573ull /* "sessndj2" */
 #define HEAD 4096
 #define HALF (1ull << 30) /* of address space; memory is taken as it is written */
+#define SIZE (HEAD + 2 * HALF + sizeof(struct missing_ring))
 #define TIDY_FROM (256 << 10)
 #define TIDY_FACTOR 4
 #define CHAINS 4096 /* of the table that is made when the journal is read; a power of two */
@@ -531,13 +532,14 @@ void journal_tidy(void)
 /* Write to `fd` from now on, a file in memory, which may have what a predecessor wrote. */
 bool journal_open(int fd)
 {
-    if (ftruncate(fd, HEAD + 2 * HALF))
+    if (ftruncate(fd, SIZE))
         return false;
-    void *memory = mmap(NULL, HEAD + 2 * HALF, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED)
         return false;
     header = memory;
     base = half(header->half);
+    missing_keep_in((struct missing_ring *)half(2));
     if (!header->magic && getrandom(header->key, sizeof header->key, 0) == sizeof header->key)
         header->magic = MAGIC;
     return header->magic == MAGIC;

@@ -5,6 +5,7 @@
  *   files.c      contents of open files: passthrough, or read and written here
  *   image.c      objects that only the bottom layer has a say in, answered without Python
  *   nodes.c      the table of nodes that the kernel holds
+ *   missing.c    names that the kernel remembers to be missing
  *   journal.c    what a successor of this process has to know
  *   module.c     the Python module
  *
@@ -101,7 +102,6 @@ struct state {
     bool held;        /* changes wait: the session is frozen */
     uint32_t generation;
     uint64_t unique; /* of the request that is being replied to, without RESENT */
-    uint64_t negative_valid; /* seconds for which the kernel may remember that a name is missing */
 };
 extern struct state state;
 
@@ -172,6 +172,15 @@ void listing_close(uint64_t handle);
 bool listing_reopen(uint64_t handle, int fd, uint64_t numbering);
 void listing_each_inherited(void (*visit)(uint64_t handle, uint64_t number, void *), void *argument);
 uint64_t listing_last(void);
+
+/* missing.c */
+struct missing_ring {
+    uint64_t first, last; /* offsets that only grow; modulo the size */
+    char bytes[1 << 20];
+};
+void missing_keep_in(struct missing_ring *memory);
+uint32_t missing_remember(uint64_t parent, const char *name);
+void missing_each(void (*visit)(uint64_t parent, const char *name, void *), void *argument);
 
 /* journal.c */
 struct life_name {

@@ -35,12 +35,10 @@ static bool lock_and_find(PyObject *argument, struct node **node)
 static PyObject *configure(PyObject *self, PyObject *args)
 {
     const char *path;
-    unsigned long long negative;
-    if (!PyArg_ParseTuple(args, "sK:configure", &path, &negative))
+    if (!PyArg_ParseTuple(args, "s:configure", &path))
         return NULL;
     lock();
     state.path = !strcmp(path, "passthrough") ? PASSTHROUGH : !strcmp(path, "cached") ? CACHED : PLAIN;
-    state.negative_valid = negative;
     unlock();
     Py_RETURN_NONE;
 }
@@ -333,15 +331,44 @@ static PyObject *collect_numbers(void (*visit)(struct node *, void *))
     return numbers;
 }
 
-static void append_unclaimed(struct node *node, void *numbers)
+static void append_name(uint64_t parent, const char *name, void *list)
 {
-    if (!node->python)
-        append(node, numbers);
+    PyObject *item = Py_BuildValue("Ky", (unsigned long long)parent, name);
+    if (item)
+        PyList_Append(list, item);
+    Py_XDECREF(item);
 }
 
-static PyObject *unclaimed(PyObject *self, PyObject *unused)
+static void append_name_of(struct node *node, void *list)
 {
-    return collect_numbers(append_unclaimed);
+    if (node->parent)
+        append_name(node->parent->number, node->name, list);
+}
+
+static PyObject *names(PyObject *self, PyObject *unused)
+{
+    PyObject *list = PyList_New(0);
+    if (!list)
+        return NULL;
+    lock();
+    node_each(append_name_of, list);
+    missing_each(append_name, list);
+    unlock();
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+static PyObject *remember_missing(PyObject *self, PyObject *args)
+{
+    unsigned long long parent;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "Ky:remember_missing", &parent, &name))
+        return NULL;
+    lock();
+    uint32_t seconds = missing_remember(parent, name);
+    unlock();
+    return PyLong_FromUnsignedLong(seconds);
 }
 
 static void append_opened(struct node *node, void *numbers)
@@ -361,8 +388,8 @@ static void end_generation(struct node *node, void *directories)
     image_withdraw(node);
     if (node->python) /* the image stays what it is */
         contents_retire(node);
-    if (S_ISDIR(node->type))
-        append_unclaimed(node, directories);
+    if (!node->python && S_ISDIR(node->type))
+        append(node, directories);
 }
 
 static PyObject *begin_generation(PyObject *self, PyObject *unused)
@@ -459,7 +486,8 @@ static PyMethodDef methods[] = {
     {"listed", listed, METH_O, NULL},
     {"is_served", is_served, METH_O, NULL},
     {"opened", opened, METH_NOARGS, NULL},
-    {"unclaimed", unclaimed, METH_NOARGS, NULL},
+    {"names", names, METH_NOARGS, NULL},
+    {"remember_missing", remember_missing, METH_VARARGS, NULL},
     {"begin_generation", begin_generation, METH_NOARGS, NULL},
     {"set_contents", set_contents, METH_VARARGS, NULL},
     {"opens", opens, METH_O, NULL},
