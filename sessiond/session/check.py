@@ -44,6 +44,12 @@ class StoreKind(FindingKind):
         "The image is missing or another one, so the session is not served; what depends on the "
         "image was not checked.",
     )
+    EXPOSED = Description(
+        "exposed",
+        _W,
+        "Others than root can look into it or change it, or own it.",
+        "made root's alone",
+    )
     RECORD_NEWER = Description(
         "record-newer",
         _W,
@@ -73,6 +79,12 @@ class StoreKind(FindingKind):
     )
     LAYER_UNREFERENCED = Description(
         "layer-unreferenced", _N, "No record names the layer.", "removed"
+    )
+    ORPHAN = Description(
+        "orphan", _N, "The file was removed while it was open, and is open no more.", "removed"
+    )
+    JOB_UNREADABLE = Description(
+        "job-unreadable", _N, "What the session's last job was cannot be read.", "removed"
     )
     TRASH = Description("trash", _N, "It was about to be deleted.", "removed")
     LEFTOVER = Description("leftover", _N, "It was left by a crash.", "removed")

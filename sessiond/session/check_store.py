@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
@@ -39,13 +40,13 @@ from sessiond.session.model import (
     session_id,
 )
 from sessiond.session.mounts import Mounts, SystemMounts, mount_for_oneself
-from sessiond.session.records import BadRecordError, NewerFormatError, read_session
-from sessiond.session.store import Store
+from sessiond.session.records import BadRecordError, NewerFormatError, read_job, read_session
+from sessiond.session.store import BEING_DELETED, BEING_MADE, JOB, RECORD, Store
 from sessiond.session.tree import remove_tree
 
-_RECORD = "session.json"
-_MARKS = ("session.new", "session.old")
-"""Of a session that is being made or deleted; see `store`."""
+_PRIVATE = 0o700
+_PASSABLE = 0o711
+"""Modes of directories: all users pass through some on the way to their mount points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +136,12 @@ class _StoreCheck:
         persistent: set[str] = set()
         any_found = False
         for kind, base in self._bases.items():
+            self._check_access(base, _mode(kind))
+            self._check_access(base / "sessions", _mode(kind))
             for directory in self._session_directories(base):
                 any_found = True
                 record = self._look_at(directory, kind, persistent)
-                if kind is StorageKind.PERSISTENT and (directory / _RECORD).exists():
+                if kind is StorageKind.PERSISTENT and (directory / RECORD).exists():
                     persistent.add(directory.name)
                 if record is not None:
                     await self._check_session(record)
@@ -202,9 +205,12 @@ class _StoreCheck:
         """Return the record of a session whose layers can be checked, and tell of what it has
         besides.
         """
-        name, file = directory.name, directory / _RECORD
+        name, file = directory.name, directory / RECORD
         volatile = kind is StorageKind.TMPFS
-        marks = [directory / mark for mark in _MARKS if (directory / mark).exists()]
+        marks = [
+            directory / mark for mark in (BEING_MADE, BEING_DELETED) if (directory / mark).exists()
+        ]
+        self._check_job(directory / JOB)
         if not os.path.lexists(file):
             # Of a persistent session, the directory of its mount point.
             if self._at_rest and not (volatile and name in persistent):
@@ -216,12 +222,17 @@ class _StoreCheck:
             self._found(StoreKind.RECORD_TWICE, file, session=name)
             return None
         self._report.sessions += 1
+        self._check_access(directory, _mode(kind), session=name)
+        self._check_access(file, _PRIVATE, session=name)
         record = self._read(file, kind)
         if record is None:
             return None
-        if volatile and self._mounts.file_system(self._store.storage(record)) is None:
-            self._found(StoreKind.STORAGE_GONE, directory, session=name)
-            return None
+        if volatile:
+            storage = self._store.storage(record)
+            if self._mounts.file_system(storage) is None:
+                self._found(StoreKind.STORAGE_GONE, directory, session=name)
+                return None
+            self._check_access(storage, _PRIVATE, session=name)
         return record
 
     def _tell_unrecorded(self, directory: Path, kind: StorageKind, *, marked: bool) -> None:
@@ -256,18 +267,58 @@ class _StoreCheck:
             return None
         return record
 
+    def _check_job(self, file: Path) -> None:
+        try:
+            read_job(file)
+        except FileNotFoundError:
+            pass
+        except (BadRecordError, OSError) as error:
+            session = file.parent.name
+            self._found(
+                StoreKind.JOB_UNREADABLE, file, str(error), session=session, fix=file.unlink
+            )
+
+    def _check_access(self, path: Path, most: int, *, session: str | None = None) -> None:
+        """Find fault with `path` unless it is root's, and others have no rights beyond `most`."""
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            return
+        if stat.S_ISLNK(status.st_mode):
+            return  # what is there, none of ours has made
+        if status.st_uid == 0 and not stat.S_IMODE(status.st_mode) & 0o777 & ~most:
+            return
+
+        def fix() -> None:
+            os.chown(path, 0, 0, follow_symlinks=False)
+            path.chmod(stat.S_IMODE(status.st_mode) & most)
+
+        told = f"it is uid {status.st_uid}'s, with mode {stat.S_IMODE(status.st_mode):04o}"
+        self._found(StoreKind.EXPOSED, path, told, session=session, fix=fix)
+
     # Layers
 
     async def _check_session(self, record: SessionRecord) -> None:
-        layers = self._store.storage(record) / "layers"
+        storage = self._store.storage(record)
+        layers = storage / "layers"
         missing = False
+        self._check_access(layers, _PRIVATE, session=record.id)
         for number in sorted(record.all_layers):
-            if not (layer := self._store.layer(record, number)).is_dir():
+            layer = self._store.layer(record, number)
+            if layer.is_dir():
+                self._check_access(layer, _PRIVATE, session=record.id)
+            else:
                 missing = True
                 tell = partial(self._found, session=record.id, layer=number)
                 tell(StoreKind.LAYER_MISSING, layer)
         if self._at_rest and not any(map(_is_locked, _entries(layers))):
             self._check_unreferenced(record, layers)
+            for path in _entries(self._store.orphans(record)):
+                self._found(StoreKind.ORPHAN, path, session=record.id, fix=path.unlink)
+            unfinished = self._store.unfinished_spare(record)
+            if unfinished.exists():
+                fix = partial(remove_tree, unfinished)
+                self._found(StoreKind.LEFTOVER, unfinished, session=record.id, fix=fix)
         if missing:
             return
         async with self._image(record) as image:
@@ -359,6 +410,10 @@ def _private_directory() -> Iterator[Path]:
         with suppress(OSError):
             (place / "images").rmdir()
             place.rmdir()
+
+
+def _mode(kind: StorageKind) -> int:
+    return _PRIVATE if kind is StorageKind.PERSISTENT else _PASSABLE
 
 
 def _stacks(

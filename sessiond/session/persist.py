@@ -177,7 +177,8 @@ class _Move:
     def _copy_layer(self, number: LayerNumber) -> None:
         source = self._store.layer(self._session.record, number)
         target = self._store.layer(self._target, number)
-        (target / "work").mkdir(mode=0o700, parents=True, exist_ok=True)
+        for directory in (target, target / "work"):
+            directory.mkdir(mode=0o700, exist_ok=True)
         # Of the workdir, only the index of hard links belongs to the layer's contents.
         has_index = (source / "work/index").is_dir()
         copy_trees(

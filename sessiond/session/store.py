@@ -61,11 +61,12 @@ from sessiond.session.tree import Check, copy_root, empty_tree, remove_tree
 
 log = logging.getLogger(__name__)
 
-_RECORD = "session.json"
-_SPARE_RECORD = durable.spare_of(Path(_RECORD)).name
-_BEING_MADE = "session.new"
-_BEING_DELETED = "session.old"
-_JOB = "job.json"
+# Files in the directory of a session; see above.
+RECORD = "session.json"
+BEING_MADE = "session.new"
+BEING_DELETED = "session.old"
+JOB = "job.json"
+_SPARE_RECORD = durable.spare_of(Path(RECORD)).name
 _WORKDIR = ("work/work", "work/index")
 """What the overlay makes in a workdir, unless it is there already."""
 
@@ -169,7 +170,7 @@ class Store:
             runtime.mkdir()
             runtime.chmod(0o711)
             self._directory(record.id, record.storage).mkdir(mode=0o700, exist_ok=True)
-            (self._directory(record.id, record.storage) / _BEING_MADE).touch(mode=0o600)
+            (self._directory(record.id, record.storage) / BEING_MADE).touch(mode=0o600)
             storage = self.storage(record)
             storage.mkdir(mode=0o700, exist_ok=True)
             if record.storage is StorageKind.TMPFS:
@@ -187,7 +188,7 @@ class Store:
         Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`.
         """
         directory = self.storage(record)
-        if (directory / _RECORD).exists():
+        if (directory / RECORD).exists():
             raise Failed(
                 f"There is another persistent session {record.id} in {directory}; move it away."
             )
@@ -196,7 +197,7 @@ class Store:
                 self._to_trash(directory, StorageKind.PERSISTENT)
             directory.mkdir(mode=0o700)
             try:
-                (directory / _BEING_MADE).touch(mode=0o600)
+                (directory / BEING_MADE).touch(mode=0o600)
                 self._furnish(record)
                 with self._spares:
                     self._make_spare(record, directory)  # who takes it gives it a root's metadata
@@ -247,7 +248,7 @@ class Store:
                 fsync_directory(directory)
 
     def _make_spare(self, record: SessionRecord, like: Path) -> None:
-        spare, unfinished = self._spare(record), self._unfinished_spare(record)
+        spare, unfinished = self._spare(record), self.unfinished_spare(record)
         if spare.exists() or unfinished.exists():
             return
         try:
@@ -264,7 +265,7 @@ class Store:
 
         `check` may stop it, by raising; so may `OSError`. What is left is garbage.
         """
-        spare, unfinished = self._spare(record), self._unfinished_spare(record)
+        spare, unfinished = self._spare(record), self.unfinished_spare(record)
         with self._spares:
             complete = all((layer / name).is_dir() for name in _WORKDIR)  # a copy may be without
             if complete and not spare.exists() and not unfinished.exists():
@@ -286,7 +287,7 @@ class Store:
         with explained(f"write the record of session {record.id}"):
             file = self._record_file(record)
             durable.replace(file, text)
-            file.with_name(_BEING_MADE).unlink(missing_ok=True)
+            file.with_name(BEING_MADE).unlink(missing_ok=True)
 
     def forget(self, record: SessionRecord) -> None:
         """Give up the record, and so the session; its files become garbage. Raises `Failed`."""
@@ -294,12 +295,12 @@ class Store:
         if not file.exists():
             return
         with explained(f"remove the record of session {record.id}"):
-            file.rename(file.with_name(_BEING_DELETED))
+            file.rename(file.with_name(BEING_DELETED))
             fsync_directory(file.parent)
 
     def write_job(self, session: SessionId, job: JobRecord) -> None:
         """Note the last job of a session, until the machine ends. Raises `Failed`, `NoSpace`."""
-        file = self.runtime_directory(session) / _JOB
+        file = self.runtime_directory(session) / JOB
         with explained(f"note the job of session {session}"):
             durable.replace(file, job.model_dump_json(indent=1).encode())
 
@@ -328,7 +329,7 @@ class Store:
         with explained(f"remove the volatile storage of session {session}"):
             self._mounts.detach(storage)
             remove_tree(storage)
-            for name in (_BEING_DELETED, _SPARE_RECORD):
+            for name in (BEING_DELETED, _SPARE_RECORD):
                 storage.with_name(name).unlink(missing_ok=True)
 
     # At start
@@ -366,7 +367,7 @@ class Store:
                 return  # of a persistent session: what belongs to it stays as well
             if session in found.records:
                 self._drop_moved(directory, found)
-            elif os.path.lexists(directory / _RECORD):
+            elif os.path.lexists(directory / RECORD):
                 self._load_recorded(directory, kind, found)
             else:
                 self._load_unrecorded(directory, kind, found)
@@ -380,7 +381,7 @@ class Store:
     def _load_recorded(self, directory: Path, kind: StorageKind, found: _Search) -> None:
         session = SessionId(directory.name)
         try:
-            record = read_session(directory / _RECORD)
+            record = read_session(directory / RECORD)
             _require_place(record, session, kind)
             if kind is StorageKind.TMPFS and self._mounts.file_system(self.storage(record)) is None:
                 log.warning("Session %s was volatile, and ended with the last boot.", session)
@@ -391,7 +392,7 @@ class Store:
         except BadRecordError as error:
             self._set_aside(directory, kind, f"its record makes no sense: {error}")
             return
-        for left_over in (_BEING_MADE, _BEING_DELETED):
+        for left_over in (BEING_MADE, BEING_DELETED):
             (directory / left_over).unlink(missing_ok=True)
         garbage = tuple(self._unknown_layers(record))
         self.runtime_directory(session).mkdir(exist_ok=True)
@@ -400,10 +401,10 @@ class Store:
         found.garbage += garbage
 
     def _load_unrecorded(self, directory: Path, kind: StorageKind, found: _Search) -> None:
-        marks = (_BEING_MADE, _BEING_DELETED)
+        marks = (BEING_MADE, BEING_DELETED)
         contents = directory / ("layers" if kind is StorageKind.PERSISTENT else "storage")
         if os.path.lexists(contents) and not any((directory / mark).exists() for mark in marks):
-            self._set_aside(directory, kind, f"its record, {_RECORD}, is missing")
+            self._set_aside(directory, kind, f"its record, {RECORD}, is missing")
             return
         log.info("What was left of session %s in %s is removed.", directory.name, directory)
         found.garbage += self.discard(SessionId(directory.name), kind)
@@ -418,12 +419,12 @@ class Store:
             log.info("Session %s had moved to disk; its volatile copy is removed.", directory.name)
             self._mounts.detach(storage)
             found.garbage.append(self._to_trash(storage, StorageKind.TMPFS))
-        for name in (_RECORD, _SPARE_RECORD, _BEING_MADE, _BEING_DELETED):
+        for name in (RECORD, _SPARE_RECORD, BEING_MADE, BEING_DELETED):
             (directory / name).unlink(missing_ok=True)
 
     def _load_job(self, directory: Path, found: _Search) -> None:
         try:
-            found.jobs[SessionId(directory.name)] = read_job(directory / _JOB)
+            found.jobs[SessionId(directory.name)] = read_job(directory / JOB)
         except FileNotFoundError:
             pass
         except (BadRecordError, OSError) as error:
@@ -446,7 +447,7 @@ class Store:
             directory.name,
             reason,
             target,
-            _RECORD,
+            RECORD,
             directory,
         )
 
@@ -460,8 +461,8 @@ class Store:
                 yield path
             else:
                 log.warning("%s is no layer of session %s, and is left alone.", path, record.id)
-        if self._unfinished_spare(record).exists():
-            yield self._unfinished_spare(record)
+        if self.unfinished_spare(record).exists():
+            yield self.unfinished_spare(record)
 
     # Names
 
@@ -469,12 +470,13 @@ class Store:
         return self._bases[kind] / "sessions" / session
 
     def _record_file(self, record: SessionRecord) -> Path:
-        return self._directory(record.id, record.storage) / _RECORD
+        return self._directory(record.id, record.storage) / RECORD
 
     def _spare(self, record: SessionRecord) -> Path:
         return self.storage(record) / "spare"
 
-    def _unfinished_spare(self, record: SessionRecord) -> Path:
+    def unfinished_spare(self, record: SessionRecord) -> Path:
+        """A layer that was to be emptied and to become the spare one."""
         return self.storage(record) / "spare.new"
 
     def _to_trash(self, directory: Path, kind: StorageKind) -> Path:

@@ -65,6 +65,43 @@ async def test_a_store_in_order(world: World) -> None:
             assert (checked.report.sessions, checked.report.layers) == (1, 2)
 
 
+async def test_what_others_than_root_may_touch(world: World) -> None:
+    await make(world)
+    session = world.disk("s")
+    private = [world.state, session.parent, session, session / "layers", session / "layers/1"]
+    for directory in private:
+        directory.chmod(0o750)
+    (session / "session.json").chmod(0o640)
+    (session / "layers/2").chmod(0o1700)
+    world.runtime.chmod(0o733)
+    expected = sorted(
+        ("exposed", str(path)) for path in (*private, session / "session.json", world.runtime)
+    )
+    for repair in (False, True):
+        checked = await check(world, repair=repair)
+        assert checked.told(Path("/nowhere")) == expected
+    assert (await check(world)).found == []
+    assert {stat.S_IMODE(directory.stat().st_mode) for directory in private} == {0o700}
+    assert stat.S_IMODE(world.runtime.stat().st_mode) == 0o711
+    assert stat.S_IMODE((session / "session.json").stat().st_mode) == 0o600
+
+
+async def test_leftovers_beside_the_layers(world: World) -> None:
+    await make(world)
+    session = world.disk("s")
+    (session / "orphans/1").touch()
+    (session / "spare.new/fs/directory").mkdir(parents=True)
+    (world.runtime / "sessions/s").mkdir(exist_ok=True)
+    (world.runtime / "sessions/s/job.json").write_text("nonsense")
+    checked = await check(world, repair=True)
+    assert checked.told(world.directory) == [
+        ("job-unreadable", "run/sessions/s/job.json"),
+        ("leftover", "state/sessions/s/spare.new"),
+        ("orphan", "state/sessions/s/orphans/1"),
+    ]
+    assert (await check(world)).found == []
+
+
 async def test_a_machine_without_sessions(world: World) -> None:
     assert (await check(world)).found == []
     with pytest.raises(Failed, match="is no state directory"):
