@@ -36,7 +36,7 @@ test: setup
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --check .; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(PRIVATE) $(BIN)/python -m pytest --quiet
+	@$(PRIVATE) $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal
 
 soak: setup
 	@SOAK='$(SOAK)' $(PRIVATE) $(BIN)/python -m pytest --quiet -m soak

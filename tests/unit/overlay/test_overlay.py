@@ -306,8 +306,14 @@ def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     added, _ = overlay.create_file(directory, b"added", new_file())
     for node in (kept, directory, added):
         overlay.refer(node)
-    directories = overlay.swap(bench.stack("low", upper="second"))
-    assert set(directories) == {overlay.root.number, directory.number}
+    outdated = overlay.swap(bench.stack("low", upper="second"))
+    root = overlay.root.number
+    assert set(outdated.directories) == {root, directory.number}
+    assert set(outdated.names) == {
+        (root, b"kept"),
+        (root, b"directory"),
+        (directory.number, b"added"),
+    }
     assert overlay.node(kept.number) is kept
     assert overlay.node(directory.number) is directory
     assert overlay.names(directory) == []
