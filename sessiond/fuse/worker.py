@@ -396,14 +396,15 @@ class _Controlled:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
         outcome = _socket(descriptors[0])
+        stack = self._copy()
         compare: Callable[[], ChangeCounts | None]
         if isinstance(request, control.Diff):
             target = os.dup(descriptors[1])
             compare = functools.partial(
-                comparison.write_list, self._copy(), target, request.patience
+                comparison.write_list, stack, stack.bottom(), target, request.patience
             )
         else:
-            compare = functools.partial(comparison.count, self._copy())
+            compare = functools.partial(comparison.count, stack, stack.bottom())
         self._nursery.start_soon(self._compare, compare, outcome)
         return Reply()
 
