@@ -61,6 +61,14 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
     return stack
 
 
+def _open_lowers(lowers: control.Lowers) -> Stack:
+    """Open layers for reading. Raises OSError with a message for people."""
+    return Stack.open(
+        [os.fsencode(path) for path in lowers.paths],
+        indexes=[os.fsencode(path) for path in lowers.indexes if path.is_dir()],
+    )
+
+
 _orphans: dict[Path, Orphans] = {}
 """Those of the present layers, and of earlier ones as long as something is there."""
 
@@ -396,17 +404,26 @@ class _Controlled:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
         outcome = _socket(descriptors[0])
-        stack = self._copy()
+        stack, base = self._states(request)
         compare: Callable[[], ChangeCounts | None]
         if isinstance(request, control.Diff):
             target = os.dup(descriptors[1])
             compare = functools.partial(
-                comparison.write_list, stack, stack.bottom(), target, request.patience
+                comparison.write_list, stack, base, target, request.patience
             )
         else:
-            compare = functools.partial(comparison.count, stack, stack.bottom())
+            compare = functools.partial(comparison.count, stack, base)
         self._nursery.start_soon(self._compare, compare, outcome)
         return Reply()
+
+    def _states(self, request: control.Changes | control.Diff) -> tuple[Stack, Stack]:
+        """Return what is compared, and what with."""
+        stack = self._copy() if request.end is None else _open_lowers(request.end)
+        try:
+            return stack, stack.bottom() if request.start is None else _open_lowers(request.start)
+        except BaseException:
+            stack.close()
+            raise
 
     async def _compare(
         self, compare: Callable[[], ChangeCounts | None], outcome: trio.socket.SocketType
