@@ -49,6 +49,14 @@ class Start(_Message):
     """Go on for a worker that has died, by its journal; serve `stack` in place of its layers."""
 
 
+class Lowers(_Message):
+    """Directories of layers that are only read, topmost first."""
+
+    paths: tuple[Path, ...]
+    indexes: tuple[Path, ...] = ()
+    """As of a `LayerStack`."""
+
+
 class Swap(_Message):
     """Serve another stack from now on."""
 
@@ -71,22 +79,28 @@ class Thaw(_Message):
 
 
 class Changes(_Message):
-    """Count the differences from the bottom-most lower.
+    """Count the differences between two states.
 
     It takes long, so the answer says only that it has begun. The outcome is another `Reply`, with
     `changes`, through the socket that comes along; if that closes without one, the worker has died.
     """
 
     kind: Literal["changes"] = "changes"
+    start: Lowers | None = None
+    """None: the bottom-most lower of what is served."""
+    end: Lowers | None = None
+    """None: what is served."""
 
 
 class Diff(_Message):
-    """Write the differences from the bottom-most lower to a pipe that does not block.
+    """Write the differences between two states to a pipe that does not block.
 
     The outcome comes as that of `Changes`. Descriptors: the socket for it, the pipe.
     """
 
     kind: Literal["diff"] = "diff"
+    start: Lowers | None = None
+    end: Lowers | None = None
     patience: float
     """Seconds for which the pipe may be full until the list is given up."""
 

@@ -59,7 +59,7 @@ class _Info(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One path that differs from the image.
+    """One path that differs.
 
     `path` begins at the merged root; bytes that are not UTF-8 are surrogate escapes.
     """
@@ -366,16 +366,17 @@ class Session(_Proxy):
             raise self._gone
         return sorted(found, key=lambda info: info.created_at)
 
-    async def changes(self) -> ChangeSummary:
-        """Count how it differs from its image."""
-        (summary,) = await self._call("Changes", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
+    async def changes(self, *, start: str = "", end: str = "") -> ChangeSummary:
+        """Count what differs from a snapshot, or the image, to another one, or to its state now."""
+        states = _states(start, end)
+        (summary,) = await self._call("Changes", "a{sv}", states, timeout=OPERATION_TIMEOUT)
         with _translated(self._gone):
             return _Summary.validate_python(summary)
 
     @asynccontextmanager
-    async def diff(self) -> AsyncIterator[Differences]:
-        """List how it differs from its image while the context is open."""
-        (descriptor,) = await self._call("OpenDiff", "a{sv}", {})
+    async def diff(self, *, start: str = "", end: str = "") -> AsyncIterator[Differences]:
+        """List the same while the context is open."""
+        (descriptor,) = await self._call("OpenDiff", "a{sv}", _states(start, end))
         assert isinstance(descriptor, int)
         async with trio.lowlevel.FdStream(descriptor) as stream:
             yield Differences(stream)
@@ -446,6 +447,10 @@ async def connect(address: str | None = None) -> AsyncIterator[Client]:
     """
     async with connection.connect(address) as connected:
         yield Client(connected)
+
+
+def _states(start: str, end: str) -> dict[str, Variant]:
+    return {key: Variant("s", name) for key, name in (("from", start), ("to", end)) if name}
 
 
 async def _next_change(signals: Signals) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Sessions compared with their images: counted, or listed for whoever asked.
+"""Two states of a session compared: counted, or listed for whoever asked.
 
 A list goes through a pipe, since a message could not hold it. The reader gets one end, the session
 writes to the other. The last line says how the list has ended: ``{"complete": true}``, or
@@ -22,6 +22,9 @@ from sessiond.session.manager import Session
 from sessiond.session.model import ChangeSummary
 
 log = logging.getLogger(__name__)
+
+States = tuple[str, str]
+"""Names of the snapshots from and to which; empty for the image, and for the view as it is now."""
 
 COMPARISONS_OF_USER = 8
 COMPARISONS_OF_SESSION = 16
@@ -49,27 +52,32 @@ class Comparisons:
         with self._of_user.share(uid), self._of_session.share(session.id):
             yield
 
-    async def count(self, uid: int, session: Session) -> ChangeSummary:
+    async def count(self, uid: int, session: Session, states: States) -> ChangeSummary:
         """Count for `uid`. Raises `BusError` beyond the limits, and what the session raises."""
         with self._shares(uid, session):
-            return await session.changes()
+            return await session.changes(*states)
 
-    def open_list(self, uid: int, session: Session, start: Callable[..., None]) -> int:
+    def open_list(
+        self, uid: int, session: Session, states: States, start: Callable[..., None]
+    ) -> int:
         """Return a descriptor to read from, to be closed by whoever calls; `start` runs the writer.
 
-        Raises `BusError` beyond the limits.
+        Raises `BusError` beyond the limits, and `NoSuchSnapshot`.
         """
+        session.require_snapshots(*states)
         with ExitStack() as shares:
             shares.enter_context(self._shares(uid, session))
             reader, writer = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(writer, False)  # the reader's end is a matter of its own
-            start(self._write, session, writer, shares.pop_all())
+            start(self._write, session, states, writer, shares.pop_all())
             return reader
 
-    async def _write(self, session: Session, target: int, shares: ExitStack) -> None:
+    async def _write(
+        self, session: Session, states: States, target: int, shares: ExitStack
+    ) -> None:
         with shares:
             try:
-                await session.diff(target)
+                await session.diff(target, *states)
             except SessiondError as error:
                 log.warning("Session %s: the list of changes ends early: %s", session.id, error)
                 _write_error(target, str(error))

@@ -11,7 +11,13 @@ from sessiond.bus import names
 from sessiond.bus.authorisation import Action, authorise
 from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
-from sessiond.bus.options import CreateOptions, NoOptions, SnapshotOptions, parse
+from sessiond.bus.options import (
+    CompareOptions,
+    CreateOptions,
+    NoOptions,
+    SnapshotOptions,
+    parse,
+)
 from sessiond.bus.wire import Variant
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
@@ -66,8 +72,8 @@ class Operations:
         self, caller: Caller, session: Session, options: Options
     ) -> dict[str, Variant]:
         uid = await authorise(caller, Action.COMPARE, session.uid)
-        parse(NoOptions, options)
-        summary = await self._comparisons.count(uid, session)
+        asked = parse(CompareOptions, options)
+        summary = await self._comparisons.count(uid, session, (asked.start, asked.end))
         return {
             "added": Variant("t", summary.added),
             "changed": Variant("t", summary.changed),
@@ -77,8 +83,9 @@ class Operations:
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
         uid = await authorise(caller, Action.COMPARE, session.uid)
-        parse(NoOptions, options)
-        return self._comparisons.open_list(uid, session, caller.start_soon)
+        asked = parse(CompareOptions, options)
+        states = (asked.start, asked.end)
+        return self._comparisons.open_list(uid, session, states, caller.start_soon)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)

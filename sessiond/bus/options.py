@@ -28,6 +28,17 @@ class SnapshotOptions(NoOptions):
     description: str = Field("", description="a string for people")
 
 
+class CompareOptions(NoOptions):
+    """Options of Changes and OpenDiff."""
+
+    start: str = Field(
+        "", alias="from", description="a string: the name of a snapshot, or '' for the image"
+    )
+    end: str = Field(
+        "", alias="to", description="a string: the name of a snapshot, or '' for the state now"
+    )
+
+
 _O = TypeVar("_O", bound=NoOptions)
 
 
@@ -38,7 +49,7 @@ def parse(model: type[_O], options: Mapping[str, object]) -> _O:
     except ValidationError as error:
         problem = error.errors()[0]
     key = problem["loc"][0]
-    known = model.model_fields
+    known = {field.alias or name: field for name, field in model.model_fields.items()}
     if key in known:
         raise InvalidOption(f"Option {key!r} has to be {known[str(key)].description}.")
     allowed = "; ".join(f"{name!r}, {field.description}" for name, field in known.items())

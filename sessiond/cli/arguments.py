@@ -24,6 +24,10 @@ class Arguments(argparse.Namespace):
     session: str
     snapshot: str
     description: str
+    start: str
+    """Snapshot to compare with; empty for the image."""
+    end: str
+    """Snapshot to be compared; empty for the state now."""
     user: str
     profile: str
     id: str | None
@@ -111,7 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     command("restore", "Go back to a snapshot", one, named)
     command("delete-snapshot", "Delete a snapshot", one, named)
     command("persist", "Move a session to disk, so that it survives a reboot", one)
-    command("diff", "List what differs from the image", telling, one)
+    diff = command("diff", "List what differs from the image, or from a snapshot", telling, one)
+    diff.add_argument(
+        "--from",
+        dest="start",
+        default="",
+        metavar="SNAPSHOT",
+        help="compare with this, not the image",
+    )
+    diff.add_argument(
+        "--to",
+        dest="end",
+        default="",
+        metavar="SNAPSHOT",
+        help="compare this, not the present state",
+    )
     command("close", "Unmount a session and drop its changes", one)
 
     run = command("run", "Run a command in a session's root, as its user", one)

@@ -141,10 +141,10 @@ async def close(client: Client, asked: Arguments) -> None:
 
 
 async def diff(client: Client, asked: Arguments) -> None:
-    """Print how a session differs from its image, while the daemon finds it out."""
+    """Print how a session differs, while the daemon finds it out."""
     session = await client.session(asked.session)
     added = changed = deleted = total = 0
-    async with session.diff() as differences:
+    async with session.diff(start=asked.start, end=asked.end) as differences:
         async for one in differences:
             if asked.json:
                 print_json(dataclasses.asdict(one))
@@ -193,7 +193,7 @@ def _used(session: SessionInfo) -> str:
 
 def _counts(added: int, changed: int, deleted: int, total: int) -> str:
     if added == changed == deleted == 0:
-        return "None: the session shows its image."
+        return "None: nothing differs."
     return f"{added} added, {changed} changed, {deleted} deleted; {size(total)} in files"
 
 

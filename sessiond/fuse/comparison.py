@@ -1,6 +1,6 @@
-"""The merged view compared with the image, for whoever asked: counted, or listed into a pipe.
+"""Two states of a session compared, for whoever asked: counted, or listed into a pipe.
 
-Runs in threads of the worker, beside everything else, on a stack of its own.
+Runs in threads of the worker, beside everything else, on stacks of its own.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _BUFFER = 1 << 16
 _COMPLETE = json.dumps({"complete": True}).encode() + b"\n"
 
 
-def count(stack: Stack) -> ChangeCounts:
-    """Count the changes, and close `stack`. Raises `OSError`."""
+def count(stack: Stack, base: Stack) -> ChangeCounts:
+    """Count the changes from `base` to `stack`, and close both. Raises `OSError`."""
     added = changed = deleted = size = 0
     try:
-        for change in changes(stack):
+        for change in changes(stack, base):
             match change.kind:
                 case ChangeKind.ADDED:
                     added += 1
@@ -36,18 +36,19 @@ def count(stack: Stack) -> ChangeCounts:
                 size += change.size
     finally:
         stack.close()
+        base.close()
     return ChangeCounts(added=added, changed=changed, deleted=deleted, bytes=size)
 
 
-def write_list(stack: Stack, target: int, patience: float) -> None:
-    """Write the changes as JSON lines, then that this was all, and close `stack` and `target`.
+def write_list(stack: Stack, base: Stack, target: int, patience: float) -> None:
+    """Write the changes from `base` to `stack` as JSON lines, then that this was all; close all.
 
     `target`: the end of a pipe that does not block. A reader that hangs up ends the list. Raises
     `TimeoutError` when there was no room for more for `patience` seconds, `OSError`.
     """
     try:
         lines = bytearray()
-        for change in changes(stack):
+        for change in changes(stack, base):
             lines += _line(change)
             if len(lines) >= _BUFFER:
                 _write(target, lines, patience)
@@ -58,6 +59,7 @@ def write_list(stack: Stack, target: int, patience: float) -> None:
     finally:
         os.close(target)
         stack.close()
+        base.close()
 
 
 def _write(target: int, lines: bytearray, patience: float) -> None:

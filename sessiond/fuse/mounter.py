@@ -25,7 +25,7 @@ from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
+from sessiond.session.model import WHOLE, ChangeSummary, DataPath, Lowers, SessionId, Span, Stack
 from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
 log = logging.getLogger(__name__)
@@ -167,6 +167,10 @@ def _layers(stack: Stack) -> LayerStack:
         indexes=stack.indexes,
         orphans=stack.orphans,
     )
+
+
+def _lowers(point: Lowers | None) -> control.Lowers | None:
+    return None if point is None else control.Lowers(paths=point.paths, indexes=point.indexes)
 
 
 class FuseMount:
@@ -326,8 +330,7 @@ class FuseMount:
         if reply is None:
             # Another may go on for it by now.
             raise Failed(
-                f"The worker of session {self._request.session} ended while it compared the "
-                "session with its image; try again."
+                f"The worker of session {self._request.session} ended while it compared; try again."
             )
         return _checked(reply)
 
@@ -383,16 +386,20 @@ class FuseMount:
                 with trio.CancelScope(shield=True):  # cancelled or not, programs may write again
                     await self._ask(control.Thaw())
 
-    async def changes(self) -> ChangeSummary:
+    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
         """See `Mount.changes`."""
-        counts = (await self._ask_for_outcome(control.Changes())).changes
+        request = control.Changes(start=_lowers(span.start), end=_lowers(span.end))
+        counts = (await self._ask_for_outcome(request)).changes
         if counts is None:
             raise Failed(f"The worker of session {self._request.session} did not count changes.")
         return ChangeSummary(counts.added, counts.changed, counts.deleted, counts.bytes)
 
-    async def diff(self, target: int) -> None:
+    async def diff(self, target: int, span: Span = WHOLE) -> None:
         """See `Mount.diff`."""
-        await self._ask_for_outcome(control.Diff(patience=READER_PATIENCE), (target,))
+        request = control.Diff(
+            start=_lowers(span.start), end=_lowers(span.end), patience=READER_PATIENCE
+        )
+        await self._ask_for_outcome(request, (target,))
 
     async def sync(self) -> None:
         """See `Mount.sync`."""

@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
@@ -59,6 +59,14 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
             stack.close()
             raise
     return stack
+
+
+def _open_lowers(lowers: control.Lowers) -> Stack:
+    """Open layers for reading. Raises OSError with a message for people."""
+    return Stack.open(
+        [os.fsencode(path) for path in lowers.paths],
+        indexes=[os.fsencode(path) for path in lowers.indexes if path.is_dir()],
+    )
 
 
 _orphans: dict[Path, Orphans] = {}
@@ -318,6 +326,8 @@ class _Controlled:
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self._frozen = AsyncExitStack()
         self._is_frozen = False
+        self._unannounced: list[Callable[[], Awaitable[None]]] = []
+        """What the kernel is to be told once changes pass again: telling it waits for them."""
 
     async def run(self, channel: trio.socket.SocketType, listener: trio.socket.SocketType) -> None:
         """Report, and answer requests until the manager says `Stop`.
@@ -374,8 +384,7 @@ class _Controlled:
                 case control.Freeze():
                     await self._freeze()
                 case control.Thaw():
-                    await self._frozen.aclose()
-                    self._is_frozen = False
+                    await self._thaw()
                 case control.Changes() | control.Diff():
                     return self._start_comparison(request, descriptors)
                 case control.Sync():
@@ -396,16 +405,26 @@ class _Controlled:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
         outcome = _socket(descriptors[0])
+        stack, base = self._states(request)
         compare: Callable[[], ChangeCounts | None]
         if isinstance(request, control.Diff):
             target = os.dup(descriptors[1])
             compare = functools.partial(
-                comparison.write_list, self._copy(), target, request.patience
+                comparison.write_list, stack, base, target, request.patience
             )
         else:
-            compare = functools.partial(comparison.count, self._copy())
+            compare = functools.partial(comparison.count, stack, base)
         self._nursery.start_soon(self._compare, compare, outcome)
         return Reply()
+
+    def _states(self, request: control.Changes | control.Diff) -> tuple[Stack, Stack]:
+        """Return what is compared, and what with."""
+        stack = self._copy() if request.end is None else _open_lowers(request.end)
+        try:
+            return stack, stack.bottom() if request.start is None else _open_lowers(request.start)
+        except BaseException:
+            stack.close()
+            raise
 
     async def _compare(
         self, compare: Callable[[], ChangeCounts | None], outcome: trio.socket.SocketType
@@ -433,20 +452,37 @@ class _Controlled:
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
+    async def _thaw(self) -> None:
+        await self._frozen.aclose()
+        self._is_frozen = False
+        announcements, self._unannounced = self._unannounced, []
+        for announce in announcements:
+            await announce()
+
     async def swap(self, layers: LayerStack, *, moved: bool) -> None:
-        """Serve `layers` from now on. Raises OSError, with those before still served."""
+        """Serve `layers` from now on. Raises OSError, with those before still served.
+
+        What the kernel has cached of those before may be seen until changes pass again.
+        """
         stack = open_stack(layers, self._operations.overlay.stack.options)
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
-            announce = self._exchange(stack, moved=moved, same_view=same_view)
+            tell_kernel = self._exchange(stack, moved=moved, same_view=same_view)
         else:
             async with self._operations.frozen():
-                announce = self._exchange(stack, moved=moved, same_view=same_view)
+                tell_kernel = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
         if moved:
             self._sandbox.leave((layers.upper, *layers.lowers))
-        await trio.to_thread.run_sync(announce)
+        announce = functools.partial(self._announce, layers, tell_kernel)
+        if self._is_frozen and not same_view:
+            self._unannounced.append(announce)
+        else:
+            await announce()
+
+    async def _announce(self, layers: LayerStack, tell_kernel: Callable[[], None]) -> None:
+        await trio.to_thread.run_sync(tell_kernel)
         _close_unused_orphans(self._operations.overlay)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
@@ -462,12 +498,12 @@ class _Controlled:
         outdated = self._operations.swap(stack, moved=moved)
         lost = overlay.lost_names(held)
 
-        def announce() -> None:
+        def tell_kernel() -> None:
             if not same_view:
                 device.expire(self._connection, outdated.names)
                 device.invalidate(lost, outdated.directories)
 
-        return announce
+        return tell_kernel
 
 
 def _socket(descriptor: int) -> trio.socket.SocketType:

@@ -1,12 +1,13 @@
-"""How a merged view differs from its image, the bottom-most lower.
+"""How a merged view differs from another one: from its image, or as it was at a snapshot.
 
-Only what is in other layers is looked at, so the cost follows the changes and not the image.
-Content that equals the image's is no change, whatever was copied up. A renamed directory counts as
-deleted and added.
+Only what is in layers that the two do not share is looked at, so the cost follows the changes and
+not the image. Content that is equal is no change, whatever was copied up. A renamed directory
+counts as deleted and added.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat as modes
 from collections.abc import Iterator
@@ -37,77 +38,101 @@ class Change(NamedTuple):
     path: bytes
     kind: ChangeKind
     mode: int
-    """st_mode of the object; of the image's, where it is deleted."""
+    """st_mode of the object; of the one before, where it is deleted."""
     size: int
     """Bytes in a regular file, else 0."""
 
 
 class _Pair(NamedTuple):
-    """A directory of the merged view, and what the image has in its place."""
+    """A directory of the merged view, and what was in its place before."""
 
     path: bytes
     merged: Directory
-    image: Directory | None
+    base: Directory | None
 
 
-def changes(stack: Stack) -> Iterator[Change]:
-    """Compare; parents come before what is in them. Precondition: `stack` is not used elsewhere.
+_Shared = frozenset[tuple[int, int]]
+"""Identities of the layers at the bottom that both stacks have."""
 
-    Safe while the layers change: what vanishes in the course is left out.
+
+def changes(stack: Stack, base: Stack) -> Iterator[Change]:
+    """Compare `stack` with `base`, which has lowers only; parents come before what is in them.
+
+    Precondition: neither is used elsewhere. Safe while the layers change: what vanishes in the
+    course is left out.
     """
-    image_layer = stack.lowers[-1]
-    image = Stack((image_layer,), None, None, stack.options)
-    roots = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
-    upper = b"" if stack.upper is not None else None
-    pending = [_Pair(b"", Directory(upper, roots), Directory(None, roots[-1:]))]
+    shared = _shared(stack, base)
+    pending = [_Pair(b"", _root(stack), _root(base))]
     while pending:
         pair = pending.pop()
-        for name in _candidates(stack, image, pair):
+        for name in _candidates(stack, base, shared, pair):
             path = lookup.join(pair.path, name)
             try:
                 now = lookup.lookup(stack, pair.merged, name)
-                before = lookup.lookup(image, pair.image, name) if pair.image else ABSENT
-                change = _compare(stack, pair.merged, path, now, before)
+                before = lookup.lookup(base, pair.base, name) if pair.base else ABSENT
+                change = _compare(stack, path, now, before)
             except FileNotFoundError:
                 continue
             if change is not None:
                 yield change
-            if now.is_directory and (descent := _descend(path, now, before, image_layer)):
+            if now.is_directory and (descent := _descend(path, now, before, shared)):
                 pending.append(descent)
 
 
-def _candidates(stack: Stack, image: Stack, pair: _Pair) -> list[bytes]:
+def _shared(stack: Stack, base: Stack) -> _Shared:
+    pairs = zip(reversed(stack.lowers), reversed(base.lowers), strict=False)
+    same = itertools.takewhile(lambda pair: pair[0].is_same(pair[1]), pairs)
+    return frozenset(layer.identity for layer, _ in same)
+
+
+def _root(stack: Stack) -> Directory:
+    upper = b"" if stack.upper is not None else None
+    return Directory(upper, tuple(Lower(one, b"", one.may_hold_marks) for one in stack.lowers))
+
+
+def _candidates(stack: Stack, base: Stack, shared: _Shared, pair: _Pair) -> list[bytes]:
     """Return the names that may differ."""
-    image_layer = image.lowers[0]
-    same = pair.image is not None and pair.merged.lowers[-1:] == pair.image.lowers
-    if not same:  # renamed, opaque or new: anything may
-        names = set(lookup.names(stack, pair.merged))
-        if pair.image is not None:
-            names.update(lookup.names(image, pair.image))
+    names: set[bytes] = set()
+    if pair.base is None or not _same_below(pair.merged, pair.base, shared):
+        # Renamed, opaque or new: anything may.
+        names.update(lookup.names(stack, pair.merged))
+        if pair.base is not None:
+            names.update(lookup.names(base, pair.base))
         return sorted(names)
-    names = set()
     if pair.merged.upper is not None:
         assert stack.upper is not None
         names.update(name for name, _ in syscalls.scan(stack.upper.directory(pair.merged.upper)))
-    for lower in pair.merged.lowers:
-        if lower.layer is not image_layer:
+    for lower in (*pair.merged.lowers, *pair.base.lowers):
+        if lower.layer.identity not in shared:
             names.update(name for name, _ in syscalls.scan(lower.layer.directory(lower.path)))
     return sorted(names)
 
 
-def _descend(path: bytes, now: Entry, before: Entry, image: object) -> _Pair | None:
+def _same_below(merged: Directory, base: Directory, shared: _Shared) -> bool:
+    """Say whether the two merge the same directories of the layers that both stacks have."""
+    return _of(merged, shared) == _of(base, shared)
+
+
+def _of(directory: Directory, shared: _Shared) -> list[tuple[tuple[int, int], bytes]]:
+    places = ((lower.layer.identity, lower.path) for lower in directory.lowers)
+    return [place for place in places if place[0] in shared]
+
+
+def _descend(path: bytes, now: Entry, before: Entry, shared: _Shared) -> _Pair | None:
     in_upper = now.presence is Presence.UPPER
     merged = Directory(path if in_upper else None, now.lowers, now.marked)
-    counterpart = Directory(None, before.lowers) if before.is_directory else None
-    untouched = not in_upper and all(lower.layer is image for lower in now.lowers)
-    if untouched and counterpart is not None and now.lowers == before.lowers:
+    if not before.is_directory:
+        return _Pair(path, merged, None)
+    base = Directory(None, before.lowers)
+    untouched = not in_upper and all(
+        lower.layer.identity in shared for lower in (*now.lowers, *before.lowers)
+    )
+    if untouched and _same_below(merged, base, shared):
         return None
-    return _Pair(path, merged, counterpart)
+    return _Pair(path, merged, base)
 
 
-def _compare(
-    stack: Stack, directory: Directory, path: bytes, now: Entry, before: Entry
-) -> Change | None:
+def _compare(stack: Stack, path: bytes, now: Entry, before: Entry) -> Change | None:
     if not now.positive:
         if not before.positive:
             return None
@@ -119,16 +144,16 @@ def _compare(
         return Change(path, ChangeKind.TYPE, mode, size)
     if (now.stat.st_dev, now.stat.st_ino) == (before.stat.st_dev, before.stat.st_ino):
         return None
-    at, data = _places(stack, directory, path, now)
-    other = before.lowers[0].at()
-    if not _same_contents(data, now.stat, other, before.stat):
+    at, data = _places(stack, path, now)
+    other, other_data = _places(stack, path, before)
+    if not _same_contents(data, now.stat, other_data, before.stat):
         return Change(path, ChangeKind.CONTENTS, mode, size)
     if not _same_metadata(stack, at, now.stat, other, before.stat):
         return Change(path, ChangeKind.METADATA, mode, size)
     return None
 
 
-def _places(stack: Stack, directory: Directory, path: bytes, entry: Entry) -> tuple[At, At]:
+def _places(stack: Stack, path: bytes, entry: Entry) -> tuple[At, At]:
     """Return where the object is, and where its contents are."""
     if entry.presence is not Presence.UPPER:
         return entry.lowers[0].at(), entry.lowers[-1 if entry.metacopy else 0].at()

@@ -133,6 +133,10 @@ class Stack:
         upper = self.upper and self.upper.copy()
         return Stack(lowers, upper, None, self.options, data=data, indexes=tuple(indexes))
 
+    def bottom(self) -> Stack:
+        """Return the bottom-most lower alone, for reading in another thread."""
+        return Stack((self.lowers[-1].copy(),), None, None, self.options)
+
     def close(self) -> None:
         for layer in (*self.layers, *self.data, *self.indexes):
             layer.close()

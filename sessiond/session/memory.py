@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from sessiond.errors import Failed, SessiondError
-from sessiond.session.model import ChangeSummary, SessionId, Stack
+from sessiond.session.model import WHOLE, ChangeSummary, Lowers, SessionId, Span, Stack
 from sessiond.session.mounter import MountRequest
 
 
@@ -33,6 +33,8 @@ class MemoryMount:
         self.mounted = True
         self.summary = ChangeSummary(added=0, changed=0, deleted=0, bytes=0)
         self.differences: list[dict[str, str | int]] = []
+        self.compared = WHOLE
+        """What was compared last."""
         self._mounter = mounter
         self._held = trio.Lock()
         self._dead = trio.Event()
@@ -57,13 +59,13 @@ class MemoryMount:
         async with self._held:
             (self.stack.upper.fs / name).write_bytes(contents)
 
-    async def changes(self) -> ChangeSummary:
+    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
         await trio.lowlevel.checkpoint()
-        self._require_alive()
+        self._compare(span)
         return self.summary
 
-    async def diff(self, target: int) -> None:
-        self._require_alive()
+    async def diff(self, target: int, span: Span = WHOLE) -> None:
+        self._compare(span)
         for difference in (*self.differences, {"complete": True}):
             line = json.dumps(difference).encode() + b"\n"
             try:
@@ -72,6 +74,13 @@ class MemoryMount:
                     line = line[os.write(target, line) :]
             except BrokenPipeError:
                 return
+
+    def _compare(self, span: Span) -> None:
+        self._require_alive()
+        for point in (span.start, span.end):
+            if point is not None:
+                _require_lowers(point)
+        self.compared = span
 
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -136,7 +145,11 @@ class MemoryMounter:
 
 
 def _require_directories(stack: Stack) -> None:
-    for directory in (stack.upper.fs, stack.upper.work, *stack.lowers):
+    _require_lowers(Lowers((stack.upper.fs, stack.upper.work, *stack.lowers)))
+
+
+def _require_lowers(lowers: Lowers) -> None:
+    for directory in lowers.paths:
         if not directory.is_dir():
             raise Failed(f"The layer {directory} cannot be opened.")
 

@@ -302,8 +302,31 @@ class Stack:
 
 
 @dataclass(frozen=True, slots=True)
+class Lowers:
+    """Layers that are only read, topmost first: a merged view as a snapshot has kept it."""
+
+    paths: tuple[Path, ...]
+    indexes: tuple[Path, ...] = ()
+    """As of a `Stack`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The two states of a session that are compared."""
+
+    start: Lowers | None = None
+    """None: the image, the bottom-most lower of what is served."""
+    end: Lowers | None = None
+    """None: the merged view, as it is now."""
+
+
+WHOLE = Span()
+"""All that was changed since the image."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeSummary:
-    """How far a session's merged view is from its image."""
+    """How far one state of a session is from another: its merged view from its image, for one."""
 
     added: int
     changed: int

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sessiond.session.model import ChangeSummary, DataPath, SessionId, Stack
+from sessiond.session.model import WHOLE, ChangeSummary, DataPath, SessionId, Span, Stack
 
 VIEW_TYPE = "fuse.sessiond"
 """The type of file system of merged views, by which those of a dead manager are known."""
@@ -51,11 +51,11 @@ class Mount(Protocol):
         `swap` may be called inside. Programs that write wait; keep it short.
         """
 
-    async def changes(self) -> ChangeSummary:
-        """Count how the merged view differs from the bottom-most lower, the image."""
+    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
+        """Count how the end of `span` differs from its start; its layers must stay meanwhile."""
 
-    async def diff(self, target: int) -> None:
-        """Write the differences from the image to `target`, a pipe that does not block.
+    async def diff(self, target: int, span: Span = WHOLE) -> None:
+        """Write the same differences to `target`, a pipe that does not block.
 
         Lines of JSON: ``{"path": str, "kind": "added"|"contents"|"metadata"|"deleted"|"type",
         "type": "file"|"directory"|"symlink"|"other", "size": int}``; a directory comes before what

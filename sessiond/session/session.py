@@ -9,6 +9,7 @@ before the operation, or all that the operation was to throw away.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -38,12 +39,14 @@ from sessiond.session.model import (
     ChangeSummary,
     JobRecord,
     LayerNumber,
+    Lowers,
     Operation,
     SessionId,
     SessionRecord,
     SessionState,
     SnapshotName,
     SnapshotRecord,
+    Span,
     Stack,
     StorageKind,
     Uid,
@@ -95,6 +98,8 @@ class Session:
         self._attempts = Attempts(most=5, seconds=60.0)
         self._recoveries = Attempts(most=20, seconds=10.0)
         self._space = SpaceWatch(record.thresholds)
+        self._compared: Counter[LayerNumber] = Counter()
+        """Layers that comparisons read: they are deleted after that, if they are to be."""
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
 
@@ -242,16 +247,49 @@ class Session:
         self._tell(lambda observer: observer.snapshot_removed(self, old))
         self._tell(lambda observer: observer.snapshot_added(self, new))
 
-    async def changes(self) -> ChangeSummary:
-        """Count what differs from the image. Raises `NoSuchSession`, `Failed`."""
-        return await self.require_mount().changes()
+    async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
+        """Count what differs between two states: from a snapshot, or the image where `start` is
+        empty, to another snapshot, or the merged view as it is now.
 
-    async def diff(self, target: int) -> None:
-        """Write what differs from the image to a descriptor; see `Mount.diff` for the format.
-
-        Raises `NoSuchSession`, `Failed`.
+        Raises `NoSuchSession`, `NoSuchSnapshot`, `ImageUnavailable`, `Failed`.
         """
-        await self.require_mount().diff(target)
+        with self._comparing(start, end):
+            return await self.require_mount().changes(await self._span(start, end))
+
+    async def diff(self, target: int, start: str = "", end: str = "") -> None:
+        """Write what differs to a descriptor; see `Mount.diff` for the format.
+
+        States and failures are those of `changes`.
+        """
+        with self._comparing(start, end):
+            await self.require_mount().diff(target, await self._span(start, end))
+
+    def require_snapshots(self, *names: str) -> None:
+        """Raise `NoSuchSnapshot` unless there is a snapshot of each name that is not empty."""
+        for name in filter(None, names):
+            self.record.snapshot(name)
+
+    @contextmanager
+    def _comparing(self, *names: str) -> Iterator[None]:
+        """Keep the layers of snapshots, which somebody may delete meanwhile."""
+        layers = [layer for name in names if name for layer in self.record.snapshot(name).layers]
+        self._compared.update(layers)
+        try:
+            yield
+        finally:
+            self._compared.subtract(layers)
+            if not self._closing:
+                self._delete_layers(set(layers) - self.record.all_layers)
+
+    async def _span(self, start: str, end: str) -> Span:
+        return Span(await self._lowers(start), await self._lowers(end))
+
+    async def _lowers(self, name: str) -> Lowers | None:
+        if not name:
+            return None
+        at = self.record.with_new_upper(self.record.snapshot(name).layers)
+        stack = self._stack(at, await self._require_image())
+        return Lowers(stack.lowers, stack.indexes)
 
     # Its life, as led by the manager
 
@@ -494,7 +532,8 @@ class Session:
         self.adopt(after)
 
     def _delete_layers(self, numbers: Iterable[LayerNumber]) -> None:
-        layers = [self.services.store.layer(self.record, number) for number in sorted(numbers)]
+        unread = sorted(number for number in numbers if not self._compared[number])
+        layers = [self.services.store.layer(self.record, number) for number in unread]
         if layers:
             remove = partial(self.services.store.remove_layer, self.record)
             self._tasks.start_soon(self.services.delete_trees, layers, remove)

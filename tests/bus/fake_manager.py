@@ -98,6 +98,7 @@ class FakeSession:
         self.diff_body: Callable[[int], object] = lambda target: None
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'
+        self.compared = ("", "")
         self.changes_gate = trio.Event()
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
@@ -156,11 +157,18 @@ class FakeSession:
         self.snapshots[checked] = record.model_copy(update={"name": checked})
         self._manager.tell("session_changed", self)
 
-    async def changes(self) -> ChangeSummary:
+    async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
         await self.changes_gate.wait()
+        self.require_snapshots(start, end)
+        self.compared = (start, end)
         return self.summary
 
-    async def diff(self, target: int) -> None:
+    def require_snapshots(self, *names: str) -> None:
+        for name in filter(None, names):
+            self._record(name)
+
+    async def diff(self, target: int, start: str = "", end: str = "") -> None:
+        self.compared = (start, end)
         result = self.diff_body(target)
         if hasattr(result, "__await__"):
             await result

@@ -23,7 +23,7 @@ from sessiond.errors import (
     NotAuthorized,
     Unreachable,
 )
-from sessiond.session.model import ChangeSummary
+from sessiond.session.model import ChangeSummary, SessionId
 from tests.bus.fake_manager import EPOCH, FakeManager
 
 
@@ -45,6 +45,10 @@ async def test_a_session_from_creation_to_close(sessiond: Client, serving: FakeM
     assert (await sessiond.session_of(65534)).id == "live"
     assert await session.changes() == ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
     snapshot = await session.snapshot("fresh", description="as it was")
+    await session.changes(start="fresh")
+    assert serving.sessions[SessionId(session.id)].compared == ("fresh", "")
+    with pytest.raises(NoSuchSnapshot):
+        await session.changes(end="none")
     assert (await snapshot.info()).description == "as it was"
     await snapshot.rename("old")
     with pytest.raises(NoSuchSnapshot):

@@ -19,7 +19,7 @@ from sessiond.errors import Failed, SessiondError
 from sessiond.fuse import mounter as mounter_module
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import ChangeSummary, DataPath
+from sessiond.session.model import ChangeSummary, DataPath, Lowers, Span
 from tests.fuse.conftest import Playground
 from tests.support.waiting import until
 
@@ -75,6 +75,42 @@ async def test_changes_and_diff(playground: Playground) -> None:
             ("/new/inside", "added", "file", 3),
             ("/b\udcffd", "added", "symlink", 0),
         }
+
+
+async def test_any_two_states_are_compared(playground: Playground) -> None:
+    (playground.image / "file").write_text("image")
+    first = playground.stack()
+    async with playground.mounted(first) as mount:
+        root = playground.root
+        (root / "first").touch()
+        (root / "file").write_text("first")
+        second = playground.stack(first.upper.fs)
+        await mount.swap(second)
+        (root / "first").unlink()
+        third = playground.stack(second.upper.fs, first.upper.fs)
+        await mount.swap(third)
+        (root / "file").write_text("image")
+        os.utime(root / "file", ns=(5, (playground.image / "file").stat().st_mtime_ns))
+        one, two = (Lowers(stack.lowers) for stack in (second, third))
+
+        async def counted(span: Span) -> tuple[int, int, int]:
+            summary = await mount.changes(span)
+            return summary.added, summary.changed, summary.deleted
+
+        assert await counted(Span(end=one)) == (1, 1, 0)
+        assert await counted(Span(end=two)) == (0, 1, 0)
+        assert await counted(Span(one, two)) == (0, 0, 1)
+        assert await counted(Span(two, one)) == (1, 0, 0)
+        assert await counted(Span(one)) == (0, 1, 1)
+        assert await counted(Span()) == (0, 0, 0)
+        with pytest.raises(Failed, match="lower directory does not exist"):
+            await mount.changes(Span(Lowers((playground.image / "gone",))))
+        read, write = pipe()
+        await mount.diff(write, Span(one, two))
+        os.close(write)
+        with open(read) as file:
+            change, last = map(json.loads, file)
+        assert (change["path"], change["kind"], last) == ("/first", "deleted", {"complete": True})
 
 
 @asynccontextmanager
@@ -175,4 +211,4 @@ async def test_a_list_whose_worker_dies_is_not_complete(
     async with listing(changed, 1) as failures:
         os.kill(changed.worker, signal.SIGKILL)
         await until(failures)
-        assert "ended while it compared the session with its image; try again" in str(failures()[0])
+        assert "ended while it compared; try again" in str(failures()[0])

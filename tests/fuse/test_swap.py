@@ -340,6 +340,27 @@ async def test_frozen_holds_changes_back_and_lets_reads_pass(playground: Playgro
         assert (playground.root / "new").exists()
 
 
+async def test_a_swap_while_frozen_does_not_wait_for_those_that_are_held(
+    playground: Playground,
+) -> None:
+    """They hold the lock of a directory, which it takes to tell the kernel that names are old."""
+    (playground.image / "file").write_text("image")
+    async with playground.mounted(playground.stack()) as mount:
+        root = playground.root
+        (root / "file").write_text("changed")
+        held = os.open(root / "file", os.O_PATH)
+        with trio.fail_after(30):
+            async with mount.frozen():
+                writer = subprocess.Popen(["touch", root / "new"])
+                wchan = Path("/proc", str(writer.pid), "wchan")
+                await until(lambda: wchan.read_text() == "request_wait_answer")
+                await mount.swap(playground.stack())
+        assert (root / "file").read_text() == "image"
+        os.close(held)
+        assert await trio.to_thread.run_sync(writer.wait) == 0
+        assert (root / "new").exists()
+
+
 async def test_a_swap_during_large_copy_ups_loses_no_write(playground: Playground) -> None:
     for number in range(4):
         (playground.image / f"file{number}").write_bytes(b"x" * LARGE)

@@ -162,7 +162,7 @@ def test_nothing_said_in_attributes_leads_out_of_the_layers(marks: list[_Mark]) 
         try:
             found = _visit(overlay)
             with suppress(OSError):
-                list(changes(overlay.stack.copy()))
+                list(changes(overlay.stack.copy(), overlay.stack.bottom()))
             _change(overlay, found)
             _visit(overlay)
         finally:

@@ -232,8 +232,17 @@ async def test_diff(manager: FakeManager, sessionctl: Sessionctl) -> None:
 
 async def test_diff_of_a_pristine_session(manager: FakeManager, sessionctl: Sessionctl) -> None:
     manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: None
-    assert await sessionctl.lines("diff", "live") == ["None: the session shows its image."]
+    assert await sessionctl.lines("diff", "live") == ["None: nothing differs."]
     assert (await sessionctl("diff", "live", "--json")).stdout == b""
+
+
+async def test_diff_between_snapshots(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    session = manager.sessions[next(iter(manager.sessions))]
+    await sessionctl("snapshot", "live", "one")
+    await sessionctl("snapshot", "live", "two")
+    await sessionctl("diff", "live", "--from", "one", "--to", "two")
+    assert session.compared == ("one", "two")
+    await sessionctl("diff", "live", "--from", "none", code=ExitCode.NOT_FOUND)
 
 
 async def test_a_diff_that_breaks_off_is_a_failure(

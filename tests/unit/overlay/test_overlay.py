@@ -360,10 +360,12 @@ def test_differences_follow_changes_and_not_copies(bench: Bench) -> None:
     overlay.rmdir(overlay.root, b"directory")
     overlay.create(overlay.root, b"directory", new_directory())
     copy = overlay.stack.copy()
+    base = copy.bottom()
     try:
-        found = {(change.path, change.kind) for change in changes(copy)}
+        found = {(change.path, change.kind) for change in changes(copy, base)}
     finally:
         copy.close()
+        base.close()
     assert found == {
         (b"contents", ChangeKind.CONTENTS),
         (b"metadata", ChangeKind.METADATA),

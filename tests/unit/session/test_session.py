@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,6 +268,46 @@ async def test_bad_snapshots_are_refused(world: World) -> None:
         with pytest.raises(NoSuchSnapshot, match="snapshots are: one"):
             session.restore("two", started_by=UID)
         assert session.state is SessionState.ACTIVE
+
+
+# Comparisons
+
+
+async def test_states_are_compared_by_the_names_of_snapshots(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await session.snapshot("one")
+        await session.snapshot("two")
+        served = world.mount("s").stack.lowers
+        await session.changes("one", "two")
+        compared = world.mount("s").compared
+        assert compared.start is not None
+        assert compared.end is not None
+        assert (compared.start.paths, compared.end.paths) == (served[1:], served)
+        await session.changes(end="one")
+        assert world.mount("s").compared.start is None
+        with pytest.raises(NoSuchSnapshot, match="snapshots are: one, two"):
+            await session.changes("three")
+
+
+async def test_layers_stay_as_long_as_they_are_compared(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await session.snapshot("one")
+        await session.reset(started_by=UID).wait()
+        mount = world.mount("s")
+        mount.differences = [{"path": "x" * 4000}] * 100  # more than a pipe holds
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.diff, write, "one")
+            await trio.testing.wait_all_tasks_blocked()
+            await session.delete_snapshot("one")
+            await session.reset(started_by=UID).wait()
+            await until(lambda: world.layers(world.storage("s")) == ["1", "4"])
+            os.close(read)
+        os.close(write)
+        await settled(world, session)
 
 
 # One operation at a time
