@@ -22,6 +22,7 @@ from sessiond.config import DEFAULT_FILE, Config, load
 from sessiond.errors import ConfigError, Failed, SessiondError
 from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
+from sessiond.journal import log_to_journal_or_stderr
 from sessiond.session.manager import Manager, open_manager
 from sessiond.systemd import Systemd
 
@@ -34,20 +35,11 @@ _LEAVE = signal.SIGUSR1
 """Asks to end and leave the sessions to the next instance; the unit's RestartKillSignal=."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _LEAVE)
 
-_PRIORITIES = {
-    logging.CRITICAL: 2,
-    logging.ERROR: 3,
-    logging.WARNING: 4,
-    logging.INFO: 6,
-    logging.DEBUG: 7,
-}
-"""Those of syslog, as the journal takes them at the beginning of a line."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; return its exit status: 0, 1 after a failure, 2 for a bad configuration."""
     options = _parse(arguments)
-    _log_to_stderr()
+    log_to_journal_or_stderr()
     # What hangs when the watchdog's SIGABRT comes, or what crashes, says where.
     faulthandler.enable()
     status = 0
@@ -219,27 +211,6 @@ async def _reload(manager: Manager, options: argparse.Namespace) -> str:
         return "The configuration has a mistake, and is kept as it was."
     log.info("The configuration is read again.")
     return "The configuration is read again."
-
-
-# Logging
-
-
-class _JournalFormatter(logging.Formatter):
-    """Each line with its priority, as the journal reads it from stderr; see sd-daemon(3)."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = f"<{_PRIORITIES.get(record.levelno, 6)}>"
-        return prefix + super().format(record).replace("\n", f"\n{prefix}")
-
-
-def _log_to_stderr() -> None:
-    stream = os.fstat(sys.stderr.fileno())
-    to_journal = os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        _JournalFormatter() if to_journal else logging.Formatter("sessiond: %(message)s")
-    )
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,10 @@ class NotAuthorized(SessiondError):
     """The caller may not do this."""
 
 
+class AuthorizationRequired(SessiondError):
+    """The caller may do this after giving a password, for which it could not be asked."""
+
+
 class NoSpace(SessiondError):
     """Storage of the session, or of the machine, is full."""
 

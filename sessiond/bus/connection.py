@@ -104,15 +104,19 @@ class Connection:
         signature: str = "",
         *values: object,
         timeout: float = CALL_TIMEOUT,
+        interactive: bool = False,
     ) -> tuple[object, ...]:
         """Call a method and return what it returned; the caller closes descriptors among that.
 
+        With `interactive`, who is called may have the user asked for a password meanwhile.
         Raises `BusError` when it answers with an error, `Unreachable` when it does not answer
         within `timeout` seconds, `WireError` when `values` do not fit `signature`.
         """
         message = self._message(
             Kind.CALL, path, interface, member, signature, values, destination=destination
         )
+        if interactive:
+            message = replace(message, flags=wire.ALLOW_INTERACTIVE_AUTHORIZATION)
         pending = self._pending[message.serial] = _Pending()
         try:
             with trio.fail_after(timeout):
@@ -129,6 +133,21 @@ class Connection:
                 pending.reply.close()
         assert reply is not None
         return _result(reply)
+
+    def call_unanswered(
+        self,
+        destination: str,
+        path: str,
+        interface: str,
+        member: str,
+        signature: str = "",
+        *values: object,
+    ) -> None:
+        """Call a method, behind what was sent before, and do not wait. Raises `WireError`."""
+        message = self._message(
+            Kind.CALL, path, interface, member, signature, values, destination=destination
+        )
+        self._post(replace(message, flags=wire.NO_REPLY_EXPECTED))
 
     async def call_bus(
         self, member: str, signature: str = "", *values: object
@@ -212,10 +231,7 @@ class Connection:
         return str(owner)
 
     def _remove_match(self, rule: str) -> None:
-        message = self._message(
-            Kind.CALL, names.DBUS_PATH, names.DBUS, "RemoveMatch", "s", [rule], names.DBUS
-        )
-        self._post(replace(message, flags=wire.NO_REPLY_EXPECTED))
+        self.call_unanswered(names.DBUS, names.DBUS_PATH, names.DBUS, "RemoveMatch", "s", rule)
 
     def _message(
         self,

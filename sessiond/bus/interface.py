@@ -13,6 +13,8 @@ from typing import ClassVar, Protocol
 from xml.etree import ElementTree
 
 from sessiond.bus import names
+from sessiond.bus.audit import Attempt
+from sessiond.bus.polkit import Verdict
 from sessiond.bus.wire import Variant
 
 _DOCTYPE = (
@@ -24,11 +26,17 @@ _DOCTYPE = (
 class Caller(Protocol):
     """Who called a method."""
 
+    attempt: Attempt | None
+    """What the call wants to do, once that is known, if it takes permission."""
+
     async def uid(self) -> int:
         """Return the user id that the bus vouches for.
 
         Raises `BusError` when the caller has left the bus.
         """
+
+    async def ask_polkit(self, action: str, details: Mapping[str, str]) -> Verdict:
+        """Return what polkit says of an action of the caller's; see `Polkit.check`."""
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
         """Run a task, which must not raise, for as long as the connection to the caller's bus."""

@@ -33,6 +33,7 @@ ERRORS: dict[type[SessiondError], str] = {
     errors.SnapshotExists: f"{BUS}.Error.SnapshotExists",
     errors.Busy: f"{BUS}.Error.Busy",
     errors.NotAuthorized: f"{BUS}.Error.NotAuthorized",
+    errors.AuthorizationRequired: f"{DBUS}.Error.InteractiveAuthorizationRequired",
     errors.NoSpace: f"{BUS}.Error.NoSpace",
     errors.InvalidName: f"{BUS}.Error.InvalidName",
     errors.InvalidOption: f"{BUS}.Error.InvalidOption",
@@ -81,6 +82,12 @@ def snapshot_path(session: SessionId, snapshot: SnapshotName) -> str:
 def job_path(number: int) -> str:
     """Return the object path of a job."""
     return f"{ROOT_PATH}/job/{number}"
+
+
+def job_of(path: str) -> int | None:
+    """Return the number of the job whose object path that is, or None if it is no job's."""
+    _, prefix, number = path.partition(f"{ROOT_PATH}/job/")
+    return int(number) if prefix and number.isdecimal() else None
 
 
 def escape(label: str) -> str:

@@ -224,7 +224,7 @@ class SnapshotObject(Interface):
 
 
 class JobObject(Interface):
-    """One running or finished operation on a session of `owner`."""
+    """One running or finished operation on `session`."""
 
     name = names.JOB
     properties = (
@@ -240,9 +240,9 @@ class JobObject(Interface):
     )
     signals = (COMPLETED,)
 
-    def __init__(self, job: Job, owner: Uid) -> None:
+    def __init__(self, job: Job, session: Session) -> None:
         self._job = job
-        self._owner = owner
+        self._session = session
 
     def property_values(self) -> dict[str, object]:
         job = self._job
@@ -266,5 +266,5 @@ class JobObject(Interface):
 
     @method("Cancel")
     async def cancel(self, caller: Caller) -> None:
-        await authorise(caller, Action.CANCEL, self._owner)
+        await authorise(caller, Action.CANCEL, self._session)
         self._job.cancel()

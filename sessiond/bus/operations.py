@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sessiond.bus import names
-from sessiond.bus.authorisation import Action, authorise
+from sessiond.bus.authorisation import Action, NewSession, authorise
 from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
 from sessiond.bus.options import (
@@ -19,6 +19,7 @@ from sessiond.bus.options import (
     parse,
 )
 from sessiond.bus.wire import Variant
+from sessiond.errors import NoSuchSession
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
 
@@ -37,41 +38,44 @@ class Operations:
         self._comparisons = Comparisons()
 
     async def create(self, caller: Caller, user: str, profile: str, options: Options) -> str:
-        await authorise(caller, Action.CREATE)
         chosen = parse(CreateOptions, options)
+        await authorise(caller, Action.CREATE, NewSession(chosen.id or "", user, profile))
         session = await self._manager.create(user, profile, session_id=chosen.id)
         return names.session_path(session.id)
 
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
-        uid = await authorise(caller, Action.RESET, session.uid)
+        uid = await authorise(caller, Action.RESET, session)
         parse(NoOptions, options)
         return self._publish(session.reset(started_by=uid))
 
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
-        await authorise(caller, Action.SNAPSHOT, session.uid)
+        await authorise(caller, Action.SNAPSHOT, session)
         chosen = parse(SnapshotOptions, options)
         record = await session.snapshot(name, description=chosen.description)
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
-        uid = await authorise(caller, Action.RESTORE, session.uid)
+        uid = await authorise(caller, Action.RESTORE, session)
         parse(NoOptions, options)
         return self._publish(session.restore(name, started_by=uid))
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
-        uid = await authorise(caller, Action.PERSIST, session.uid)
+        uid = await authorise(caller, Action.PERSIST, session)
         parse(NoOptions, options)
         return self._publish(session.persist(started_by=uid))
 
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
-        await authorise(caller, Action.CLOSE, session.uid)
+        await authorise(caller, Action.CLOSE, session)
         parse(NoOptions, options)
+        # Permission may have taken minutes: there may be another session of that id by now.
+        if self._manager.get(session.id) is not session:
+            raise NoSuchSession(f"Session {session.id} has been closed already.")
         await self._manager.close(session.id)
 
     async def changes(
         self, caller: Caller, session: Session, options: Options
     ) -> dict[str, Variant]:
-        uid = await authorise(caller, Action.COMPARE, session.uid)
+        uid = await authorise(caller, Action.COMPARE, session)
         asked = parse(CompareOptions, options)
         summary = await self._comparisons.count(uid, session, (asked.start, asked.end))
         return {
@@ -82,17 +86,17 @@ class Operations:
         }
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
-        uid = await authorise(caller, Action.COMPARE, session.uid)
+        uid = await authorise(caller, Action.COMPARE, session)
         asked = parse(CompareOptions, options)
         states = (asked.start, asked.end)
         return self._comparisons.open_list(uid, session, states, caller.start_soon)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
-        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.delete_snapshot(name)
 
     async def rename_snapshot(
         self, caller: Caller, session: Session, name: str, new_name: str
     ) -> None:
-        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.rename_snapshot(name, new_name)

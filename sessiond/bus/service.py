@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import trio
 
 from sessiond.bus import names
+from sessiond.bus.audit import Attempt, Audit
 from sessiond.bus.connection import Connection, connect
 from sessiond.bus.objects import (
     COMPLETED,
@@ -36,10 +38,15 @@ RECONNECT_INTERVAL = 2.0
 
 
 class Service:
-    """The objects on the bus, and the `Observer` by which they follow the manager."""
+    """The objects on the bus, and the `Observer` by which they follow the manager.
 
-    def __init__(self, manager: Manager) -> None:
-        self.tree = ObjectTree(names.ROOT_PATH)
+    `answered` is told of each call that took permission: its operation, and how it has ended.
+    """
+
+    def __init__(self, manager: Manager, answered: Callable[[str, str], None]) -> None:
+        self.tree = ObjectTree(names.ROOT_PATH, self._request_answered)
+        self._audit = Audit()
+        self._answered = answered
         self._manager = manager
         self._operations = Operations(manager, self._publish)
         self._finished: list[Job] = []
@@ -105,11 +112,13 @@ class Service:
         session = self._manager.sessions.get(job.session)
         return session is not None and session.last_job is job
 
+    def _request_answered(self, attempt: Attempt, result: object) -> None:
+        self._answered(attempt.operation, self._audit.answered(attempt, result).value)
+
     def _publish(self, job: Job) -> str:
         path = names.job_path(job.id)
         if path not in self.tree:
-            owner = self._manager.sessions[job.session].uid
-            self.tree.add(path, JobObject(job, owner))
+            self.tree.add(path, JobObject(job, self._manager.sessions[job.session]))
         return path
 
     def _follow_snapshots(self, session: Session) -> None:
@@ -129,15 +138,16 @@ async def serve(
     manager: Manager,
     *,
     address: str | None = None,
+    answered: Callable[[str, str], None] = lambda operation, outcome: None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `manager` on the bus at `address`, by default the system bus, until cancelled.
 
     A bus that is not there, denies us the name, or is lost is looked for until it is back, and the
     reason logged, once: sessions do not depend on it. Reports started when the name is taken, or
-    could not be taken at once.
+    could not be taken at once. `answered` is told of requests, as `Service` says.
     """
-    service = Service(manager)
+    service = Service(manager, answered)
     complaint = ""
     starting = True
 

@@ -6,12 +6,13 @@ Objects outlive connections; what changes while there is none is not announced.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import trio
 
-from sessiond.bus import names
+from sessiond.bus import names, wire
+from sessiond.bus.audit import Attempt
 from sessiond.bus.connection import Connection, Reply
 from sessiond.bus.interface import (
     Caller,
@@ -25,31 +26,50 @@ from sessiond.bus.interface import (
     signal,
     signature,
 )
+from sessiond.bus.polkit import Polkit, Verdict
 from sessiond.bus.wire import BusError, Message, Variant, WireError
 from sessiond.errors import SessiondError
 
 _MACHINE_ID = trio.Path("/etc/machine-id")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Sender:
     """The `Caller` who sent a message."""
 
     connection: Connection
-    unique_name: str
+    message: Message
+    polkit: Polkit
+    attempt: Attempt | None = None
 
     async def uid(self) -> int:
-        return await self.connection.uid_of(self.unique_name)
+        return await self.connection.uid_of(self.message.sender)
+
+    async def ask_polkit(self, action: str, details: Mapping[str, str]) -> Verdict:
+        return await self.polkit.check(
+            self.connection,
+            self.message.sender,
+            await self.uid(),
+            action,
+            details,
+            interactive=bool(self.message.flags & wire.ALLOW_INTERACTIVE_AUTHORIZATION),
+        )
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
         self.connection.start_soon(function, *arguments)
 
 
 class ObjectTree:
-    """Objects by path, each with one interface of its own; the one at `root` lists the others."""
+    """Objects by path, each with one interface of its own; the one at `root` lists the others.
 
-    def __init__(self, root: str) -> None:
+    `answered` is told how each call has ended that took permission: with what it returns, or an
+    error.
+    """
+
+    def __init__(self, root: str, answered: Callable[[Attempt, object], None]) -> None:
         self.root = root
+        self._answered = answered
+        self._polkit = Polkit()
         self.connection: Connection | None = None
         self._objects: dict[str, Interface] = {}
         self._announced: dict[str, dict[str, object]] = {}
@@ -112,12 +132,20 @@ class ObjectTree:
             values = message.values()
         except WireError as error:
             raise BusError(names.INVALID_ARGUMENTS, str(error)) from error
-        caller = _Sender(connection, message.sender)
+        caller = _Sender(connection, message, self._polkit)
         try:
             result = await method.function(interface, caller, *values)
-        except SessiondError as error:
-            raise BusError(names.error_name(error), str(error)) from error
+        except BaseException as error:
+            self._tell(caller, error)
+            if isinstance(error, SessiondError):
+                raise BusError(names.error_name(error), str(error)) from error
+            raise
+        self._tell(caller, result)
         return signature(method.outputs), result_values(method, result)
+
+    def _tell(self, caller: _Sender, outcome: object) -> None:
+        if caller.attempt is not None:
+            self._answered(caller.attempt, outcome)
 
     def _find(self, message: Message) -> tuple[Interface, Method]:
         offered = list(self._interfaces(message.path))

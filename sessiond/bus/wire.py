@@ -38,6 +38,9 @@ BODY_LIMIT = 16 << 20
 NO_REPLY_EXPECTED = 1
 """Flag of a call whose caller does not wait for an answer."""
 
+ALLOW_INTERACTIVE_AUTHORIZATION = 4
+"""Flag of a call whose caller is ready to wait while a person is asked for a password."""
+
 _LITTLE, _BIG = ord("l"), ord("B")
 _PROTOCOL_VERSION = 1
 _HEADER_FIELDS_AT = 12

@@ -39,6 +39,7 @@ EXIT_CODES: dict[type[SessiondError], ExitCode] = {
     errors.SnapshotExists: ExitCode.EXISTS,
     errors.Busy: ExitCode.BUSY,
     errors.NotAuthorized: ExitCode.NOT_AUTHORIZED,
+    errors.AuthorizationRequired: ExitCode.NOT_AUTHORIZED,
     errors.NoSpace: ExitCode.NO_SPACE,
     errors.InvalidName: ExitCode.USAGE,
     errors.InvalidOption: ExitCode.USAGE,

@@ -68,7 +68,7 @@ ROOTS_OPERATIONS: list[Call] = [
 @pytest.fixture
 def guarded_bus(bus_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A bus with the policy that is shipped, as the system bus."""
-    with start_private_bus(bus_directory, policy_file=POLICY) as address:
+    with start_private_bus(bus_directory, policy_files=[POLICY]) as address:
         monkeypatch.setenv(ADDRESS_VARIABLE, address)
         yield
 

@@ -435,7 +435,7 @@ async def test_a_bus_without_our_policy_is_reported(
 ) -> None:
     policy = bus_directory / "empty.conf"
     policy.write_text("<busconfig/>")
-    with start_private_bus(bus_directory, policy_file=policy) as address:
+    with start_private_bus(bus_directory, policy_files=[policy]) as address:
         await nursery.start(
             lambda **kwargs: service.serve(FakeManager(), address=address, **kwargs)
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,17 +50,18 @@ _CONFIGURATION = """\
 
 @contextmanager
 def start_private_bus(
-    directory: Path, *, policy_file: Path | None = None, address: str = ""
+    directory: Path, *, policy_files: Sequence[Path] = (), address: str = ""
 ) -> Iterator[str]:
     """Run a dbus-daemon with its files in `directory`, and yield its address.
 
-    It lets everyone do everything, or, with `policy_file`, what a system bus and that policy allow.
+    It lets everyone do everything, or, with `policy_files`, what a system bus and those allow.
     Callers without rights have to be able to search `directory`, which pytest's are not.
     """
     address = address or f"unix:path={directory}/bus"
     policy = _OPEN_TO_ALL
-    if policy_file is not None:
-        policy = f"{_LIKE_THE_SYSTEM_BUS}<include>{policy_file}</include>"
+    if policy_files:
+        included = "".join(f"<include>{file}</include>" for file in policy_files)
+        policy = _LIKE_THE_SYSTEM_BUS + included
     configuration = directory / "bus.conf"
     configuration.write_text(_CONFIGURATION.format(listen=address, policy=policy))
     ready, told = os.pipe()

@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "sessiond.config": {"sessiond.errors"},
     "sessiond.control": {"sessiond.errors"},
     "sessiond.descriptors": set(),
+    "sessiond.journal": set(),
     "sessiond.systemd": {"sessiond.descriptors"},
     "sessiond.overlay": set(),
     "sessiond.fuse": {
@@ -32,8 +33,13 @@ ALLOWED: dict[str, set[str]] = {
         "sessiond.errors",
         *CONTRACTS,
     },
-    "sessiond.session": {"sessiond.overlay", "sessiond.config", "sessiond.errors"},
-    "sessiond.bus": {"sessiond.session", "sessiond.errors"},
+    "sessiond.session": {
+        "sessiond.overlay",
+        "sessiond.config",
+        "sessiond.errors",
+        "sessiond.journal",
+    },
+    "sessiond.bus": {"sessiond.session", "sessiond.errors", "sessiond.journal"},
     "sessiond.cli": {"sessiond.bus.client", "sessiond.config", "sessiond.errors", *CHECKER},
     "sessiond.daemon": {"sessiond"},
 }
@@ -44,6 +50,7 @@ LIBRARIES: dict[str, set[str]] = {
     "sessiond.config": {"pydantic", "pydantic_core"},
     "sessiond.control": {"pydantic", "trio"},
     "sessiond.descriptors": set(),
+    "sessiond.journal": set(),
     "sessiond.systemd": {"trio"},
     "sessiond.overlay": set(),
     "sessiond.fuse": {"pydantic", "pyfuse3", "trio"},

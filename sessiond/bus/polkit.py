@@ -1,0 +1,167 @@
+"""polkit, asked through its D-Bus API whether a caller may do something.
+
+The interface is org.freedesktop.PolicyKit1.Authority of the polkit reference manual. polkit finds
+out by itself, from the caller's unique name, who that is and whether in an active local session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from enum import Enum, auto
+from itertools import count
+
+import trio
+
+from sessiond.bus import names
+from sessiond.bus.connection import CALL_TIMEOUT, Connection
+from sessiond.bus.limits import Limit
+from sessiond.bus.signals import Match, Signals
+from sessiond.bus.wire import BusError, Variant, WireError
+from sessiond.errors import Unreachable
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 300.0
+"""Seconds that a person has to answer a question."""
+QUESTIONS_OF_USER = 4
+"""At once; each may be a window on the user's screen, and takes two match rules of the bus."""
+QUESTIONS_IN_ALL = 64
+
+_BUS = "org.freedesktop.PolicyKit1"
+_PATH = "/org/freedesktop/PolicyKit1/Authority"
+_AUTHORITY = f"{_BUS}.Authority"
+_ALLOW_USER_INTERACTION = 1
+
+_ABSENT = frozenset({f"{names.DBUS}.Error.ServiceUnknown", f"{names.DBUS}.Error.NameHasNoOwner"})
+"""What a bus says of a name that nobody has, and that it knows no program for."""
+
+
+class Verdict(Enum):
+    """What polkit says."""
+
+    YES = auto()
+    NO = auto()
+    """Also after a question that was not answered as it had to be."""
+    AUTHENTICATE = auto()
+    """Yes, if the caller, or an administrator, gave a password; but nobody could be asked."""
+    ABSENT = auto()
+    """There is no polkit on this bus."""
+    UNKNOWN = auto()
+    """There is one, but it does not answer, or does not know the action."""
+
+
+class Polkit:
+    """Asks; within limits, where a person has to be asked for a password."""
+
+    def __init__(self) -> None:
+        self._of_user = Limit(
+            QUESTIONS_OF_USER,
+            "You are being asked {most} questions already. Answer one of them, then try again.",
+        )
+        self._in_all = Limit(
+            QUESTIONS_IN_ALL, "{most} users are being asked for passwords. Try again later."
+        )
+        self._numbers = count(1)
+
+    async def check(
+        self,
+        connection: Connection,
+        caller: str,
+        uid: int,
+        action: str,
+        details: Mapping[str, str],
+        *,
+        interactive: bool,
+    ) -> Verdict:
+        """Return whether `caller`, a unique name, may do `action`; `details` are for rules.
+
+        Where polkit wants a password and `interactive` is set, the agent of the caller's session
+        asks for one: that takes as long as a person takes, but ends when the caller leaves the bus.
+        Raises `BusError` LimitsExceeded.
+        """
+        question = _Question(connection, caller, action, details)
+        verdict = await question.ask()
+        if verdict is not Verdict.AUTHENTICATE or not interactive:
+            return verdict
+        with self._of_user.share(uid), self._in_all.share(None):
+            return await question.ask_person(f"{next(self._numbers)}")
+
+
+class _Question:
+    """One action of one caller."""
+
+    def __init__(
+        self, connection: Connection, caller: str, action: str, details: Mapping[str, str]
+    ) -> None:
+        self._connection = connection
+        self._caller = caller
+        self._action = action
+        self._details = dict(details)
+
+    async def ask(
+        self, *, flags: int = 0, cancellation: str = "", timeout: float = CALL_TIMEOUT
+    ) -> Verdict:
+        subject = ("system-bus-name", {"name": Variant("s", self._caller)})
+        try:
+            (result,) = await self._connection.call(
+                _BUS,
+                _PATH,
+                _AUTHORITY,
+                "CheckAuthorization",
+                "(sa{sv})sa{ss}us",
+                subject,
+                self._action,
+                self._details,
+                flags,
+                cancellation,
+                timeout=timeout,
+            )
+        except BusError as error:
+            if error.name in _ABSENT:
+                return Verdict.ABSENT
+            log.warning("polkit does not answer for %s: %s", self._action, error)
+            return Verdict.UNKNOWN
+        except (Unreachable, WireError) as error:
+            log.warning("polkit does not answer for %s: %s", self._action, error)
+            return Verdict.UNKNOWN
+        assert isinstance(result, list)
+        authorised, challenge, _details = result
+        if authorised:
+            return Verdict.YES
+        return Verdict.AUTHENTICATE if challenge else Verdict.NO
+
+    async def ask_person(self, cancellation: str) -> Verdict:
+        """The same with a dialogue, which goes away when the caller does, or nobody answers."""
+        verdict: Verdict | None = None
+        leaving = Match(
+            names.DBUS, interface=names.DBUS, member="NameOwnerChanged", arg0=self._caller
+        )
+        try:
+            # A caller who has left before this is found out by polkit.
+            async with self._connection.signals(leaving) as signals:
+                with trio.move_on_after(PATIENCE):
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._until_left, signals, nursery.cancel_scope)
+                        verdict = await self.ask(
+                            flags=_ALLOW_USER_INTERACTION,
+                            cancellation=cancellation,
+                            timeout=2 * PATIENCE,
+                        )
+                        nursery.cancel_scope.cancel()
+        finally:
+            if verdict is None:
+                self._connection.call_unanswered(
+                    _BUS, _PATH, _AUTHORITY, "CancelCheckAuthorization", "s", cancellation
+                )
+        return verdict or Verdict.NO
+
+    async def _until_left(self, signals: Signals, asking: trio.CancelScope) -> None:
+        try:
+            async for message in signals:
+                name, _old, new_owner = message.values()
+                if name == self._caller and not new_owner:
+                    break
+        except Unreachable:
+            pass  # nobody can tell any more; a dialogue must not stay for ever
+        asking.cancel()
