@@ -10,7 +10,9 @@ import hashlib
 import logging
 import stat
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import trio
@@ -25,6 +27,9 @@ log = logging.getLogger(__name__)
 _HEAD = 64 << 10
 """Bytes of an image file that its digest is made of; the superblocks are in them."""
 
+_VERITY_BLOCK = 4096
+"""A hash tree in the image file begins at the next multiple of that after the file system."""
+
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -36,6 +41,10 @@ class Image:
     """Where it is mounted."""
     kind: str
     """``directory``, or the name of the file system in the file."""
+    built: datetime | None = field(default=None, compare=False)
+    """When the file system in the file was made or last written, as its superblock has it; None
+    where that is unknown.
+    """
 
 
 class Images:
@@ -92,15 +101,39 @@ class Images:
                 found = _Found(known, known.partition("-")[0])
             else:
                 found = await trio.to_thread.run_sync(_inspect, source)
-            image = Image(found.digest, source, self._directory / found.digest, found.kind)
-            if found.digest in self._found:
-                self._found.remove(found.digest)
-            elif found.digest not in self._users:
-                # Not to be given up half-way: nobody would unmount it.
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(self._mount, image)
-            self._users[found.digest] = self._users.get(found.digest, 0) + 1
-            return image
+            return await self._acquire(source, found)
+
+    async def acquire_old(self, digest: str, sources: Iterable[ImageSource]) -> Image | None:
+        """Return the image of that digest if it is mounted still, or at one of `sources`; None if
+        it is gone. `release` it as well.
+        """
+        async with self._lock:
+            for source in sources:
+                found = _Found(digest, digest.partition("-")[0])
+                try:
+                    if digest not in {*self._users, *self._found}:
+                        found = await trio.to_thread.run_sync(_inspect, source)
+                    if found.digest == digest:
+                        return await self._acquire(source, found)
+                except ImageUnavailable as error:
+                    log.info("%s is not the image %s: %s", source.path, digest, error)
+            return None
+
+    async def inspect(self, source: ImageSource) -> str:
+        """Return the digest of the image that is at `source` now. Raises `ImageUnavailable`."""
+        return (await trio.to_thread.run_sync(_inspect, source)).digest
+
+    async def _acquire(self, source: ImageSource, found: _Found) -> Image:
+        root = self._directory / found.digest
+        image = Image(found.digest, source, root, found.kind, found.built)
+        if found.digest in self._found:
+            self._found.remove(found.digest)
+        elif found.digest not in self._users:
+            # Not to be given up half-way: nobody would unmount it.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._mount, image, found.size)
+        self._users[found.digest] = self._users.get(found.digest, 0) + 1
+        return image
 
     async def release(self, image: Image) -> None:
         """Unmount `image` if nobody else uses it. What cannot be unmounted is logged."""
@@ -115,18 +148,18 @@ class Images:
                 except OSError:
                     log.exception("Image %s could not be unmounted.", image.root)
 
-    def _mount(self, image: Image) -> None:
+    def _mount(self, image: Image, size: int) -> None:
         with explained(f"mount image {image.source.path}"):
             image.root.mkdir(mode=0o700, exist_ok=True)
             try:
-                self._mount_at(image)
+                self._mount_at(image, size)
             except BaseException:
                 self._unmount(image.root)
                 raise
 
-    def _mount_at(self, image: Image) -> None:
+    def _mount_at(self, image: Image, size: int) -> None:
         source = image.source
-        device = self._open_verity(image) or source.path
+        device = self._open_verity(image, size) or source.path
         try:
             if image.kind == "directory":
                 self._mounts.mount_clone(source.path, image.root)
@@ -149,22 +182,18 @@ class Images:
             "It is corrupt, or made with features that this kernel lacks."
         )
 
-    def _open_verity(self, image: Image) -> Path | None:
+    def _open_verity(self, image: Image, size: int) -> Path | None:
         source = image.source
         if source.verity_root_hash is None:
             return None
-        hashes = source.verity_hash_device or source.path
         name = _verity_name(image.root)
+        opened = ["veritysetup", "open"]
+        hashes = source.verity_hash_device
+        if hashes is None:
+            hashes = source.path
+            opened.append(f"--hash-offset={-(-size // _VERITY_BLOCK) * _VERITY_BLOCK}")
         try:
-            run(
-                [
-                    "veritysetup",
-                    "open",
-                    "--",
-                    *map(str, (source.path, name, hashes)),
-                    source.verity_root_hash,
-                ]
-            )
+            run([*opened, "--", str(source.path), name, str(hashes), source.verity_root_hash])
         except OSError as error:
             raise ImageUnavailable(
                 f"Image {source.path} is protected by dm-verity, which cannot be set up: "
@@ -189,6 +218,9 @@ def _verity_name(target: Path) -> str:
 class _Found:
     digest: str
     kind: str
+    size: int = 0
+    """Bytes that the file system takes in the file."""
+    built: datetime | None = None
 
 
 def _inspect(source: ImageSource) -> _Found:
@@ -213,35 +245,39 @@ def _inspect(source: ImageSource) -> _Found:
             f"Image {path} cannot be read: {error.strerror}. Put it there, or correct 'image' in "
             "its profile."
         ) from error
-    kind, needed = _identify(path, head)
+    kind, needed, built = _identify(path, head)
     if size < needed:
         raise ImageUnavailable(
             f"Image {path} is truncated: it has {size} bytes of {needed}. Copy it again."
         )
-    if source.verity_root_hash is not None:
-        return _Found(_digest(kind, source.verity_root_hash), kind)
-    return _Found(_digest(kind, hashlib.sha256(head).hexdigest(), size, inode.st_mtime_ns), kind)
+    facts: tuple[object, ...] = (source.verity_root_hash,)
+    if source.verity_root_hash is None:
+        facts = (hashlib.sha256(head).hexdigest(), size, inode.st_mtime_ns)
+    moment = datetime.fromtimestamp(built, UTC) if 0 < built < 2**33 else None
+    return _Found(_digest(kind, *facts), kind, needed, moment)
 
 
 def _digest(kind: str, *facts: object) -> str:
     return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
 
 
-def _identify(path: Path, head: bytes) -> tuple[str, int]:
-    """Return the kind of file system by its superblock, and the bytes it needs.
+def _identify(path: Path, head: bytes) -> tuple[str, int, int]:
+    """Return the kind of file system by its superblock, the bytes it needs, and when it was made or
+    last written, in seconds since 1970.
 
     A block size that makes no sense is for the kernel to refuse.
     """
     if head[:4] == b"hsqs" and len(head) >= 96:
-        (used,) = struct.unpack_from("<Q", head, 40)
-        return "squashfs", used
+        built, used = struct.unpack_from("<I28xQ", head, 8)
+        return "squashfs", used, built
     if head[1024:1028] == b"\xe2\xe1\xf5\xe0" and len(head) >= 1152:
-        (blocks,) = struct.unpack_from("<I", head, 1024 + 36)
-        return "erofs", blocks << min(head[1024 + 12], 16)
+        built, blocks = struct.unpack_from("<Q4xI", head, 1024 + 24)
+        return "erofs", blocks << min(head[1024 + 12], 16), built
     if head[1080:1082] == b"\x53\xef" and len(head) >= 2048:
         (blocks,) = struct.unpack_from("<I", head, 1024 + 4)
         (shift,) = struct.unpack_from("<I", head, 1024 + 24)
-        return "ext4", blocks << (10 + min(shift, 6))
+        (written,) = struct.unpack_from("<I", head, 1024 + 48)
+        return "ext4", blocks << (10 + min(shift, 6)), written
     raise ImageUnavailable(
         f"{path} holds no squashfs, erofs or ext4 file system, or its first bytes are corrupt."
     )

@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from sessiond.session import loop
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 
@@ -136,10 +138,12 @@ class SystemMounts:
             os.close(tree)
 
     def mount_image(self, device: Path, target: Path, kind: str) -> None:
-        # mount(8), since it sets up the loop device, frees it with the mount, and loads the module.
-        options = ["ro"]
         if not device.is_block_device():
-            options.append("loop")
+            with loop.attached(device) as attached:
+                self.mount_image(attached, target, kind)
+            return
+        # mount(8), since it loads the module.
+        options = ["ro"]
         if kind == "ext4":
             options.append("noload")  # the journal is not replayed: nothing is written to the image
         run(["mount", "-t", kind, "-o", ",".join(options), "--", str(device), str(target)])

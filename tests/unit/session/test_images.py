@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import trio
 
 from sessiond.errors import ImageUnavailable
 from sessiond.session.images import Images
+from sessiond.session.loop import attached
 from sessiond.session.memory import MemoryMounts
 from sessiond.session.model import ImageSource
 from sessiond.session.mounts import SystemMounts
@@ -62,6 +64,48 @@ async def test_an_image_file_is_mounted_once_and_read_only(
     assert SystemMounts().file_system(first.root) is None
     assert not first.root.exists()
     assert str(source.path) not in Path("/proc/self/mountinfo").read_text()
+
+
+def loop_device(target: Path) -> Path:
+    """Where sysfs tells of the loop device that is mounted at `target`."""
+    with open("/proc/self/mountinfo") as table:
+        (line,) = [line.split() for line in table if line.split()[4] == str(target)]
+    return Path("/sys/block", Path(line[line.index("-") + 2]).name, "loop")
+
+
+@pytest.mark.root
+async def test_an_image_is_read_with_direct_io_where_its_disk_can(
+    images: Images, real: Path
+) -> None:
+    file = make_image("ext4", real)
+    image = await images.acquire(ImageSource(path=file))
+    try:
+        os.close(os.open(file, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("no direct I/O here")
+    device = loop_device(image.root)
+    assert (device / "dio").read_text() == "1\n"
+    assert (device / "backing_file").read_text() == f"{file}\n"
+    await images.release(image)
+    assert not device.exists()
+
+
+@pytest.mark.root
+def test_no_loop_device_outlives_who_set_it_up(real: Path) -> None:
+    file = make_image("squashfs", real)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with attached(file) as device:
+            os.write(writer, os.fsencode(device))
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    device = os.fsdecode(os.read(reader, 100))
+    os.close(reader)
+    os.close(writer)
+    assert device.startswith("/dev/loop")
+    backing = Path("/sys/block", Path(device).name, "loop/backing_file")
+    assert not backing.exists() or backing.read_text() != f"{file}\n"
 
 
 @pytest.mark.root
@@ -158,9 +202,31 @@ async def test_verity_that_this_machine_lacks_is_a_reason(
         await images.acquire(ImageSource(path=tmp_path, verity_root_hash="ab" * 32))
 
 
-def fake_squashfs(directory: Path) -> Path:
+async def test_a_hash_tree_in_the_image_is_found_behind_the_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "said"
+    program = tmp_path / "veritysetup"
+    program.write_text(f'#!/bin/sh\necho "$@" >>{said}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    file = fake_squashfs(tmp_path, used=4097)
+    images = Images(tmp_path, MemoryMounts())
+    await images.prepare()
+    for hashes in (None, tmp_path / "hashes"):
+        source = ImageSource(path=file, verity_root_hash="ab" * 32, verity_hash_device=hashes)
+        image = await images.acquire(source)
+        await images.release(image)
+    name, root_hash = f"sessiond-{image.digest}", "ab" * 32
+    assert said.read_text().splitlines() == [
+        f"open --hash-offset=8192 -- {file} {name} {file} {root_hash}",
+        f"open -- {file} {name} {hashes} {root_hash}",
+    ]
+
+
+def fake_squashfs(directory: Path, used: int = 4096) -> Path:
     image = directory / "image"
-    image.write_bytes(b"hsqs" + bytes(36) + (4096).to_bytes(8, "little") + bytes(4048))
+    image.write_bytes(b"hsqs" + bytes(36) + used.to_bytes(8, "little") + bytes(8144))
     return image
 
 

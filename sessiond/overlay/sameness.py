@@ -1,0 +1,103 @@
+"""Whether two objects of layers are the same: contents, and what else programs can see of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat as modes
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sessiond.overlay import syscalls
+from sessiond.overlay.layer import Layer
+from sessiond.overlay.syscalls import At
+from sessiond.overlay.xattrs import OverlayXattrs
+
+_CHUNK = 1 << 20
+
+_MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
+"""What there is instead of an object, or of a directory on the way to it."""
+
+Check = Callable[[], None]
+"""Called again and again by what takes long; stops it by raising."""
+
+
+class Object(NamedTuple):
+    """An object of a layer, and its stat(2)."""
+
+    at: At
+    stat: os.stat_result
+
+    @property
+    def is_directory(self) -> bool:
+        return modes.S_ISDIR(self.stat.st_mode)
+
+
+def find(layer: Layer, path: bytes) -> Object | None:
+    """Return the object at `path` of a layer; None if there is none, or no directory above it."""
+    try:
+        at = layer.at(path)
+        return Object(at, syscalls.stat(at))
+    except OSError as error:
+        if error.errno not in _MISSING:
+            raise
+        return None
+
+
+def attributes(at: At, xattrs: OverlayXattrs) -> dict[bytes, bytes | None]:
+    """Return the extended attributes but the overlay's own."""
+    return {
+        name: syscalls.getxattr(at, name)
+        for name in syscalls.listxattr(at)
+        if not xattrs.is_own(name)
+    }
+
+
+def same_metadata(one: Object, other: Object, xattrs: OverlayXattrs) -> bool:
+    """Compare mode, owner and extended attributes; no times."""
+    return (
+        one.stat.st_mode == other.stat.st_mode
+        and (one.stat.st_uid, one.stat.st_gid) == (other.stat.st_uid, other.stat.st_gid)
+        and attributes(one.at, xattrs) == attributes(other.at, xattrs)
+    )
+
+
+def same_contents(one: Object, other: Object, check: Check) -> bool:
+    """Compare what files hold, symbolic links name and device nodes stand for; of directories
+    nothing. Raises OSError.
+    """
+    kind = modes.S_IFMT(one.stat.st_mode)
+    if kind != modes.S_IFMT(other.stat.st_mode):
+        return False
+    if kind == modes.S_IFLNK:
+        return syscalls.readlink(one.at) == syscalls.readlink(other.at)
+    if kind in {modes.S_IFCHR, modes.S_IFBLK}:
+        return one.stat.st_rdev == other.stat.st_rdev
+    if kind != modes.S_IFREG:
+        return True
+    return one.stat.st_size == other.stat.st_size and _same_bytes(one.at, other.at, check)
+
+
+def _same_bytes(one: At, other: At, check: Check) -> bool:
+    first = syscalls.open_file(one, os.O_RDONLY)
+    try:
+        second = syscalls.open_file(other, os.O_RDONLY)
+        try:
+            offset = 0
+            while True:
+                check()
+                chunk = syscalls.read(first, _CHUNK, offset)
+                if chunk != syscalls.read(second, _CHUNK, offset):
+                    return False
+                if not chunk:
+                    return True
+                offset += len(chunk)
+        finally:
+            syscalls.close(second)
+    finally:
+        syscalls.close(first)
+
+
+def same(one: Object, other: Object, xattrs: OverlayXattrs, check: Check) -> bool:
+    """Compare contents and metadata; no times."""
+    return same_metadata(one, other, xattrs) and same_contents(one, other, check)
