@@ -76,10 +76,19 @@ def _write(target: int, lines: bytearray, patience: float) -> None:
 
 
 def _line(change: Change) -> bytes:
-    fields = {
-        "path": os.fsdecode(b"/" + change.path),
+    fields: dict[str, str | int] = {
+        "path": _text(change.path),
         "kind": change.kind.value,
         "type": _TYPES.get(modes.S_IFMT(change.mode), "other"),
         "size": change.size,
+        "old_size": change.old_size,
     }
+    if change.source is not None:
+        fields["from"] = _text(change.source)
+    if change.also is not None:
+        fields["changed"] = change.also.value
     return json.dumps(fields).encode() + b"\n"
+
+
+def _text(path: bytes) -> str:
+    return os.fsdecode(b"/" + path)

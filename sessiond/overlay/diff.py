@@ -1,8 +1,11 @@
 """How a merged view differs from another one: from its image, or as it was at a snapshot.
 
 Only what is in layers that the two do not share is looked at, so the cost follows the changes and
-not the image. Content that is equal is no change, whatever was copied up. A renamed directory
-counts as deleted and added.
+not the image. Content that is equal is no change, whatever was copied up.
+
+What is renamed is known by what copy-up and rename leave in the layers: a directory by what it
+merges with (``overlay.redirect``), anything else by its origin (``overlay.origin``), and only if
+its old name is gone.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ from __future__ import annotations
 import itertools
 import os
 import stat as modes
+from collections import defaultdict
 from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
 from sessiond.overlay import lookup, syscalls
-from sessiond.overlay.lookup import ABSENT, Directory, Entry, Lower, Presence
+from sessiond.overlay.lookup import ABSENT, Directory, Entry, Identity, Lower, Presence
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 
@@ -30,53 +34,351 @@ class ChangeKind(StrEnum):
     METADATA = "metadata"
     DELETED = "deleted"
     TYPE = "type"
+    RENAMED = "renamed"
 
 
 class Change(NamedTuple):
-    """One difference: one for a deleted directory, one for each object in an added one."""
+    """One difference: one for a deleted directory, one for each object in an added one.
+
+    One for a renamed directory, besides those of what differs in it, which have their paths in it.
+    """
 
     path: bytes
     kind: ChangeKind
     mode: int
     """st_mode of the object; of the one before, where it is deleted."""
-    size: int
-    """Bytes in a regular file, else 0."""
+    size: int = 0
+    """Bytes in a regular file, else 0; also 0 where it is deleted."""
+    old_size: int = 0
+    """The same before; 0 where it is added."""
+    source: bytes | None = None
+    """Where it was, if it is renamed."""
+    also: ChangeKind | None = None
+    """CONTENTS or METADATA, if it is renamed and differs."""
+
+    @property
+    def is_deleted_file(self) -> bool:
+        """Whether it may be there under another name, being no directory."""
+        return self.kind is ChangeKind.DELETED and not modes.S_ISDIR(self.mode)
 
 
-class _Pair(NamedTuple):
-    """A directory of the merged view, and what was in its place before."""
+class Pair(NamedTuple):
+    """A directory of the merged view, and what it was before."""
 
     path: bytes
     merged: Directory
-    base: Directory | None
+    identity: Identity
+    base_path: bytes = b""
+    base: Directory | None = None
+    base_identity: Identity | None = None
 
+
+class Found(NamedTuple):
+    """What a comparison finds of one name."""
+
+    changes: tuple[Change, ...] = ()
+    """None if nothing differs; two if a renamed directory has taken the place of another one."""
+    below: Pair | None = None
+    """A directory in which something may differ."""
+    gone: Identity | None = None
+    """Of what had the name before, if that is not there any more."""
+    gone_from: bytes = b""
+    """Its path."""
+    origin: Identity | None = None
+    """Of an added object that is no directory, if it was copied up from somewhere."""
+    moved: Identity | None = None
+    """Of a directory that was elsewhere before."""
+
+
+_ROOT = (0, 0)
+"""Stands for the identity of the merged root, whatever layers it consists of."""
 
 _Shared = frozenset[tuple[int, int]]
 """Identities of the layers at the bottom that both stacks have."""
 
 
 def changes(stack: Stack, base: Stack) -> Iterator[Change]:
-    """Compare `stack` with `base`, which has lowers only; parents come before what is in them.
+    """Compare `stack` with `base`, which has lowers only.
 
-    Precondition: neither is used elsewhere. Safe while the layers change: what vanishes in the
-    course is left out.
+    Parents come before what is in them; removed files, and what may be one of these under another
+    name, come last. Precondition: neither is used elsewhere. Safe while the layers change: what
+    vanishes in the course is left out.
     """
-    shared = _shared(stack, base)
-    pending = [_Pair(b"", _root(stack), _root(base))]
+    comparison = Comparison(stack, base)
+    comparison.find_moved()
+    added: list[tuple[Change, Identity]] = []
+    deleted: list[tuple[Change, Identity, bytes]] = []
+    pending = [comparison.root()]
     while pending:
         pair = pending.pop()
-        for name in _candidates(stack, base, shared, pair):
-            path = lookup.join(pair.path, name)
-            try:
-                now = lookup.lookup(stack, pair.merged, name)
-                before = lookup.lookup(base, pair.base, name) if pair.base else ABSENT
-                change = _compare(stack, path, now, before)
-            except FileNotFoundError:
-                continue
-            if change is not None:
-                yield change
-            if now.is_directory and (descent := _descend(path, now, before, shared)):
-                pending.append(descent)
+        for name in comparison.names(pair):
+            found = comparison.compare(pair, name)
+            if found.below is not None:
+                pending.append(found.below)
+            for change in found.changes:
+                if found.origin is not None:
+                    added.append((change, found.origin))
+                elif change.is_deleted_file and found.gone is not None:
+                    deleted.append((change, found.gone, found.gone_from))
+                else:
+                    yield change
+    yield from comparison.pair_up(added, deleted)
+
+
+class Comparison:
+    """Two merged views, compared name by name. Not thread-safe."""
+
+    def __init__(self, stack: Stack, base: Stack) -> None:
+        self._stack = stack
+        self._base = base
+        self._shared = _shared(stack, base)
+        self._base_layers = {layer.identity for layer in base.lowers}
+        self.moved: set[Identity] = set()
+        """Directories that are at another place than before, as far as `find_moved`, or whoever
+        calls `compare`, has found them.
+        """
+        self._base_places: _Places | None = None
+
+    def root(self) -> Pair:
+        roots = _root(self._stack), _root(self._base)
+        return Pair(b"", roots[0], _ROOT, b"", roots[1], _ROOT)
+
+    def names(self, pair: Pair) -> list[bytes]:
+        """Return the names in a directory that may differ."""
+        names: set[bytes] = set()
+        if pair.base is None or not self._same_below(pair.merged, pair.base):
+            # Renamed, opaque or new: anything may.
+            names.update(lookup.names(self._stack, pair.merged))
+            if pair.base is not None:
+                names.update(lookup.names(self._base, pair.base))
+            return sorted(names)
+        unshared = itertools.chain(self._unshared(pair.merged), self._unshared(pair.base))
+        for part in unshared:
+            names.update(name for name, _ in syscalls.scan(part))
+        return sorted(names)
+
+    def _parts(self, directory: Directory, but: _Shared = frozenset()) -> Iterator[int]:
+        """Open the real directories, except in some layers, each until the next is asked for."""
+        if directory.upper is not None:
+            assert self._stack.upper is not None
+            yield self._stack.upper.directory(directory.upper)
+        for lower in directory.lowers:
+            if lower.layer.identity not in but:
+                yield lower.layer.directory(lower.path)
+
+    def _unshared(self, directory: Directory) -> Iterator[int]:
+        return self._parts(directory, self._shared)
+
+    def _same_below(self, merged: Directory, base: Directory) -> bool:
+        """Say whether the two merge the same directories of the layers that both stacks have."""
+        return self._of(merged) == self._of(base)
+
+    def _of(self, directory: Directory) -> list[tuple[tuple[int, int], bytes]]:
+        places = ((lower.layer.identity, lower.path) for lower in directory.lowers)
+        return [place for place in places if place[0] in self._shared]
+
+    # Renamed directories
+
+    def find_moved(self) -> None:
+        """Find all directories that are elsewhere, which is where `moved` has them."""
+        pending = [self.root()]
+        while pending:
+            pending += self.directories(pending.pop())
+
+    def directories(self, pair: Pair) -> Iterator[Pair]:
+        """Find the directories in one in which something may differ; note which have moved."""
+        for name in self._directories(pair):
+            found = self.compare(pair, name, directories_only=True)
+            if found.moved is not None:
+                self.moved.add(found.moved)
+            if found.below is not None:
+                yield found.below
+
+    def _directories(self, pair: Pair) -> list[bytes]:
+        """Return names of directories that may differ, and perhaps of other things."""
+        names: set[bytes] = set()
+        if pair.base is not None and self._same_below(pair.merged, pair.base):
+            for lower in self._unshared(pair.base):  # what it hides there may be a directory
+                names.update(name for name, _ in syscalls.scan(lower))
+            parts = self._unshared(pair.merged)
+        else:
+            parts = self._parts(pair.merged)
+        for part in parts:
+            entries = syscalls.scan_lazily(part)
+            names.update(one.name for one in entries if one.is_dir(follow_symlinks=False))
+        return sorted(names)
+
+    def _source(self, now: Entry) -> tuple[bytes, Entry] | None:
+        """Return where a directory was, and as what, if it was anywhere."""
+        if not now.lowers or now.lowers[-1].layer.identity not in self._base_layers:
+            return None
+        path = self._base_path(now)
+        before = _find(self._base, path)
+        return (path, before) if before.identity == now.identity else None
+
+    def _base_path(self, now: Entry) -> bytes:
+        """Return where the base shows a directory, if it does."""
+        path = now.lowers[-1].path
+        if len(self._base.lowers) == 1:
+            return path
+        if self._base_places is None:
+            self._base_places = _Places(self._base)
+        return self._base_places.of(now.identity, path)
+
+    # Names
+
+    def compare(self, pair: Pair, name: bytes, *, directories_only: bool = False) -> Found:
+        """Compare what a name stands for. Raises OSError, but not for what vanishes meanwhile.
+
+        `directories_only`: tell of nothing but directories.
+        """
+        try:
+            now = lookup.lookup(self._stack, pair.merged, name)
+            if directories_only and not now.is_directory:
+                return Found()
+            before = lookup.lookup(self._base, pair.base, name) if pair.base else ABSENT
+            path = lookup.join(pair.path, name), lookup.join(pair.base_path, name)
+            if now.is_directory:
+                return self._compare_directory(*path, now, before)
+            return self._compare_other(*path, now, before)
+        except FileNotFoundError:
+            return Found()
+
+    def _compare_other(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
+        """Compare what is no directory, or is not there."""
+        gone = before.identity if before.is_directory or not now.positive else None
+        if before.is_directory and gone in self.moved:
+            before = ABSENT
+        change = self._compare(path, now, before)
+        if change is None:
+            return Found((), None, gone, base_path)
+        copied = change.kind is ChangeKind.ADDED and now.identity != _real(now)
+        return Found((change,), None, gone, base_path, now.identity if copied else None)
+
+    def _compare_directory(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
+        if before.is_directory and before.identity == now.identity:
+            change = self._compare(path, now, before)
+            below = self._descend(path, base_path, now, before)
+            return Found((change,) if change else (), below)
+        gone = before.identity if before.is_directory else None
+        if gone in self.moved:
+            before = ABSENT
+        source = self._source(now)
+        if source is None:
+            change = self._compare(path, now, before)
+            below = self._descend(path, base_path, now, before)
+            return Found((change,) if change else (), below, gone, base_path)
+        gone = before.identity if before.positive else gone
+        replaced = self._compare(path, ABSENT, before)
+        found = (*((replaced,) if replaced else ()), self._renamed(path, now, *source))
+        below = self._descend(path, source[0], now, source[1])
+        return Found(found, below, gone, base_path, moved=now.identity)
+
+    def _renamed(self, path: bytes, now: Entry, source: bytes, before: Entry) -> Change:
+        also = self._compare(path, now, before)
+        sizes = _size(now.stat), _size(before.stat)
+        kind = also.kind if also else None
+        return Change(path, ChangeKind.RENAMED, now.stat.st_mode, *sizes, source, kind)
+
+    def _descend(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Pair | None:
+        in_upper = now.presence is Presence.UPPER
+        merged = Directory(path if in_upper else None, now.lowers, now.marked)
+        if not before.is_directory:
+            return Pair(path, merged, now.identity)
+        base = Directory(None, before.lowers)
+        untouched = not in_upper and all(
+            lower.layer.identity in self._shared for lower in (*now.lowers, *before.lowers)
+        )
+        if untouched and self._same_below(merged, base):
+            return None
+        return Pair(path, merged, now.identity, base_path, base, before.identity)
+
+    def _compare(self, path: bytes, now: Entry, before: Entry) -> Change | None:
+        if not now.positive:
+            if not before.positive:
+                return None
+            return Change(path, ChangeKind.DELETED, before.stat.st_mode, 0, _size(before.stat))
+        mode, size = now.stat.st_mode, _size(now.stat)
+        if not before.positive:
+            return Change(path, ChangeKind.ADDED, mode, size)
+        old_size = _size(before.stat)
+        if modes.S_IFMT(mode) != modes.S_IFMT(before.stat.st_mode):
+            return Change(path, ChangeKind.TYPE, mode, size, old_size)
+        if _real(now) == _real(before):
+            return None
+        at, data = self._places(path, now)
+        other, other_data = self._places(path, before)
+        if not _same_contents(data, now.stat, other_data, before.stat):
+            return Change(path, ChangeKind.CONTENTS, mode, size, old_size)
+        if not _same_metadata(self._stack, at, now.stat, other, before.stat):
+            return Change(path, ChangeKind.METADATA, mode, size, old_size)
+        return None
+
+    def _places(self, path: bytes, entry: Entry) -> tuple[At, At]:
+        """Return where the object is, and where its contents are."""
+        if entry.presence is not Presence.UPPER:
+            return entry.lowers[0].at(), entry.lowers[-1 if entry.metacopy else 0].at()
+        assert self._stack.upper is not None
+        at = self._stack.upper.at(path)
+        return at, entry.lowers[-1].at() if entry.metacopy else at
+
+    def pair_up(
+        self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity, bytes]]
+    ) -> Iterator[Change]:
+        """Find out which of those that are added are deleted ones under another name.
+
+        Each with its identity; deleted ones also with their path in the base.
+        """
+        names: defaultdict[Identity, list[tuple[Change, bytes]]] = defaultdict(list)
+        for change, identity, source in deleted:
+            names[identity].append((change, source))
+        for change, identity in added:
+            found = names.get(identity)
+            renamed = self._paired(change.path, found[-1][1]) if found else None
+            if found and renamed is not None:
+                found.pop()
+            yield renamed or change
+        for left in names.values():
+            yield from (change for change, _ in left)
+
+    def _paired(self, path: bytes, source: bytes) -> Change | None:
+        """Return the change that the two are; None if something vanishes meanwhile."""
+        try:
+            now, before = _find(self._stack, path), _find(self._base, source)
+            if now.positive and before.positive:
+                return self._renamed(path, now, source, before)
+        except FileNotFoundError:
+            pass
+        return None
+
+
+class _Places:
+    """Where a stack shows directories that its layers have under other paths."""
+
+    def __init__(self, stack: Stack) -> None:
+        bottom = Stack(stack.lowers[-1:], None, None, stack.options)
+        comparison = Comparison(stack, bottom)
+        self._known: dict[Identity, bytes] = {}
+        self._moved: dict[bytes, bytes] = {}
+        """By the path in the bottom-most layer."""
+        pending = [comparison.root()]
+        while pending:
+            pair = pending.pop()
+            self._known[pair.identity] = pair.path
+            if pair.base is not None:
+                self._moved[pair.base_path] = pair.path
+            pending += comparison.directories(pair)
+
+    def of(self, identity: Identity, path: bytes) -> bytes:
+        """`path`: in the bottom-most layer that has the directory."""
+        if identity in self._known:
+            return self._known[identity]
+        rest = b""
+        prefix = path
+        while prefix and prefix not in self._moved:
+            prefix, _, name = prefix.rpartition(b"/")
+            rest = lookup.join(name, rest) if rest else name
+        return lookup.join(self._moved.get(prefix, b""), rest)
 
 
 def _shared(stack: Stack, base: Stack) -> _Shared:
@@ -90,76 +392,21 @@ def _root(stack: Stack) -> Directory:
     return Directory(upper, tuple(Lower(one, b"", one.may_hold_marks) for one in stack.lowers))
 
 
-def _candidates(stack: Stack, base: Stack, shared: _Shared, pair: _Pair) -> list[bytes]:
-    """Return the names that may differ."""
-    names: set[bytes] = set()
-    if pair.base is None or not _same_below(pair.merged, pair.base, shared):
-        # Renamed, opaque or new: anything may.
-        names.update(lookup.names(stack, pair.merged))
-        if pair.base is not None:
-            names.update(lookup.names(base, pair.base))
-        return sorted(names)
-    if pair.merged.upper is not None:
-        assert stack.upper is not None
-        names.update(name for name, _ in syscalls.scan(stack.upper.directory(pair.merged.upper)))
-    for lower in (*pair.merged.lowers, *pair.base.lowers):
-        if lower.layer.identity not in shared:
-            names.update(name for name, _ in syscalls.scan(lower.layer.directory(lower.path)))
-    return sorted(names)
+def _find(stack: Stack, path: bytes) -> Entry:
+    """Look a whole path up."""
+    directory, entry, walked = _root(stack), ABSENT, b""
+    for name in path.split(b"/"):
+        entry = lookup.lookup(stack, directory, name)
+        if not entry.positive:
+            return ABSENT
+        walked = lookup.join(walked, name)
+        in_upper = entry.presence is Presence.UPPER
+        directory = Directory(walked if in_upper else None, entry.lowers, entry.marked)
+    return entry
 
 
-def _same_below(merged: Directory, base: Directory, shared: _Shared) -> bool:
-    """Say whether the two merge the same directories of the layers that both stacks have."""
-    return _of(merged, shared) == _of(base, shared)
-
-
-def _of(directory: Directory, shared: _Shared) -> list[tuple[tuple[int, int], bytes]]:
-    places = ((lower.layer.identity, lower.path) for lower in directory.lowers)
-    return [place for place in places if place[0] in shared]
-
-
-def _descend(path: bytes, now: Entry, before: Entry, shared: _Shared) -> _Pair | None:
-    in_upper = now.presence is Presence.UPPER
-    merged = Directory(path if in_upper else None, now.lowers, now.marked)
-    if not before.is_directory:
-        return _Pair(path, merged, None)
-    base = Directory(None, before.lowers)
-    untouched = not in_upper and all(
-        lower.layer.identity in shared for lower in (*now.lowers, *before.lowers)
-    )
-    if untouched and _same_below(merged, base, shared):
-        return None
-    return _Pair(path, merged, base)
-
-
-def _compare(stack: Stack, path: bytes, now: Entry, before: Entry) -> Change | None:
-    if not now.positive:
-        if not before.positive:
-            return None
-        return Change(path, ChangeKind.DELETED, before.stat.st_mode, _size(before.stat))
-    mode, size = now.stat.st_mode, _size(now.stat)
-    if not before.positive:
-        return Change(path, ChangeKind.ADDED, mode, size)
-    if modes.S_IFMT(mode) != modes.S_IFMT(before.stat.st_mode):
-        return Change(path, ChangeKind.TYPE, mode, size)
-    if (now.stat.st_dev, now.stat.st_ino) == (before.stat.st_dev, before.stat.st_ino):
-        return None
-    at, data = _places(stack, path, now)
-    other, other_data = _places(stack, path, before)
-    if not _same_contents(data, now.stat, other_data, before.stat):
-        return Change(path, ChangeKind.CONTENTS, mode, size)
-    if not _same_metadata(stack, at, now.stat, other, before.stat):
-        return Change(path, ChangeKind.METADATA, mode, size)
-    return None
-
-
-def _places(stack: Stack, path: bytes, entry: Entry) -> tuple[At, At]:
-    """Return where the object is, and where its contents are."""
-    if entry.presence is not Presence.UPPER:
-        return entry.lowers[0].at(), entry.lowers[-1 if entry.metacopy else 0].at()
-    assert stack.upper is not None
-    at = stack.upper.at(path)
-    return at, entry.lowers[-1].at() if entry.metacopy else at
+def _real(entry: Entry) -> Identity:
+    return entry.stat.st_dev, entry.stat.st_ino
 
 
 def _size(stat: os.stat_result) -> int:
