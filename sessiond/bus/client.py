@@ -32,6 +32,8 @@ from sessiond.session.model import ChangeSummary, SessionId, SnapshotName
 
 OPERATION_TIMEOUT = 300.0
 """Seconds that calls may take which mount, unmount, or walk through a session."""
+_TYPING_TIMEOUT = 330.0
+"""Seconds more, where a person may be asked for a password: a little longer than sessiond waits."""
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _ERRORS = {name: kind for kind, name in names.ERRORS.items()}
@@ -218,24 +220,31 @@ class _Proxy:
         self._gone = gone
 
     async def _call(
-        self, member: str, signature: str = "", *values: object, timeout: float = CALL_TIMEOUT
+        self,
+        member: str,
+        signature: str = "",
+        *values: object,
+        timeout: float = CALL_TIMEOUT,
+        interactive: bool | None = None,
     ) -> tuple[object, ...]:
-        return await self._call_interface(
-            self._interface, member, signature, *values, timeout=timeout
-        )
-
-    async def _call_interface(
-        self, interface: str, member: str, signature: str, *values: object, timeout: float
-    ) -> tuple[object, ...]:
+        asking = self._connection.interactive if interactive is None else interactive
         with _translated(self._gone):
             return await self._connection.call(
-                names.BUS, self.path, interface, member, signature, *values, timeout=timeout
+                names.BUS,
+                self.path,
+                self._interface,
+                member,
+                signature,
+                *values,
+                timeout=timeout + (_TYPING_TIMEOUT if asking else 0.0),
+                interactive=asking,
             )
 
     async def _property_values(self) -> dict[str, object]:
-        (values,) = await self._call_interface(
-            names.PROPERTIES, "GetAll", "s", self._interface, timeout=CALL_TIMEOUT
-        )
+        with _translated(self._gone):
+            (values,) = await self._connection.call(
+                names.BUS, self.path, names.PROPERTIES, "GetAll", "s", self._interface
+            )
         assert isinstance(values, dict)
         return values
 
@@ -366,10 +375,20 @@ class Session(_Proxy):
             raise self._gone
         return sorted(found, key=lambda info: info.created_at)
 
-    async def changes(self, *, start: str = "", end: str = "") -> ChangeSummary:
-        """Count what differs from a snapshot, or the image, to another one, or to its state now."""
-        states = _states(start, end)
-        (summary,) = await self._call("Changes", "a{sv}", states, timeout=OPERATION_TIMEOUT)
+    async def changes(
+        self, *, start: str = "", end: str = "", interactive: bool | None = None
+    ) -> ChangeSummary:
+        """Count what differs from a snapshot, or the image, to another one, or to its state now.
+
+        `interactive` as with `connect`, if given.
+        """
+        (summary,) = await self._call(
+            "Changes",
+            "a{sv}",
+            _states(start, end),
+            timeout=OPERATION_TIMEOUT,
+            interactive=interactive,
+        )
         with _translated(self._gone):
             return _Summary.validate_python(summary)
 
@@ -439,13 +458,18 @@ class Client(_Proxy):
 
 
 @asynccontextmanager
-async def connect(address: str | None = None) -> AsyncIterator[Client]:
+async def connect(
+    address: str | None = None, *, interactive: bool = False
+) -> AsyncIterator[Client]:
     """Connect to the daemon on the bus at `address`, by default the system bus.
 
+    With `interactive`, what takes a password has the user asked for it, by the agent of the desktop
+    or one that this process has started; else it fails with `AuthorizationRequired`.
     Raises `ConfigError` when the address is unusable, `Unreachable` when no bus is there. It is
     also raised, and the body cancelled, when the bus goes away while the context is open.
     """
     async with connection.connect(address) as connected:
+        connected.interactive = interactive
         yield Client(connected)
 
 

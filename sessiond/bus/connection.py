@@ -67,6 +67,8 @@ class Connection:
     """See the module. Made by `connect` only."""
 
     unique_name: str = ""
+    interactive: bool = False
+    """Calls let whoever is called have the user asked for a password, unless they say otherwise."""
 
     def __init__(self, transport: Transport, nursery: trio.Nursery, handler: CallHandler) -> None:
         self.failure: Unreachable | None = None
@@ -104,18 +106,18 @@ class Connection:
         signature: str = "",
         *values: object,
         timeout: float = CALL_TIMEOUT,
-        interactive: bool = False,
+        interactive: bool | None = None,
     ) -> tuple[object, ...]:
         """Call a method and return what it returned; the caller closes descriptors among that.
 
-        With `interactive`, who is called may have the user asked for a password meanwhile.
+        `interactive`, if given, takes the place of the attribute.
         Raises `BusError` when it answers with an error, `Unreachable` when it does not answer
         within `timeout` seconds, `WireError` when `values` do not fit `signature`.
         """
         message = self._message(
             Kind.CALL, path, interface, member, signature, values, destination=destination
         )
-        if interactive:
+        if self.interactive if interactive is None else interactive:
             message = replace(message, flags=wire.ALLOW_INTERACTIVE_AUTHORIZATION)
         pending = self._pending[message.serial] = _Pending()
         try:

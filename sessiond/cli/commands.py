@@ -22,7 +22,7 @@ from sessiond.cli.output import (
     when,
 )
 from sessiond.cli.progress import carry_out
-from sessiond.errors import NotAuthorized
+from sessiond.errors import AuthorizationRequired, NotAuthorized
 
 Command = Callable[[Client, Arguments], Awaitable[None]]
 
@@ -47,8 +47,8 @@ async def status(client: Client, asked: Arguments) -> None:
     job = await session.last_job()
     changes = None
     if info.state != "failed":  # then it is not mounted
-        with suppress(NotAuthorized):
-            changes = await session.changes()
+        with suppress(NotAuthorized, AuthorizationRequired):
+            changes = await session.changes(interactive=False)
     if asked.json:
         told = _session_json(info)
         told["last_job"] = None if job is None else _job_json(job)

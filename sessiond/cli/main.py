@@ -7,12 +7,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NoReturn
 
 import trio
 
 from sessiond.bus import client
 from sessiond.bus.client import SessionInfo
+from sessiond.cli.agent import password_agent
 from sessiond.cli.arguments import Arguments, parse
 from sessiond.cli.check import check
 from sessiond.cli.commands import COMMANDS
@@ -21,6 +23,9 @@ from sessiond.cli.exit_codes import ExitCode, exit_code
 from sessiond.cli.output import printable
 from sessiond.cli.terminal import run_apart
 from sessiond.errors import Failed, NotAuthorized, SessiondError
+
+_LOOK_ONLY = frozenset({"list", "monitor", "snapshots", "status"})
+"""Commands for which nobody has to give a password."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run_inside(asked)
         if asked.command == "check":
             return check(asked)
-        trio.run(_command, asked)
+        with nullcontext() if asked.command in _LOOK_ONLY else password_agent():
+            trio.run(_command, asked)
         sys.stdout.flush()
     except SessiondError as error:
         return _report(error)
@@ -45,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def _command(asked: Arguments) -> None:
-    async with client.connect() as sessiond:
+    async with client.connect(interactive=asked.command not in _LOOK_ONLY) as sessiond:
         await COMMANDS[asked.command](sessiond, asked)
 
 

@@ -23,15 +23,16 @@ async def carry_out(start: Awaitable[Job], title: str) -> None:
     `Cancelled`.
     """
     failure: SessiondError | None = None
-    with trio.open_signal_receiver(signal.SIGINT) as interrupts, _bar(title) as show:
-        job = await start
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_interrupt, job, interrupts)
-            try:
-                await job.wait(show)
-            except SessiondError as error:
-                failure = error  # raised out here, it is not wrapped into a group
-            nursery.cancel_scope.cancel()
+    with trio.open_signal_receiver(signal.SIGINT) as interrupts:
+        job = await start  # there may be a question at the terminal first, so no bar yet
+        with _bar(title) as show:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on_interrupt, job, interrupts)
+                try:
+                    await job.wait(show)
+                except SessiondError as error:
+                    failure = error  # raised out here, it is not wrapped into a group
+                nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 

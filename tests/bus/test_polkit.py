@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -306,3 +307,41 @@ async def test_nobody_is_asked_many_questions_at_once(polkit: Start, guarded: Fa
         said = [await owner.said() for _ in range(2)]
         (refused,) = [one for one in said if "error" in one]
         assert refused["error"] == names.LIMITS_EXCEEDED
+
+
+# A fallback is what is used when the desktop has no agent; without logind, polkit finds none.
+PKTTYAGENT = """#!/bin/sh
+case "$*" in *" --fallback") exec /usr/bin/pkttyagent "$1" "$2" "$3" "$4";; esac
+"""
+
+
+async def test_sessionctl_asks_at_its_terminal(
+    polkit: Start, guarded: FakeManager, bus_directory: Path
+) -> None:
+    polkit("")
+    agent = bus_directory / "pkttyagent"
+    agent.write_text(PKTTYAGENT)
+    agent.chmod(0o755)
+    terminal, inside = os.openpty()
+    sessionctl = [sys.executable, "-m", "sessiond.cli.main", "reset", "live"]
+    process = await trio.lowlevel.open_process(
+        ["setsid", "--ctty", "--wait", *sessionctl],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        user=OWNER,
+        group=OWNER,
+        extra_groups=[],
+        cwd=CHECKOUT,
+        env=os.environ | {"PATH": f"{bus_directory}:{os.environ['PATH']}"},
+    )
+    os.close(inside)
+    shown = b""
+    async with trio.lowlevel.FdStream(terminal) as stream:
+        with trio.fail_after(BOUND):
+            while b"Authenticating as: nobody" not in shown:
+                shown += await stream.receive_some()
+            await stream.send_all(b"\x03")  # Ctrl-C
+            assert await process.wait() == 128 + signal.SIGINT, shown
+    assert b"Authentication is required to reset the session live." in shown
+    assert not guarded.jobs
