@@ -95,6 +95,14 @@ class Job:
         job._settle()
         return job
 
+    @property
+    def in_words(self) -> str:
+        """Say what runs, for those who have to wait for it."""
+        done = f", and is {self.progress:.0%} done" if self.progress_valid else ""
+        return (
+            f"job {self.id}, a {self.operation} started by uid {self.started_by}, is running{done}"
+        )
+
     def noted(self, begun: JobRecord) -> JobRecord:
         """Return what is to be noted in place of `begun`, now that there is an outcome."""
         return begun.model_copy(

@@ -391,9 +391,9 @@ class Session:
         if self._closing:
             raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
         if self._operation is not None:
-            raise Busy(
-                f"Session {self.id} is busy: {self._operation}. Wait for that to end, or cancel it."
-            )
+            running = self._job.in_words if self._job else self._operation
+            hint = "Wait for that to end" + (", or cancel it." if self._job else ".")
+            raise Busy(f"Session {self.id} is busy: {running}. {hint}")
         self._operation = operation
         self._idle = trio.Event()
         self._set_state(state)

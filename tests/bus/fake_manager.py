@@ -110,7 +110,7 @@ class FakeSession:
             raise NoSuchSession(f"Session {self.id} has been closed.")
         running = [j for j in self._manager.jobs if j.session == self.id and not j.finished]
         if running:
-            raise Busy(f"A {running[0].operation} of session {self.id} is running.")
+            raise Busy(f"Session {self.id} is busy: job {running[0].id}, a {running[0].operation}.")
         job = FakeJob(self._manager, len(self._manager.jobs) + 1, self, operation, started_by)
         self._manager.jobs.append(job)
         self.last_job = job

@@ -97,7 +97,7 @@ async def test_a_job_that_is_over_before_it_is_awaited(
 async def test_a_failed_job_raises_its_error(sessiond: Client, serving: FakeManager) -> None:
     session = await sessiond.session("live")
     job = await session.reset()
-    with pytest.raises(Busy, match="A reset of session live is running"):
+    with pytest.raises(Busy, match="Session live is busy: job 1, a reset"):
         await session.persist()
     await job.cancel()
     with pytest.raises(Cancelled, match="The reset was cancelled"):

@@ -318,9 +318,13 @@ async def test_a_second_operation_is_refused_by_name(world: World) -> None:
         session = await create(manager)
         job = session.reset(started_by=UID)
         assert session.state is SessionState.BUSY
-        with pytest.raises(Busy, match="a reset is running"):
+        with pytest.raises(
+            Busy, match=r"busy: job 1, a reset started by uid \d+, is running. Wait .* or cancel"
+        ):
             session.persist(started_by=UID)
-        with pytest.raises(Busy, match="a reset is running"):
+        with pytest.raises(
+            Busy, match=r"busy: job 1, a reset started by uid \d+, is running. Wait .* or cancel"
+        ):
             await session.snapshot("one")
         await job.wait()
         assert session.state is SessionState.ACTIVE
