@@ -84,6 +84,8 @@ class DaemonTable(_Table):
     """RAM that the limits of all volatile sessions may come to: bytes, or a part of the machine's;
     above 100% they may take more than there is.
     """
+    metrics: AbsolutePath | None = None
+    """File for Prometheus; none if not given."""
 
 
 class Profile(_Table):

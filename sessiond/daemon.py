@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.journal import log_to_journal_or_stderr
 from sessiond.session.manager import Manager, open_manager
+from sessiond.session.metrics import Metrics, remove_metrics, write_metrics
 from sessiond.systemd import Systemd
 
 log = logging.getLogger(__name__)
@@ -158,7 +160,10 @@ async def _run(
             open_manager(config, mounter, features=mounter.features) as manager,
         ):
             background.start_soon(systemd.feed_watchdog)
-            number = await _serve(manager, signals, options, systemd)
+            metrics = Metrics(manager)
+            if config.daemon.metrics is not None:
+                background.start_soon(write_metrics, metrics, config.daemon.metrics)
+            number = await _serve(manager, metrics, signals, options, systemd)
             name, count = signal.Signals(number).name, len(manager.sessions)
             if number == _LEAVE:
                 log.info("Ending, because of %s; %d sessions are left mounted.", name, count)
@@ -169,15 +174,21 @@ async def _run(
                 systemd.stopping(f"Ending {count} sessions.")
                 await manager.shut_down()
             background.cancel_scope.cancel()
+        if config.daemon.metrics is not None and number != _LEAVE:
+            remove_metrics(config.daemon.metrics)
 
 
 async def _serve(
-    manager: Manager, signals: AsyncIterator[int], options: argparse.Namespace, systemd: Systemd
+    manager: Manager,
+    metrics: Metrics,
+    signals: AsyncIterator[int],
+    options: argparse.Namespace,
+    systemd: Systemd,
 ) -> int:
     """Serve until a signal asks for an end; return which."""
     async with trio.open_nursery() as serving:
         wanted, reloads = trio.open_memory_channel[None](1)
-        serving.start_soon(_start, manager, reloads, options, systemd)
+        serving.start_soon(_start, manager, metrics, reloads, options, systemd)
         async for number in signals:
             if number != signal.SIGHUP:
                 serving.cancel_scope.cancel()
@@ -189,13 +200,14 @@ async def _serve(
 
 async def _start(
     manager: Manager,
+    metrics: Metrics,
     reloads: AsyncIterator[None],
     options: argparse.Namespace,
     systemd: Systemd,
 ) -> None:
     async with trio.open_nursery() as nursery:
         await manager.start()
-        await nursery.start(serve, manager)
+        await nursery.start(partial(serve, manager, answered=metrics.request_answered))
         systemd.ready(f"{len(manager.sessions)} sessions were mounted at start.")
         async for _ in reloads:
             systemd.reloading()

@@ -29,6 +29,9 @@ The journal drops what is more than so much of a service's, and by a flood of ca
 have it drop what tells of somebody's deeds.
 """
 
+SHOWN = 256
+"""Most characters of a name, which callers may make up, that are logged."""
+
 _USERS_KEPT = 1024
 
 
@@ -135,8 +138,8 @@ def _log(attempt: Attempt, outcome: Outcome, result: object) -> None:
             Event.REQUEST,
             caller_uid=attempt.caller,
             operation=attempt.operation,
-            session=session or None,
-            user=attempt.user or None,
+            session=session[:SHOWN] or None,
+            user=attempt.user[:SHOWN] or None,
             job=job,
             outcome=outcome.value,
             error=error,
@@ -145,6 +148,7 @@ def _log(attempt: Attempt, outcome: Outcome, result: object) -> None:
 
 
 def _error_name(error: Exception) -> str:
+    """Return what the D-Bus error is called, without what all of them begin with."""
     if isinstance(error, SessiondError):
-        return names.error_name(error)
-    return error.name if isinstance(error, BusError) else names.DBUS_FAILED
+        return type(error).__name__
+    return error.name.rpartition(".")[2] if isinstance(error, BusError) else "Failed"

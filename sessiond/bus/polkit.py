@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import count
 
@@ -63,6 +64,7 @@ class Polkit:
             QUESTIONS_IN_ALL, "{most} users are being asked for passwords. Try again later."
         )
         self._numbers = count(1)
+        self._complaint = ""
 
     async def check(
         self,
@@ -80,70 +82,45 @@ class Polkit:
         asks for one: that takes as long as a person takes, but ends when the caller leaves the bus.
         Raises `BusError` LimitsExceeded.
         """
-        question = _Question(connection, caller, action, details)
-        verdict = await question.ask()
+        question = _Question(connection, caller, action, dict(details))
+        verdict = await self._ask(question)
         if verdict is not Verdict.AUTHENTICATE or not interactive:
             return verdict
         with self._of_user.share(uid), self._in_all.share(None):
-            return await question.ask_person(f"{next(self._numbers)}")
+            return await self._ask_person(question, str(next(self._numbers)))
 
-
-class _Question:
-    """One action of one caller."""
-
-    def __init__(
-        self, connection: Connection, caller: str, action: str, details: Mapping[str, str]
-    ) -> None:
-        self._connection = connection
-        self._caller = caller
-        self._action = action
-        self._details = dict(details)
-
-    async def ask(
-        self, *, flags: int = 0, cancellation: str = "", timeout: float = CALL_TIMEOUT
+    async def _ask(
+        self,
+        question: _Question,
+        *,
+        flags: int = 0,
+        cancellation: str = "",
+        timeout: float = CALL_TIMEOUT,
     ) -> Verdict:
-        subject = ("system-bus-name", {"name": Variant("s", self._caller)})
         try:
-            (result,) = await self._connection.call(
-                _BUS,
-                _PATH,
-                _AUTHORITY,
-                "CheckAuthorization",
-                "(sa{sv})sa{ss}us",
-                subject,
-                self._action,
-                self._details,
-                flags,
-                cancellation,
-                timeout=timeout,
-            )
-        except BusError as error:
-            if error.name in _ABSENT:
+            verdict = await question.ask(flags, cancellation, timeout)
+        except (BusError, Unreachable, WireError) as error:
+            if isinstance(error, BusError) and error.name in _ABSENT:
                 return Verdict.ABSENT
-            log.warning("polkit does not answer for %s: %s", self._action, error)
+            # Anyone can have this happen again and again: it is told once.
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                log.error("polkit does not answer: %s", error)  # noqa: TRY400
             return Verdict.UNKNOWN
-        except (Unreachable, WireError) as error:
-            log.warning("polkit does not answer for %s: %s", self._action, error)
-            return Verdict.UNKNOWN
-        assert isinstance(result, list)
-        authorised, challenge, _details = result
-        if authorised:
-            return Verdict.YES
-        return Verdict.AUTHENTICATE if challenge else Verdict.NO
+        self._complaint = ""
+        return verdict
 
-    async def ask_person(self, cancellation: str) -> Verdict:
+    async def _ask_person(self, question: _Question, cancellation: str) -> Verdict:
         """The same with a dialogue, which goes away when the caller does, or nobody answers."""
         verdict: Verdict | None = None
-        leaving = Match(
-            names.DBUS, interface=names.DBUS, member="NameOwnerChanged", arg0=self._caller
-        )
         try:
             # A caller who has left before this is found out by polkit.
-            async with self._connection.signals(leaving) as signals:
+            async with question.connection.signals(question.leaving) as signals:
                 with trio.move_on_after(PATIENCE):
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._until_left, signals, nursery.cancel_scope)
-                        verdict = await self.ask(
+                        nursery.start_soon(question.wait_left, signals, nursery.cancel_scope)
+                        verdict = await self._ask(
+                            question,
                             flags=_ALLOW_USER_INTERACTION,
                             cancellation=cancellation,
                             timeout=2 * PATIENCE,
@@ -151,16 +128,57 @@ class _Question:
                         nursery.cancel_scope.cancel()
         finally:
             if verdict is None:
-                self._connection.call_unanswered(
-                    _BUS, _PATH, _AUTHORITY, "CancelCheckAuthorization", "s", cancellation
-                )
+                question.withdraw(cancellation)
         return verdict or Verdict.NO
 
-    async def _until_left(self, signals: Signals, asking: trio.CancelScope) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """One action of one caller."""
+
+    connection: Connection
+    caller: str
+    action: str
+    details: dict[str, str]
+
+    @property
+    def leaving(self) -> Match:
+        """What the bus says when the caller leaves it."""
+        member = "NameOwnerChanged"
+        return Match(names.DBUS, interface=names.DBUS, member=member, arg0=self.caller)
+
+    async def ask(self, flags: int, cancellation: str, timeout: float) -> Verdict:
+        subject = ("system-bus-name", {"name": Variant("s", self.caller)})
+        (result,) = await self.connection.call(
+            _BUS,
+            _PATH,
+            _AUTHORITY,
+            "CheckAuthorization",
+            "(sa{sv})sa{ss}us",
+            subject,
+            self.action,
+            self.details,
+            flags,
+            cancellation,
+            timeout=timeout,
+        )
+        assert isinstance(result, list)
+        authorised, challenge, _details = result
+        if authorised:
+            return Verdict.YES
+        return Verdict.AUTHENTICATE if challenge else Verdict.NO
+
+    def withdraw(self, cancellation: str) -> None:
+        self.connection.call_unanswered(
+            _BUS, _PATH, _AUTHORITY, "CancelCheckAuthorization", "s", cancellation
+        )
+
+    async def wait_left(self, signals: Signals, asking: trio.CancelScope) -> None:
+        """Cancel `asking` once the caller has left the bus."""
         try:
             async for message in signals:
                 name, _old, new_owner = message.values()
-                if name == self._caller and not new_owner:
+                if name == self.caller and not new_owner:
                     break
         except Unreachable:
             pass  # nobody can tell any more; a dialogue must not stay for ever

@@ -108,6 +108,9 @@ class Service:
             self._finished.remove(other)
             self.tree.remove(names.job_path(other.id))
 
+    def worker_died(self, session: Session, recovered_in: float | None) -> None:
+        """Not told: the session's state is, if it is not served for a while."""
+
     def _is_last(self, job: Job) -> bool:
         session = self._manager.sessions.get(job.session)
         return session is not None and session.last_job is job

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from sessiond.errors import Cancelled, Failed, Interrupted, SessiondError
+from sessiond.journal import Event, event
 from sessiond.session.model import JobRecord, Operation, SessionId, SessionRecord, Uid
 
 if TYPE_CHECKING:
@@ -56,13 +57,14 @@ class Job:
     def __init__(
         self,
         number: int,
-        session: SessionId,
+        session: SessionRecord,
         operation: Operation,
         started_by: Uid,
         observers: Observers,
     ) -> None:
         self.id = number
-        self.session = session
+        self.session = session.id
+        self._user = session.user
         self.operation = operation
         self.started_by = started_by
         self.progress = 0.0
@@ -83,7 +85,7 @@ class Job:
 
         If it was not finished, it has either had its effect on the session or none.
         """
-        job = cls(noted.number, session.id, noted.operation, noted.started_by, observers)
+        job = cls(noted.number, session, noted.operation, noted.started_by, observers)
         if noted.finished:
             if noted.error:
                 job.error = _ERRORS.get(noted.error, Failed)(noted.message)
@@ -94,6 +96,13 @@ class Job:
             )
         job._settle()
         return job
+
+    @property
+    def outcome(self) -> str:
+        """Say in a word how it has ended, for those who count."""
+        if self.error is None:
+            return "succeeded"
+        return "cancelled" if isinstance(self.error, Cancelled) else "failed"
 
     @property
     def in_words(self) -> str:
@@ -168,13 +177,22 @@ class Job:
 
     def log_outcome(self) -> None:
         """Say in the log how it has ended."""
-        outcome = "is done" if self.error is None else f"is not done: {self.error}"
         log.info(
             "The %s of session %s for uid %d %s",
             self.operation,
             self.session,
             self.started_by,
-            outcome,
+            "is done" if self.error is None else f"is not done: {self.error}",
+            extra=event(
+                Event.JOB_ENDED,
+                session=self.session,
+                user=self._user,
+                caller_uid=self.started_by,
+                operation=self.operation.value,
+                job=self.id,
+                outcome=self.outcome,
+                error=None if self.error is None else type(self.error).__name__,
+            ),
         )
 
     def _settle(self) -> None:

@@ -25,6 +25,10 @@ class Observer(Protocol):
     def job_added(self, job: Job) -> None: ...
     def job_changed(self, job: Job) -> None: ...
     def job_completed(self, job: Job) -> None: ...
+    def worker_died(self, session: Session, recovered_in: float | None) -> None:
+        """`recovered_in` is how many seconds it took until another worker went on for it; None if
+        none could, and the session is mounted again.
+        """
 
 
 class Observers:

@@ -30,6 +30,7 @@ from sessiond.errors import (
     SessiondError,
     SnapshotExists,
 )
+from sessiond.journal import Event, event
 from sessiond.session import mount_point
 from sessiond.session.attempts import Attempts
 from sessiond.session.faults import explained
@@ -356,7 +357,9 @@ class Session:
             if self.mount is not None:
                 await self.mount.unmount()
                 self.mount = None
-                log.info("Session %s is unmounted.", self.id)
+                log.info(
+                    "Session %s is unmounted.", self.id, extra=self._event(Event.SESSION_ENDED)
+                )
             if self._image is not None:
                 await self.services.images.release(self._image)
                 self._image = None
@@ -422,16 +425,21 @@ class Session:
             self.state = state
             self._tell(lambda observer: observer.session_changed(self))
 
-    def _tell(self, event: Callable[[Observer], None]) -> None:
+    def _event(self, kind: Event, **facts: str) -> dict[str, object]:
+        """Return the `extra` of a line of the log about this session."""
+        known = {"session": self.id, "user": self.user, "profile": self.profile}
+        return event(kind, **known, **facts)
+
+    def _tell(self, what: Callable[[Observer], None]) -> None:
         if self.listed:
-            self.services.observers.tell(event)
+            self.services.observers.tell(what)
 
     def _start_job(
         self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
     ) -> Job:
         self._begin(f"a {operation} is running", SessionState.BUSY)
         number = self.services.job_numbers.take()
-        job = Job(number, self.id, operation, started_by, self.services.observers)
+        job = Job(number, self.record, operation, started_by, self.services.observers)
         self._job = self.last_job = job
         self._tell(lambda observer: observer.job_added(job))
         self._tell(lambda observer: observer.session_changed(self))
@@ -591,7 +599,12 @@ class Session:
             mount_point.prepare, record.mount_point, record.uid, self.services.mounts
         )
         mount = await self.services.mounter.mount(self._mount_request(record, image))
-        log.info("Session %s is mounted at %s.", record.id, record.mount_point)
+        log.info(
+            "Session %s is mounted at %s.",
+            record.id,
+            record.mount_point,
+            extra=self._event(Event.SESSION_STARTED),
+        )
         self._own(mount)
 
     def _mount_request(self, record: SessionRecord, image: Image) -> MountRequest:
@@ -616,7 +629,12 @@ class Session:
         while not self._closing and await self._recover(mount):
             await mount.wait_died()
         self.failure = f"The worker of session {self.id} ended unexpectedly."
-        log.error("%s It is started again.", self.failure)
+        log.error(
+            "%s It is started again.",
+            self.failure,
+            extra=self._event(Event.WORKER_DIED, outcome="remounted"),
+        )
+        self._tell(lambda observer: observer.worker_died(self, None))
         if self._job is not None:
             self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
         await self._become_idle()
@@ -629,12 +647,19 @@ class Session:
     async def _recover(self, mount: Mount) -> bool:
         if not self._recoveries.allowed():
             return False
+        died_at = trio.current_time()
         try:
             await mount.recover()
         except SessiondError as error:
             log.error("Session %s: %s", self.id, error)  # noqa: TRY400
             return False
-        log.error("The worker of session %s ended unexpectedly; another goes on for it.", self.id)
+        log.error(
+            "The worker of session %s ended unexpectedly; another goes on for it.",
+            self.id,
+            extra=self._event(Event.WORKER_DIED, outcome="recovered"),
+        )
+        seconds = trio.current_time() - died_at
+        self._tell(lambda observer: observer.worker_died(self, seconds))
         return True
 
     async def _mount_again(self) -> None:

@@ -55,6 +55,9 @@ class Recorder:
     def job_completed(self, job: Job) -> None:
         self.events.append(f"done {job.operation} {type(job.error).__name__}")
 
+    def worker_died(self, session: Session, recovered_in: float | None) -> None:
+        self.events.append(f"worker of {session.id}")
+
     def without_changes(self) -> list[str]:
         return [event for event in self.events if not event.startswith(("changed", "progress"))]
 

@@ -9,15 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from sessiond.journal import SOCKET
 from sessiond.session.mounts import SystemMounts
 from sessiond.session.tree import remove_tree
 from tests.support.bus import start_private_bus
+from tests.support.journal import Journal
 
 BOUND = 30.0
 """Seconds after which what is waited for counts as never happening."""
@@ -43,12 +46,13 @@ def bus(place: Path) -> Iterator[str]:
         yield address
 
 
-def configure(place: Path, more: str) -> None:
+def configure(place: Path, more: str, daemon: str = "") -> None:
     (place / "sessiond.toml").write_text(
         f"""
         [daemon]
         state_directory = "{place}/state"
         runtime_directory = "{place}/run"
+        {daemon}
         [profile.p]
         image = "{place}/image"
         size = "16M"
@@ -274,13 +278,55 @@ class TestAsRoot:
             stderr = end(place, process)
         assert "Session broken is not created: Image" in stderr
 
-    def test_lines_for_the_journal_have_priorities(self, place: Path, bus: str) -> None:
+    def test_what_is_logged_goes_to_the_journal(self, place: Path) -> None:
+        (place / "journal").mkdir()
+        journal = Journal(place / "journal" / "socket")
+        try:
+            assert self.log_beside_journal(place) == ""
+            fields = dict(journal.receive())
+        finally:
+            journal.close()
+        assert re.fullmatch(rb".*/run cannot be used.*", fields["MESSAGE"])
+        assert fields["PRIORITY"] == b"2"
+        assert fields["CODE_FUNC"] == b"_say"
+
+    def test_lines_for_the_journal_have_priorities(self, place: Path) -> None:
+        (place / "journal").mkdir()
+        assert re.fullmatch(r"<2>.*/run cannot be used.*\n", self.log_beside_journal(place))
+
+    def log_beside_journal(self, place: Path) -> str:
+        """Run a daemon that fails, with stderr connected to the journal, whose directory is
+        `place`/journal; return what it writes there.
+        """
+        script = (
+            'mount -t tmpfs none /run; mkdir -p "$2"; mount --bind "$1" "$2"; shift 2; exec "$@"'
+        )
+        private = ["unshare", "-m", "--propagation", "private", "sh", "-euc", script, "-"]
+        places = [str(place / "journal"), str(SOCKET.parent)]
         log = place / "log"
         with log.open("w") as stream:
             inode = os.fstat(stream.fileno())
             environment = {"JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}"}
             (place / "run").write_text("in the way")
             subprocess.run(
-                command(place), env=os.environ | environment, stderr=stream, timeout=BOUND
+                [*private, *places, *command(place)],
+                env=os.environ | environment,
+                stderr=stream,
+                timeout=BOUND,
             )
-        assert re.fullmatch(r"<2>.*/run cannot be used.*\n", log.read_text())
+        return log.read_text()
+
+    def test_metrics_are_there_while_it_runs(self, place: Path, bus: str) -> None:
+        file = place / "sessiond.prom"
+        for number, stays in ((signal.SIGUSR1, True), (signal.SIGTERM, False)):
+            file.unlink(missing_ok=True)
+            configure(
+                place, '[session.kiosk]\nuser = "nobody"\nprofile = "p"', f'metrics = "{file}"'
+            )
+            with daemon(place, bus) as (process, _):
+                deadline = time.monotonic() + BOUND
+                while not file.exists():
+                    assert time.monotonic() < deadline
+                assert "# TYPE sessiond_sessions gauge" in file.read_text()
+                end(place, process, number)
+            assert file.exists() == stays

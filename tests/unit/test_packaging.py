@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from sessiond import config
 from sessiond.bus import names
+from sessiond.bus.authorisation import POLKIT_PREFIX, Action
 
 ROOT = Path(__file__).parents[2]
 UNITS = sorted((ROOT / "units").iterdir())
@@ -42,6 +44,39 @@ def test_the_bus_starts_the_unit() -> None:
     activation.read(ROOT / "packaging/dbus/org.sessiond.Overlay1.service")
     assert activation["D-BUS Service"]["Name"] == names.BUS
     assert activation["D-BUS Service"]["SystemdService"] in [unit.name for unit in UNITS]
+
+
+POLKIT = {
+    action.attrib["id"].removeprefix(POLKIT_PREFIX): action
+    for action in ElementTree.parse(ROOT / "packaging/polkit/org.sessiond.overlay1.policy").iter(
+        "action"
+    )
+}
+"""What polkit knows, by the end of the name."""
+
+
+def test_polkit_knows_all_actions() -> None:
+    # Those that are about a session have two names, others one; `polkit_action` makes them.
+    known = {name.removesuffix("-own").removesuffix("-other") for name in POLKIT}
+    assert known == {action.id for action in Action}
+    for name in known - POLKIT.keys():
+        assert {f"{name}-own", f"{name}-other"} <= POLKIT.keys()
+
+
+@pytest.mark.parametrize("name", POLKIT)
+def test_one_s_own_takes_no_administrator_and_all_else_does(name: str) -> None:
+    action = POLKIT[name]
+    for text in ("description", "message", "icon_name"):
+        assert action.findtext(text), text
+    any_, inactive, active = (
+        action.findtext(f"defaults/allow_{where}") for where in ("any", "inactive", "active")
+    )
+    if name.endswith("-own"):
+        assert active == "yes"
+        assert any_ == inactive
+        assert any_ in ("yes", "auth_self_keep")
+    else:
+        assert (any_, inactive, active) == ("auth_admin", "auth_admin", "auth_admin_keep")
 
 
 def test_the_example_configuration_is_valid() -> None:
