@@ -33,7 +33,7 @@ _PRIORITIES = {
 
 
 class Event(StrEnum):
-    """What happened, for programs: the value is the record's MESSAGE_ID. See docs/audit.md."""
+    """What happened, for programs: the value is the record's MESSAGE_ID. See docs/monitoring.md."""
 
     REQUEST = "4ed3257e65f94519911f34c9c29a284d"
     """A call that takes permission was answered."""

@@ -1,7 +1,7 @@
 """The audit trail: each call that takes permission, with who asked for what, and how it ended.
 
-It is a part of the log; docs/audit.md says what is in it. How jobs end is logged by the session
-layer, which also starts some by itself.
+It is a part of the log; docs/monitoring.md says what is in it. How jobs end is logged by the
+session layer.
 """
 
 from __future__ import annotations

@@ -349,6 +349,12 @@ class Session(_Proxy):
         path = (await self.info()).last_job
         return None if path == "/" else await Job(self._connection, path).info()
 
+    async def cancel(self) -> None:
+        """Cancel the job that runs; nothing happens if there is none."""
+        path = (await self.info()).last_job
+        if path != "/":
+            await Job(self._connection, path).cancel()
+
     async def _start(self, member: str, signature: str, *values: object) -> Job:
         (path,) = await self._call(member, signature, *values)
         return Job(self._connection, str(path))

@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SNAPSHOT",
         help="compare this, not the present state",
     )
+    command("cancel", "Cancel the job that runs on a session", one)
     command("close", "Unmount a session and drop its changes", one)
 
     run = command("run", "Run a command in a session's root, as its user", one)

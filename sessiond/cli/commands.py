@@ -134,6 +134,12 @@ async def persist(client: Client, asked: Arguments) -> None:
     await carry_out(session.persist(), f"Moving {asked.session} to disk")
 
 
+async def cancel(client: Client, asked: Arguments) -> None:
+    """Cancel what is being done to a session."""
+    session = await client.session(asked.session)
+    await session.cancel()
+
+
 async def close(client: Client, asked: Arguments) -> None:
     """End a session."""
     session = await client.session(asked.session)
@@ -182,6 +188,7 @@ COMMANDS: dict[str, Command] = {
     "delete-snapshot": delete_snapshot,
     "persist": persist,
     "diff": diff,
+    "cancel": cancel,
     "close": close,
     "monitor": monitor,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -123,6 +124,22 @@ async def test_rules_decide_by_session_user_and_profile(
     assert code != 0
     assert "polkit refuses org.sessiond.overlay1.persist-own" in said
     assert len(guarded.jobs) == 1
+
+
+async def test_the_documented_rules_do_what_they_say(polkit: Start, guarded: FakeManager) -> None:
+    rules = (CHECKOUT / "packaging/README.md").read_text().partition("```js")[2].partition("```")[0]
+    polkit(
+        rules.replace('"guest"', '"nobody"').replace('"kiosk"', '"live"').replace("staff", "bin")
+    )
+    guarded.jobs_finish_at_once = True
+    code, said = await call(OWNER, *RESET)
+    assert code == 0, said
+    code, said = await call(OWNER, *PERSIST)
+    assert "polkit refuses org.sessiond.overlay1.persist-own" in said
+    code, said = await call(pwd.getpwnam("bin").pw_uid, *RESET)
+    assert code == 0, said
+    code, said = await call(STRANGER, *RESET)
+    assert "after authentication only" in said
 
 
 async def test_without_an_answer_nobody_may(

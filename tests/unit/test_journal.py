@@ -93,3 +93,9 @@ def test_children_write_to_stderr(
     monkeypatch.setattr(os, "getpid", lambda: -1)
     log.info("a worker's")
     assert stderr.getvalue() == "a worker's\n"
+
+
+def test_events_are_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs/monitoring.md").read_text()
+    for kind in Event:
+        assert f"`{kind.value}`" in text

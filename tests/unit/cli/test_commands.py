@@ -15,7 +15,7 @@ import trio
 from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
-from sessiond.errors import Interrupted, NoSpace
+from sessiond.errors import Cancelled, Interrupted, NoSpace
 from sessiond.session.model import SessionId, SessionState, Uid
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
@@ -175,6 +175,15 @@ async def test_a_job_that_fails_gives_its_reason(
     nursery.start_soon(partial(sessionctl, "persist", "live", code=ExitCode.NO_SPACE))
     await until(lambda: manager.jobs)
     manager.jobs[0].finish(NoSpace("The disk is full."))
+
+
+async def test_cancel_cancels_what_somebody_else_has_started(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    await sessionctl("cancel", "live")
+    job = manager.sessions["live"].reset(started_by=Uid(0))
+    await sessionctl("cancel", "live")
+    assert isinstance(job.error, Cancelled)
 
 
 async def test_an_interrupt_cancels_the_job(manager: FakeManager, sessionctl: Sessionctl) -> None:

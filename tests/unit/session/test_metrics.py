@@ -39,6 +39,14 @@ def samples(text: str) -> dict[str, float]:
     return found
 
 
+async def test_all_metrics_are_documented(world: World) -> None:
+    text = (Path(__file__).parents[3] / "docs/monitoring.md").read_text()
+    async with world.manager() as manager:
+        for line in Metrics(manager).text().splitlines():
+            if line.startswith("# HELP "):
+                assert f"`{line.split()[2]}`" in text
+
+
 async def test_sessions_by_state_and_storage(world: World) -> None:
     async with world.manager() as manager:
         metrics = Metrics(manager)
