@@ -182,12 +182,15 @@ class Session:
             lambda _: self.switch(self.record.with_new_upper(layers)),
         )
 
-    def persist(self, *, started_by: Uid) -> Job:
+    def persist(self, *, started_by: Uid, verify: bool = True) -> Job:
         """Make the session survive a reboot. Raises `Busy`, `NoSuchSession`.
 
-        For a session that does so already, the job ends when all its changes are on disk.
+        With `verify`, what was written is read back and compared before that counts. For a session
+        that is persistent already, the job ends when all its changes are on disk.
         """
-        return self._start_job(Operation.PERSIST, started_by, lambda job: move_to_disk(self, job))
+        return self._start_job(
+            Operation.PERSIST, started_by, lambda job: move_to_disk(self, job, verify=verify)
+        )
 
     async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
         """Keep the merged view as it is now, under `name`; on disk, if the session is.

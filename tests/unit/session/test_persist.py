@@ -262,6 +262,57 @@ async def test_a_failure_to_drop_the_volatile_session_is_only_logged(
     expect_log("is persistent, but: It is in use.")
 
 
+async def test_a_disk_that_forgets_is_found_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = module.copy_trees
+
+    def copy_badly(source: Path, target: Path, *arguments: object, **options: object) -> None:
+        copy(source, target, *arguments, **options)  # type: ignore[arg-type]
+        file = target / "fs/second"
+        if file.exists():
+            before = file.stat()
+            file.write_bytes(b"3" * 5000)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "copy_trees", copy_badly)
+            with pytest.raises(Failed, match=r"stays in RAM.*/fs/second"):
+                await session.persist(started_by=UID).wait()
+            assert_volatile(world, session)
+            assert not world.disk("s").exists()
+            await session.persist(started_by=UID, verify=False).wait()
+        assert contents(world) == ALL | {"second": b"3" * 5000}
+
+
+@pytest.mark.parametrize("call_number", [1, 3])
+async def test_cancelling_what_is_being_read_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, call_number: int
+) -> None:
+    """Cancelled while committed layers are read back, and while the upper is."""
+    calls: list[str] = []
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        job = None
+        verify = module.verify_trees
+
+        def cancel_then_verify(*arguments: object, **options: object) -> None:
+            calls.append("verify")
+            if len(calls) == call_number:
+                trio.from_thread.run_sync(job.cancel)  # type: ignore[union-attr]
+            verify(*arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(module, "verify_trees", cancel_then_verify)
+        job = session.persist(started_by=UID)
+        with pytest.raises(Cancelled):
+            await job.wait()
+        assert len(calls) == call_number
+        assert_volatile(world, session)
+        assert not world.disk("s").exists()
+
+
 async def test_another_session_on_disk_is_not_overwritten(world: World) -> None:
     async with world.manager() as manager:
         session = await create(world, manager)
