@@ -122,7 +122,7 @@ class _Move:
             return
         try:
             await trio.to_thread.run_sync(self._store.forget, self._volatile)
-            await trio.to_thread.run_sync(self._store.drop_volatile_storage, self._volatile.id)
+            await self._session.settle()
         except SessiondError as error:
             log.error("Session %s is persistent, but: %s", self._volatile.id, error)  # noqa: TRY400
 
