@@ -13,7 +13,8 @@ import trio
 from sessiond.errors import Cancelled, Failed, NoSpace
 from sessiond.session import persist as module
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState, Stack
+from sessiond.session.model import NOTHING_PENDING, PendingWrites, SessionState, Stack
+from sessiond.session.settling import PendingFile
 from sessiond.session.store import Store
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
@@ -244,7 +245,7 @@ async def test_a_crash_after_the_record_finds_the_persistent_session(
     async with world.manager() as manager:
         assert manager.get("s").storage == "persistent"
         assert contents(world) == ALL
-        assert not world.storage("s").exists()
+        await until(lambda: not world.storage("s").exists())
 
 
 async def test_a_failure_to_drop_the_volatile_session_is_only_logged(
@@ -311,6 +312,66 @@ async def test_cancelling_what_is_being_read_back(
         assert len(calls) == call_number
         assert_volatile(world, session)
         assert not world.disk("s").exists()
+
+
+ONE_FILE = PendingWrites({7: "/var/log"}, 1, in_use=True)
+
+
+def kept(world: World) -> set[str]:
+    """What there is in the volatile storage."""
+    return {path.name for path in world.storage("s").iterdir()}
+
+
+async def test_files_that_are_open_stay_in_ram_until_they_are_closed(
+    world: World, expect_log: ExpectLog, autojump_clock: object
+) -> None:
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        mount = world.mount("s")
+        mount.pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+        assert session.storage == "persistent"
+        assert session.pending == 1
+        assert await session.pending_files() == [PendingFile("/var/log", ())]
+        assert kept(world) == {"orphans"}
+        # A worker that dies changes nothing about that.
+        mount.die()
+        with pytest.raises(Failed):
+            await session.pending_files()
+        await until(lambda: mount.recovered_times)
+        expect_log("another goes on for it")
+        assert kept(world) == {"orphans"}
+        mount.pending_writes = PendingWrites({}, 0, in_use=True)  # one that was removed
+        world.recorder.events.clear()
+        await until(lambda: session.pending == 0)
+        assert "changed s active" in world.recorder.events
+        assert kept(world) == {"orphans"}
+        mount.pending_writes = NOTHING_PENDING
+        await until(lambda: not world.storage("s").exists())
+        assert world.storage("s") not in world.mounts.mounted
+        assert await session.pending_files() == []
+
+
+async def test_a_later_manager_looks_after_what_is_in_ram(
+    world: World, autojump_clock: object
+) -> None:
+    async with world.crashing_manager() as manager:
+        session = await create(world, manager)
+        world.mount("s").pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+    async with world.manager():
+        # What is mounted anew has nothing open.
+        await until(lambda: not world.storage("s").exists())
+
+
+async def test_what_is_in_ram_goes_with_the_session(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        world.mount("s").pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+        await manager.close("s")
+        assert not world.storage("s").exists()
+        assert not world.mounts.mounted.keys() & {world.storage("s")}
 
 
 async def test_another_session_on_disk_is_not_overwritten(world: World) -> None:
