@@ -36,6 +36,8 @@ class LayerStack(_Message):
     """Of the lowers that were uppers once; those that do not exist are left out."""
     orphans: Path | None = None
     """Where files that were removed while they are open are kept; on the upper's file system."""
+    former: Path | None = None
+    """The same, of the storage from which the session moved to this one; it may be gone."""
 
 
 class Start(_Message):
@@ -106,9 +108,18 @@ class Diff(_Message):
 
 
 class Sync(_Message):
-    """Write the upper back to disk."""
+    """Write the upper back to disk, and before that what is still written to storage that was left.
+
+    It may take long; the outcome comes as that of `Changes`.
+    """
 
     kind: Literal["sync"] = "sync"
+
+
+class Pending(_Message):
+    """Say what is still written to, or held in, storage that the session has left."""
+
+    kind: Literal["pending"] = "pending"
 
 
 class Stop(_Message):
@@ -118,7 +129,7 @@ class Stop(_Message):
 
 
 Request = Annotated[
-    Swap | Freeze | Thaw | Changes | Diff | Sync | Stop, Field(discriminator="kind")
+    Swap | Freeze | Thaw | Changes | Diff | Sync | Pending | Stop, Field(discriminator="kind")
 ]
 
 
@@ -131,6 +142,26 @@ class ChangeCounts(_Message):
     bytes: _Count = 0
 
 
+class PendingFile(_Message):
+    """A file of which the disk has what it contained a moment ago."""
+
+    path: str
+    """In the merged view; what is not UTF-8 is escaped."""
+    inode: _Count
+    """Its number there."""
+
+
+class PendingFiles(_Message):
+    """What storage that a session has left is still needed for."""
+
+    files: tuple[PendingFile, ...] = ()
+    """Some of them, if they are very many."""
+    count: _Count = 0
+    """Of all."""
+    in_use: bool = False
+    """Something is there: one of these, or a file that was removed while it was open."""
+
+
 class Reply(_Message):
     """The answer to a request; also sent once unasked, when the worker is ready or cannot be."""
 
@@ -138,6 +169,7 @@ class Reply(_Message):
     errno: int = 0
     """Of the system call that failed; 0 without error, or if it was none."""
     changes: ChangeCounts | None = None
+    pending: PendingFiles | None = None
     worker: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Process id, when it is ready."""
     data_path: str | None = None

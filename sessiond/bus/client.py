@@ -340,9 +340,13 @@ class Session(_Proxy):
         """Start to bring it back to one of its snapshots."""
         return await self._start("Restore", "sa{sv}", snapshot, {})
 
-    async def persist(self) -> Job:
-        """Start to move it to disk, so that it survives a reboot."""
-        return await self._start("Persist", "a{sv}", {})
+    async def persist(self, *, verify: bool = True) -> Job:
+        """Start to move it to disk, so that it survives a reboot.
+
+        Unless `verify` is false, what was written is read back before that counts.
+        """
+        options = {} if verify else {"verify": Variant("b", False)}
+        return await self._start("Persist", "a{sv}", options)
 
     async def last_job(self) -> JobInfo | None:
         """Return the job that runs, or else ran last, also before a restart; None if none did."""

@@ -15,6 +15,7 @@ from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
     NoOptions,
+    PersistOptions,
     SnapshotOptions,
     parse,
 )
@@ -61,8 +62,8 @@ class Operations:
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session)
-        parse(NoOptions, options)
-        return self._publish(session.persist(started_by=uid))
+        chosen = parse(PersistOptions, options)
+        return self._publish(session.persist(started_by=uid, verify=chosen.verify))
 
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
         await authorise(caller, Action.CLOSE, session)

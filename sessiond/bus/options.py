@@ -39,6 +39,12 @@ class CompareOptions(NoOptions):
     )
 
 
+class PersistOptions(NoOptions):
+    """Options of Persist and PersistSession."""
+
+    verify: bool = Field(True, description="a boolean: whether to read back what was written")
+
+
 _O = TypeVar("_O", bound=NoOptions)
 
 

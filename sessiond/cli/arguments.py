@@ -41,6 +41,7 @@ class Arguments(argparse.Namespace):
     work: Path | None
     lower: str | None
     userxattr: bool
+    verify: bool
 
 
 def parse(arguments: Sequence[str] | None) -> Arguments:
@@ -114,7 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     command("snapshots", "List the snapshots of a session", telling, one)
     command("restore", "Go back to a snapshot", one, named)
     command("delete-snapshot", "Delete a snapshot", one, named)
-    command("persist", "Move a session to disk, so that it survives a reboot", one)
+    persist = command("persist", "Move a session to disk, so that it survives a reboot", one)
+    persist.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not read back what was written",
+    )
     diff = command("diff", "List what differs from the image, or from a snapshot", telling, one)
     diff.add_argument(
         "--from",

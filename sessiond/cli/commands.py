@@ -131,7 +131,7 @@ async def delete_snapshot(client: Client, asked: Arguments) -> None:
 async def persist(client: Client, asked: Arguments) -> None:
     """Move a session to disk."""
     session = await client.session(asked.session)
-    await carry_out(session.persist(), f"Moving {asked.session} to disk")
+    await carry_out(session.persist(verify=asked.verify), f"Moving {asked.session} to disk")
 
 
 async def cancel(client: Client, asked: Arguments) -> None:

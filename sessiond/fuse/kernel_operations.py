@@ -64,6 +64,8 @@ class KernelFastPath(FastPath):
     withdraw = staticmethod(_kernel_io.withdraw)
     begin_generation = staticmethod(_kernel_io.begin_generation)
     keep = staticmethod(_kernel_io.keep)
+    give_up = staticmethod(_kernel_io.give_up)
+    closes = staticmethod(_kernel_io.closes)
     finish = staticmethod(_kernel_io.finish)
     duplicate = staticmethod(_kernel_io.duplicate)
 
@@ -127,6 +129,7 @@ class KernelOperations(OverlayOperations):
         super().__init__(overlay)
         self._path = path
         self._position_key = _kernel_io.key()
+        self._renewals: dict[int, trio.Lock] = {}
         _kernel_io.configure(path)
 
     def take_over(self, inherited: list[Inherited], *, moved: bool) -> None:
@@ -141,6 +144,8 @@ class KernelOperations(OverlayOperations):
                 node = self.overlay.node(number)
                 fd = self.overlay.open_contents(node, write=False)
                 _kernel_io.set_contents(number, fd, node.upper and not node.metacopy)
+                if node.kept >= 0:
+                    _kernel_io.keep(number)
         for handle, number in _kernel_io.inherited_listings():
             with _dispensable(f"a listing, of node {number:x}"):
                 fd, numbering = self.overlay.open_bottom(self.overlay.node(number))
@@ -340,17 +345,13 @@ class KernelOperations(OverlayOperations):
     @translated
     async def release(self, fh: FileHandleT) -> None:
         """After the last close of a file that was kept; the extension counts the others."""
-        await self._open.wait()
-        node = self.overlay.nodes.get(fh)
-        if node is not None:
-            self.overlay.finish_kept(self.overlay.node(fh))
+        await self._settle(fh)
 
     @translated
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        async with self._renewing(fh):
+            await self._renew(fh)
         node = self.overlay.node(fh)
-        if node.kept >= 0:
-            await self._open.wait()
-            self.overlay.renew_kept(node)
         if not node.upper:
             return
         fd = self.overlay.open_storage(node)
@@ -358,6 +359,47 @@ class KernelOperations(OverlayOperations):
             await trio.to_thread.run_sync(lambda: syscalls.fsync(fd, data_only=datasync))
         finally:
             syscalls.close(fd)
+
+    # Contents in storage that the session has left
+
+    @asynccontextmanager
+    async def _renewing(self, number: int) -> AsyncIterator[None]:
+        """Be the only task that renews the copy of a file."""
+        lock = self._renewals.setdefault(number, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.statistics().tasks_waiting:
+                self._renewals.pop(number, None)
+
+    async def _renew(self, number: int) -> None:
+        """Bring a file that is pending to where it belongs, without holding up other requests."""
+        while (node := await self._changeable(number)).kept >= 0 and node.linked:
+            with self.overlay.begin_renewal(node) as renewal:
+                if await self._run(renewal):
+                    if node.linked:
+                        self.overlay.end_renewal(renewal, node)
+                    return
+
+    async def _settle(self, number: int) -> None:
+        """The same, and end that it is pending, if that can be."""
+        if number not in self.overlay.nodes:
+            return
+        async with self._renewing(number):
+            closes = _kernel_io.closes(number)
+            await self._renew(number)
+            node = self.overlay.nodes.get(number)
+            if node is not None and node.kept >= 0:
+                self.overlay.finish_pending(node, closes)
+
+    async def settle_all(self) -> None:
+        """See `OverlayOperations.settle_all`."""
+        for number in self.overlay.pending:
+            try:
+                await self._settle(number)
+            except OSError as error:
+                log.warning("%s is not on disk: %s", self.describe([number]), error.strerror)
 
     # Directories
 

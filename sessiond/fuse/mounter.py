@@ -25,7 +25,16 @@ from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import WHOLE, ChangeSummary, DataPath, Lowers, SessionId, Span, Stack
+from sessiond.session.model import (
+    WHOLE,
+    ChangeSummary,
+    DataPath,
+    Lowers,
+    PendingWrites,
+    SessionId,
+    Span,
+    Stack,
+)
 from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
 log = logging.getLogger(__name__)
@@ -166,6 +175,7 @@ def _layers(stack: Stack) -> LayerStack:
         lowers=stack.lowers,
         indexes=stack.indexes,
         orphans=stack.orphans,
+        former=stack.former,
     )
 
 
@@ -319,7 +329,9 @@ class FuseMount:
         return _checked(reply)
 
     async def _ask_for_outcome(
-        self, request: control.Changes | control.Diff, descriptors: tuple[int, ...] = ()
+        self,
+        request: control.Changes | control.Diff | control.Sync,
+        descriptors: tuple[int, ...] = (),
     ) -> Reply:
         """Ask for what takes long; other requests are served meanwhile."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -330,7 +342,8 @@ class FuseMount:
         if reply is None:
             # Another may go on for it by now.
             raise Failed(
-                f"The worker of session {self._request.session} ended while it compared; try again."
+                f"The worker of session {self._request.session} ended while it was at work on "
+                "that; try again."
             )
         return _checked(reply)
 
@@ -403,7 +416,15 @@ class FuseMount:
 
     async def sync(self) -> None:
         """See `Mount.sync`."""
-        await self._ask(control.Sync())
+        await self._ask_for_outcome(control.Sync())
+
+    async def pending(self) -> PendingWrites:
+        """See `Mount.pending`."""
+        told = (await self._ask(control.Pending())).pending
+        if told is None:
+            raise Failed(f"The worker of session {self._request.session} did not say what it has.")
+        files = {file.inode: file.path for file in told.files}
+        return PendingWrites(files, told.count, told.in_use)
 
     async def unmount(self) -> None:
         """See `Mount.unmount`."""

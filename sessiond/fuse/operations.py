@@ -45,6 +45,7 @@ from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Outdated, Overlay
+from sessiond.overlay.pending import Renewal
 from sessiond.overlay.stack import Stack
 from sessiond.session.model import DataPath
 
@@ -109,7 +110,7 @@ class OverlayOperations(pyfuse3.Operations):
         self._listings: dict[int, tuple[Node, Listing]] = {}
         self._last_listing = 0
         self._copies: dict[int, trio.Lock] = {}
-        self._running: set[CopyUp] = set()
+        self._running: set[CopyUp | Renewal] = set()
         self._idle = trio.Event()
         self._idle.set()
         self._open = trio.Event()
@@ -144,6 +145,12 @@ class OverlayOperations(pyfuse3.Operations):
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
         return self.overlay.swap(stack, moved=moved)
+
+    async def settle_all(self) -> None:
+        """Bring what is written to storage that the session has left to where it belongs.
+
+        What cannot be brought there is logged.
+        """
 
     def describe(self, args: Sequence[object]) -> str:
         """Return the path, or as much as is known, of what a handler was called for."""
@@ -209,7 +216,7 @@ class OverlayOperations(pyfuse3.Operations):
             if not lock.statistics().tasks_waiting:
                 self._copies.pop(number, None)
 
-    async def _run(self, copy: CopyUp) -> bool:
+    async def _run(self, copy: CopyUp | Renewal) -> bool:
         """Copy the data in a thread; False if a swap of the stack called it off."""
         self._running.add(copy)
         if self._idle.is_set():

@@ -23,7 +23,14 @@ import trio
 from pydantic import ValidationError
 
 from sessiond import control
-from sessiond.control import ChangeCounts, LayerStack, Reply, Start
+from sessiond.control import (
+    ChangeCounts,
+    LayerStack,
+    PendingFile,
+    PendingFiles,
+    Reply,
+    Start,
+)
 from sessiond.fuse import comparison, data_path, device, sandbox
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
@@ -41,6 +48,10 @@ if data_path.HAS_EXTENSION:
 log = logging.getLogger(__name__)
 
 _COMPARISONS_AT_ONCE = 16
+_SETTLE_SECONDS = 10.0
+"""How often files that are written to storage that the session has left are copied to disk."""
+_PENDING_OVERHEAD = 64
+"""Bytes that a file takes in a message, besides its path; about."""
 
 
 def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
@@ -55,6 +66,8 @@ def open_stack(layers: LayerStack, options: StackOptions) -> Stack:
     if layers.orphans is not None:
         try:
             stack.orphans = _open_orphans(layers.orphans)
+            if layers.former is not None and layers.former.is_dir():
+                stack.former = _open_orphans(layers.former)
         except BaseException:
             stack.close()
             raise
@@ -86,6 +99,8 @@ def _close_unused_orphans(overlay: Overlay) -> None:
         if orphans is not overlay.stack.orphans and not any(map(orphans.has, overlay.nodes.all())):
             orphans.close()
             del _orphans[directory]
+            if orphans is overlay.stack.former:
+                overlay.stack.former = None
 
 
 def prepare_process() -> None:
@@ -233,11 +248,13 @@ async def _run(
         async with trio.open_nursery() as nursery:
             controlled = _Controlled(operations, served, connection, journal, nursery, confined)
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
+            nursery.start_soon(controlled.settle)
             await operations.initialised.wait()
             if served != start.stack or not is_known:
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
+            controlled.leave_former()
             await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
-            operations.overlay.finish_all_kept()
+            operations.overlay.renew_pending()
             nursery.cancel_scope.cancel()
     finally:
         operations.overlay.close()
@@ -264,8 +281,10 @@ def _prepare(
     if start.inherits:
         moved = before is not None and before.orphans != layers.orphans
         operations.take_over(inherited, moved=moved)
-    elif stack.orphans is not None:
-        stack.orphans.remove_others(())
+    else:
+        for kept in (stack.orphans, stack.former):
+            if kept is not None:
+                kept.remove_others(())
     if before is None:
         _note_stack(layers)
     return operations, layers, before in {None, layers}
@@ -385,10 +404,10 @@ class _Controlled:
                     await self._freeze()
                 case control.Thaw():
                     await self._thaw()
-                case control.Changes() | control.Diff():
-                    return self._start_comparison(request, descriptors)
-                case control.Sync():
-                    await trio.to_thread.run_sync(_sync, self._copy())
+                case control.Changes() | control.Diff() | control.Sync():
+                    return self._begin(request, descriptors)
+                case control.Pending():
+                    return Reply(pending=self._pending())
         except OSError as error:
             return _failure(error)
         except Exception:
@@ -399,12 +418,15 @@ class _Controlled:
     def _copy(self) -> Stack:
         return self._operations.overlay.stack.copy()
 
-    def _start_comparison(
-        self, request: control.Changes | control.Diff, descriptors: list[int]
+    def _begin(
+        self, request: control.Changes | control.Diff | control.Sync, descriptors: list[int]
     ) -> Reply:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
         outcome = _socket(descriptors[0])
+        if isinstance(request, control.Sync):
+            self._nursery.start_soon(self._sync, outcome)
+            return Reply()
         stack, base = self._states(request)
         compare: Callable[[], ChangeCounts | None]
         if isinstance(request, control.Diff):
@@ -447,6 +469,56 @@ class _Controlled:
             with suppress(OSError):  # it does not want to know any more
                 await control.send(outcome, reply)
 
+    async def _sync(self, outcome: trio.socket.SocketType) -> None:
+        """Do it in the background, as `_compare`."""
+        with outcome:
+            try:
+                await self._operations.settle_all()
+                await trio.to_thread.run_sync(_sync, self._copy())
+                reply = Reply()
+            except OSError as error:
+                reply = _failure(error)
+            with suppress(OSError):  # it does not want to know any more
+                await control.send(outcome, reply)
+
+    async def settle(self) -> None:
+        """Now and then, bring to the disk what is still written to storage that was left.
+
+        It takes a tenth of the time at most, however much that is.
+        """
+        pause = _SETTLE_SECONDS
+        while True:
+            await trio.sleep(pause)
+            begun = trio.current_time()
+            if self._operations.overlay.pending:
+                try:
+                    await self._operations.settle_all()
+                except OSError as error:
+                    log.warning("What is written to files is not on disk: %s", error.strerror)
+            pause = max(_SETTLE_SECONDS, 9 * (trio.current_time() - begun))
+
+    def leave_former(self) -> None:
+        """Let storage that the session has left be unmounted, once nothing there is in use.
+
+        Descriptors are all that is needed of it.
+        """
+        if self._layers.former is not None:
+            self._sandbox.leave((self._layers.upper, *self._layers.lowers))
+
+    def _pending(self) -> PendingFiles:
+        overlay = self._operations.overlay
+        nodes = [overlay.node(number) for number in overlay.pending]
+        linked = [node for node in nodes if node.linked]
+        files: list[PendingFile] = []
+        size = 0
+        for node in linked:
+            path = (b"/" + node.path).decode(errors="backslashreplace")
+            size += len(path) + _PENDING_OVERHEAD
+            if size > control.MESSAGE_LIMIT // 8:  # a character may become six in JSON
+                break
+            files.append(PendingFile(path=path, inode=node.kept_number))
+        return PendingFiles(files=tuple(files), count=len(linked), in_use=len(_orphans) > 1)
+
     async def _freeze(self) -> None:
         if not self._is_frozen:
             await self._frozen.enter_async_context(self._operations.frozen())
@@ -473,8 +545,7 @@ class _Controlled:
             async with self._operations.frozen():
                 tell_kernel = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
-        if moved:
-            self._sandbox.leave((layers.upper, *layers.lowers))
+        self.leave_former()
         announce = functools.partial(self._announce, layers, tell_kernel)
         if self._is_frozen and not same_view:
             self._unannounced.append(announce)

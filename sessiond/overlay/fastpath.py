@@ -84,9 +84,18 @@ class FastPath:
     def keep(self, number: int, /) -> None:
         """Go on with the contents as they are open now, until the last close, which is told."""
 
-    def finish(self, number: int, /) -> bool:
-        """Close contents that were kept. False if someone has opened them again."""
+    def closes(self, number: int, /) -> int:
+        """Return how often contents that are kept have been closed."""
+        return 0
+
+    def finish(self, number: int, closes: int, /) -> bool:
+        """Close contents that were kept. False if someone has them open or mapped, or they were
+        closed once more than `closes`.
+        """
         return True
+
+    def give_up(self, number: int, /) -> None:
+        """Keep contents no longer: they are where they belong."""
 
     def duplicate(self, number: int, /) -> int:
         """Return a new descriptor of the contents, or -1."""

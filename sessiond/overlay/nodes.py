@@ -45,6 +45,8 @@ STACK_FACT = 5
 """Of the mount: the layers that are served, as who serves them writes it."""
 MOVING_FACT = 6
 """Where a file was that moves from one upper to the next; see `writers`."""
+PENDING_FACT = 7
+"""Where a file is that is written in storage that was left; see `pending`."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
 _IDENTITY = struct.Struct("=QQ")
 _DEVICE = struct.Struct("=Q")
@@ -74,6 +76,8 @@ class Node:
         "impure",
         "index",
         "kept",
+        "kept_name",
+        "kept_number",
         "kind",
         "links",
         "lowers",
@@ -106,7 +110,11 @@ class Node:
         self.fd_writable = False
         self.opens = 0
         self.kept = -1
-        """A file in earlier layers that has the contents until its last close; see `writers`."""
+        """A file in earlier layers that has the contents until its last close; see `pending`."""
+        self.kept_name: At | None = None
+        """A name that this file has for a successor."""
+        self.kept_number = 0
+        """The number by which the kernel has it open."""
         self.impure = False
         self.index: bytes | None = None
         self.remains: os.stat_result | None = None
@@ -164,12 +172,13 @@ class Node:
         components = []
         node = self
         while node.links:
-            node, name = node._best_link()
+            node, name = node.best_link()
             components.append(name)
         components.reverse()
         return b"/".join(components)
 
-    def _best_link(self) -> tuple[Node, bytes]:
+    def best_link(self) -> tuple[Node, bytes]:
+        """Return the name by which it is found. Precondition: it has one, and is not the root."""
         for link, in_upper in self.links.items():
             if in_upper:
                 return link
@@ -178,7 +187,7 @@ class Node:
     @property
     def parent(self) -> Node:
         """The directory of the best known name. Precondition: linked, and not the root."""
-        return self._best_link()[0]
+        return self.best_link()[0]
 
     @property
     def directory(self) -> Directory:
@@ -213,6 +222,9 @@ class Node:
                 syscalls.close(fd)
         self.anchor = self.fd = self.kept = -1
         self._drop_orphan()
+        if self.kept_name is not None:
+            syscalls.unlink(self.kept_name)
+            self.kept_name = None
 
     def _drop_orphan(self) -> None:
         if self.orphan is not None:
@@ -249,6 +261,9 @@ class NodeTable:
 
     def all(self) -> list[Node]:
         return [node for number, node in self._by_number.items() if number == node.number]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._by_number
 
     def get(self, number: int) -> Node | None:
         return self._by_number.get(number)

@@ -45,7 +45,8 @@ class Orphans:
 
     def has(self, node: Node) -> bool:
         """Say whether `node` has a name here."""
-        return node.orphan is not None and node.orphan.directory == self._directory
+        names = (node.orphan, node.kept_name)
+        return any(name is not None and name.directory == self._directory for name in names)
 
     def at(self, number: int) -> At:
         """Return where the file of node `number` is, if it is here."""
@@ -88,11 +89,14 @@ def record(stack: Stack, node: Node, at: At, *, gone: bool = False) -> None:
     if node.is_directory:
         fact = _HEAD.pack(_DIRECTORY, gone)
     elif node.upper:
+        if node.orphan is None and gone:
+            # What is in the layers is of no use any more, what is written elsewhere is.
+            node.orphan, node.kept_name = node.kept_name, None
         if node.orphan is None:
             node.orphan = stack.orphans.keep(node.number, at)
         if node.orphan is None:
             return
-        fact = _HEAD.pack(_KEPT, gone) + _NUMBER.pack(node.number)
+        fact = _HEAD.pack(_KEPT, gone) + _NUMBER.pack(int(node.orphan.name, 16))
     else:
         layer, path, _ = node.lowers[0]
         fact = _HEAD.pack(_LOWER, gone) + _LAYER.pack(*layer.identity) + path
@@ -122,7 +126,7 @@ def find(stack: Stack, fact: bytes) -> Found | None:
             if fd < 0:
                 return None
         elif which == _KEPT and stack.orphans is not None:
-            orphan = stack.orphans.at(*_NUMBER.unpack_from(fact, _HEAD.size))
+            orphan = _find_kept(stack, *_NUMBER.unpack_from(fact, _HEAD.size))
             fd = syscalls.open_path(orphan)
         else:
             lowers = _find_lower(stack, fact[_HEAD.size :])
@@ -133,6 +137,15 @@ def find(stack: Stack, fact: bytes) -> Found | None:
     presence = Presence.LOWER if lowers else Presence.UPPER
     entry = Entry(presence, stat, (stat.st_dev, stat.st_ino), lowers)
     return Found(entry, fd, orphan, gone or modes.S_ISDIR(stat.st_mode))
+
+
+def _find_kept(stack: Stack, number: int) -> At:
+    for directory in (stack.orphans, stack.former):
+        if directory is not None:
+            at = directory.at(number)
+            if syscalls.stat_or_none(at) is not None:
+                return at
+    raise FileNotFoundError(errno.ENOENT, "it is not kept any more")
 
 
 def _find_lower(stack: Stack, described: bytes) -> tuple[Lower, ...]:

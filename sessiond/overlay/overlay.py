@@ -12,7 +12,7 @@ import stat as modes
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sessiond.overlay import directory, lookup, orphans, syscalls
+from sessiond.overlay import directory, lookup, orphans, pending, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
 from sessiond.overlay.directory import NewObject, Place
 from sessiond.overlay.fastpath import FastPath, Inherited
@@ -22,15 +22,17 @@ from sessiond.overlay.nodes import (
     IDENTITY_FACT,
     MOVING_FACT,
     ORPHAN_FACT,
+    PENDING_FACT,
     ROOT_NUMBER,
     SETTING_FACT,
     Node,
     NodeTable,
     unpack_identity,
 )
+from sessiond.overlay.pending import Copies, Renewal
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.overlay.writers import MovingFile, put_back, renew, settle, with_contents_of
+from sessiond.overlay.writers import MovingFile, put_back, settle, with_contents_of
 
 log = logging.getLogger(__name__)
 
@@ -126,11 +128,13 @@ class Overlay:
         parent_number: int,
         name: bytes,
         identity: Identity | None = None,
+        copies: Copies | None = None,
     ) -> Node | None:
         """Make a node, with that number, of what has that name. None if it is another object: the
         layers were swapped, or a process that moved it has died.
 
-        `kind`: its type. `identity`: the object's, where the number does not tell it.
+        `kind`: its type. `identity`: the object's, where the number does not tell it, nor
+        `copies`.
         """
         try:
             parent = self.node(parent_number)
@@ -141,7 +145,10 @@ class Overlay:
             return None
         if not entry.positive or modes.S_IFMT(entry.stat.st_mode) != kind:
             return None
-        if not (
+        if copies is not None:
+            if not copies.has(entry):
+                return None
+        elif not (
             entry.is_directory
             or self._moving
             or entry.identity == identity
@@ -176,9 +183,12 @@ class Overlay:
                 self._setting[left.number] = left.facts[SETTING_FACT]
             if left.number > ROOT_NUMBER and self.nodes.get(left.number) is None:
                 self._inherit(left)
-        if self.stack.orphans is not None:
-            kept = [node.orphan for node in self.nodes.all() if node.orphan is not None]
-            self.stack.orphans.remove_others(kept)
+        for kept_in in (self.stack.orphans, self.stack.former):
+            if kept_in is not None:
+                names = (
+                    name for node in self.nodes.all() for name in (node.orphan, node.kept_name)
+                )
+                kept_in.remove_others([name for name in names if name is not None])
         self._moving = False
 
     def _put_back(self, left: Inherited) -> None:
@@ -204,10 +214,29 @@ class Overlay:
         return (entry.stat.st_dev, entry.stat.st_ino) == self._exchanging
 
     def _inherit(self, left: Inherited) -> None:
+        fact = left.facts.get(PENDING_FACT)
+        copies = Copies(fact) if fact and self.stack.former is not None else None
+        if copies is not None:
+            copies.unite(self.stack)
+        self._inherit_place(left, copies)
+        node = self.nodes.get(left.number)
+        if node is not None and not node.gone and copies is not None:
+            if pending.find(self.stack, node, left.number):
+                self._kept.add(node)
+                if node.linked:
+                    self._renewed(node)
+            else:
+                path = os.fsdecode(b"/" + node.path) if node.linked else "a removed file"
+                log.error("what is written to %s by who has it open is lost", path)
+        elif fact:  # it was not to be left yet, or is an orphan
+            self._fast_path.note(left.number, PENDING_FACT, b"")
+
+    def _inherit_place(self, left: Inherited, copies: Copies | None) -> None:
         fact = left.facts.get(IDENTITY_FACT)
         identity = unpack_identity(fact) if fact else None
         for parent, name in left.names:
-            if self._claim_at(left.number, left.kind, parent, name, identity) is not None:
+            place = (left.number, left.kind, parent, name)
+            if self._claim_at(*place, identity, copies) is not None:
                 return
         fact = left.facts.get(ORPHAN_FACT)
         found = orphans.find(self.stack, fact) if fact else None
@@ -250,7 +279,14 @@ class Overlay:
 
     def _collect(self, node: Node) -> None:
         """Drop nodes that nobody holds, and then their parents that were kept for their sake."""
-        while not (node.references or node.former or node.opens or node.children or node.is_root):
+        while not (
+            node.references
+            or node.former
+            or node.opens
+            or node.children
+            or node.is_root
+            or node.kept >= 0
+        ):
             parents = list(node.links)
             for parent, name in parents:
                 node.drop_link(parent, name)
@@ -470,10 +506,12 @@ class Overlay:
         copy_up(self.stack, node)
         at = locate(self.stack, node)
         if atime is None or mtime is None:
-            stat = syscalls.stat(at)
+            stat = self.stat(node)
             atime = stat.st_atime_ns if atime is None else atime
             mtime = stat.st_mtime_ns if mtime is None else mtime
         syscalls.utime(at, atime, mtime)
+        if node.kept >= 0:
+            syscalls.utime(At(node.kept, b""), atime, mtime)
 
     def getxattr(self, node: Node, name: bytes) -> bytes:
         """Raises ENODATA, also where the layer's file system has no xattrs."""
@@ -700,30 +738,60 @@ class Overlay:
         elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
 
-    def finish_all_kept(self) -> None:
-        """The same for all files, since nobody will go on writing them. Raises the first fault."""
+    # Contents in storage that was left
+
+    @property
+    def pending(self) -> list[int]:
+        """Numbers of files whose contents are still written elsewhere; see `pending`."""
+        return [node.kept_number for node in self._kept]
+
+    def renew_pending(self) -> None:
+        """Bring all their contents to where they belong. That one cannot be is logged."""
         for node in list(self._kept):
-            self.renew_kept(self.node(node.number))
+            try:
+                self.renew(node)
+            except OSError as error:
+                path = os.fsdecode(b"/" + node.path)
+                log.error("%s is not on disk as it is: %s", path, error.strerror)  # noqa: TRY400
 
-    def renew_kept(self, node: Node) -> None:
-        """Bring contents that are still kept in earlier layers to where they belong."""
-        if node.kept >= 0 and node.linked:
-            copy_up(self.stack, node)
-            renew(self.stack, node)
+    def begin_renewal(self, node: Node) -> Renewal:
+        """Prepare to bring one there, in steps; `end_renewal` is the last.
 
-    def finish_kept(self, node: Node) -> None:
-        """The same after the last close; from then on the contents are where they belong."""
-        if node not in self._kept:
-            return
-        self.renew_kept(node)
-        before = syscalls.stat(At(node.kept, b""))
-        if not self._fast_path.finish(node.number):
-            return  # opened again
-        if syscalls.stat(At(node.kept, b"")).st_mtime_ns != before.st_mtime_ns:
-            self.renew_kept(node)  # and written, in the moment between
-        syscalls.close(node.kept)
-        node.kept = -1
+        Precondition: it is `pending`, and nothing large is left to copy up.
+        """
+        copy_up(self.stack, node)
+        return Renewal(self.stack, node)
+
+    def end_renewal(self, renewal: Renewal, node: Node) -> None:
+        """Let what was copied be the file. Precondition: it has a name, and the layers are those
+        that they were.
+        """
+        if renewal.publish():
+            self._renewed(node)
+
+    def renew(self, node: Node) -> None:
+        """All these steps at once, if it has a name."""
+        if self.node(node.number).linked:
+            with self.begin_renewal(node) as renewal:
+                renewal.copy_data()
+                self.end_renewal(renewal, node)
+
+    def _renewed(self, node: Node) -> None:
+        """Know a file again that is another one in the upper."""
+        parent, name = node.best_link()
+        self.nodes.rebind(node, self._lookup(parent, name), self._generation)
+        pending.note(node, node.real)
+
+    def finish_pending(self, node: Node, closes: int) -> bool:
+        """Let the contents be where they belong from now on, if nobody can write elsewhere any
+        more, nor can have done so since the last renewal, when `FastPath.closes` was `closes`.
+        """
+        if not self._fast_path.finish(node.kept_number, closes):
+            return False
+        pending.finish(node)
         self._kept.discard(node)
+        self._collect(node)
+        return True
 
     # The stack
 
@@ -756,8 +824,7 @@ class Overlay:
         date.
         """
         self.settle()
-        for node in self._kept:
-            self.renew_kept(self.node(node.number))
+        self.renew_pending()
         opened = self._opened()
         moving = [] if moved else self._move_writers(opened, stack)
         if moved:
@@ -775,6 +842,8 @@ class Overlay:
                 self.node(node.number)
         finally:
             self._moving = False
+        if moved:
+            self._note_pending()
         for file in moving:
             file.arrive()
         self._moved = [file.node for file in moving]
@@ -822,9 +891,27 @@ class Overlay:
     def _keep_writers(self, opened: list[Node]) -> None:
         for node in opened:
             if node.upper and node.linked and node.writers and node.kept < 0:
-                node.kept = self._fast_path.duplicate(node.number)
+                contents = self._fast_path.duplicate(node.number)
+                if contents < 0:
+                    continue  # lost when a predecessor died
+                try:
+                    pending.keep(self.stack, node, contents)
+                finally:
+                    syscalls.close(contents)
                 self._kept.add(node)
                 self._fast_path.keep(node.number)
+
+    def _note_pending(self) -> None:
+        """Let a successor know of files that are written where the layers were."""
+        for node in list(self._kept):
+            self.node(node.number)
+            kept = syscalls.stat(At(node.kept, b""))
+            if node.linked and (kept.st_dev, kept.st_ino) != node.real:
+                pending.note(node, node.real)
+            else:  # the session has come back, since another did not know that it had gone
+                pending.finish(node)
+                self._kept.discard(node)
+                self._fast_path.give_up(node.kept_number)
 
     def _hold_contents(self, opened: list[Node]) -> None:
         """Keep files of the upper, which goes away, within reach of who may have them open."""

@@ -57,6 +57,8 @@ class Stack:
         self.xattrs = OverlayXattrs(user=options.user_xattrs)
         self.orphans: Orphans | None = None
         """Where removed files are kept for a successor of this process, if there can be one."""
+        self.former: Orphans | None = None
+        """The same, in storage that was left, as long as something is there; see `pending`."""
         self._locks = locks
         for layer in self.layers:
             root = At(layer.root, b".")

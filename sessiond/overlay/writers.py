@@ -2,8 +2,7 @@
 
 With passthrough the kernel writes into the file that was opened, whatever is decided here. So at a
 snapshot that very file moves on into the new upper, and the frozen layer gets a copy of it as it is
-at that moment. When a session moves to another disk, such a file stays where it is until its last
-close; its copy on the disk is renewed when it is to be there: at fsync(2), and after that close.
+at that moment. When a session moves to another disk, it cannot: see `pending`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import stat as modes
 from collections.abc import Iterator
 
 from sessiond.overlay import syscalls
-from sessiond.overlay.copy_up import CopyUp, locate
+from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.nodes import MOVING_FACT, Node, pack_identity, unpack_identity
 from sessiond.overlay.stack import Stack
@@ -38,7 +37,7 @@ class MovingFile:
         self.node = node
         self._new = new
         self._contents = contents
-        self._names = _Names(old, node, contents)
+        self._names = Names(old, node, contents)
         self._file = new.workdir.temporary()
         self._copy = new.workdir.temporary()
         self._orphan: At | None = None
@@ -63,7 +62,7 @@ class MovingFile:
                 path = os.fsdecode(b"/" + self.node.path)
                 log.warning("%s was written to throughout; its snapshot is not of one moment", path)
             copy_attributes(source, fd, stat, self._new.xattrs)
-            _copy_own(source, fd, self._new.xattrs)
+            copy_own(source, fd, self._new.xattrs)
             syscalls.fsync(fd)
         finally:
             syscalls.close(fd)
@@ -116,9 +115,9 @@ def put_back(stack: Stack, number: int, fact: bytes) -> None:
     for name in set(stack.xattrs.own(file)) - set(own.split(b" ")):
         syscalls.removexattr(file, name)  # of its arrival
     for path in paths:
-        _replace(stack.writable.at(path), file, stack.workdir)
+        replace_name(stack.writable.at(path), file, stack.workdir)
     if index:
-        _replace(At(stack.workdir.index, index), file, stack.workdir)
+        replace_name(At(stack.workdir.index, index), file, stack.workdir)
 
 
 class _Adoption(CopyUp):
@@ -145,7 +144,7 @@ class _Adoption(CopyUp):
         return self._target
 
 
-class _Names:
+class Names:
     """All names, in the upper of `stack` and in its index, of the file `contents`, `node`."""
 
     def __init__(self, stack: Stack, node: Node, contents: int) -> None:
@@ -157,7 +156,7 @@ class _Names:
             inode = (stat.st_dev, stat.st_ino)
             self._paths = [
                 path
-                for path, found in _walk(stack.writable, b"")
+                for path, found in walk(stack.writable, b"")
                 if (found.st_dev, found.st_ino) == inode
             ]
 
@@ -172,9 +171,9 @@ class _Names:
         One after the other: whoever dies in between leaves two files in the place of one.
         """
         for path in self._paths:
-            _replace(self._stack.writable.at(path), file, work)
+            replace_name(self._stack.writable.at(path), file, work)
         if self._index is not None:
-            _replace(At(self._stack.workdir.index, self._index), file, work)
+            replace_name(At(self._stack.workdir.index, self._index), file, work)
 
 
 def _unpack(fact: bytes) -> list[bytes]:
@@ -182,53 +181,24 @@ def _unpack(fact: bytes) -> list[bytes]:
     return [fact[:size], *fact[size:].split(b"\0")]
 
 
-def _replace(name: At, file: At, work: Workdir) -> None:
+def replace_name(name: At, file: At, work: Workdir) -> None:
     """Make `name` one of `file`, in one step."""
     with work.preparing() as prepared:
         syscalls.link(file, prepared)
         syscalls.rename(prepared, name)
 
 
-def _walk(layer: Layer, directory: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+def walk(layer: Layer, directory: bytes) -> Iterator[tuple[bytes, os.stat_result]]:
+    """Yield the paths in a layer of all that is in a directory, with stat(2)."""
     for name, _ in syscalls.scan(layer.directory(directory)):
         path = directory + b"/" + name if directory else name
         stat = syscalls.stat(layer.at(path))
         yield path, stat
         if modes.S_ISDIR(stat.st_mode):
-            yield from _walk(layer, path)
+            yield from walk(layer, path)
 
 
-def renew(stack: Stack, node: Node) -> None:
-    """Make the file in the upper what `node.kept` is now. Precondition: copied up.
-
-    A new file takes its names when it is on disk, so none is ever without contents that were there.
-    """
-    at = locate(stack, node)
-    former = syscalls.open_path(at)
-    try:
-        with stack.workdir.preparing() as copy:
-            stat = _copy_kept(node.kept, at, copy, stack.xattrs)
-            _Names(stack, node, former).give(copy, stack.workdir)
-    finally:
-        syscalls.close(former)
-    node.real = (stat.st_dev, stat.st_ino)
-
-
-def _copy_kept(contents: int, former: At, copy: At, xattrs: OverlayXattrs) -> os.stat_result:
-    """Make `copy` of what a file contains, and the attributes that it has in the upper."""
-    stat = syscalls.stat(At(contents, b""))
-    fd = syscalls.create_file(copy, 0o600)
-    try:
-        syscalls.copy_data(contents, fd, stat.st_size, lambda: False)
-        copy_attributes(former, fd, with_contents_of(syscalls.stat(former), stat), xattrs)
-        _copy_own(former, fd, xattrs)
-        syscalls.fsync(fd)
-        return syscalls.stat(fd)
-    finally:
-        syscalls.close(fd)
-
-
-def _copy_own(source: At, target: Object, xattrs: OverlayXattrs) -> None:
+def copy_own(source: At, target: Object, xattrs: OverlayXattrs) -> None:
     """Copy the overlay's own attributes, which `copy_attributes` leaves out."""
     for name in xattrs.own(source):
         syscalls.setxattr(target, name, syscalls.getxattr(source, name) or b"")

@@ -17,7 +17,16 @@ from pathlib import Path
 import trio
 
 from sessiond.errors import Failed, SessiondError
-from sessiond.session.model import WHOLE, ChangeSummary, Lowers, SessionId, Span, Stack
+from sessiond.session.model import (
+    NOTHING_PENDING,
+    WHOLE,
+    ChangeSummary,
+    Lowers,
+    PendingWrites,
+    SessionId,
+    Span,
+    Stack,
+)
 from sessiond.session.mounter import MountRequest
 
 
@@ -32,6 +41,7 @@ class MemoryMount:
         self.recovered_times = 0
         self.mounted = True
         self.summary = ChangeSummary(added=0, changed=0, deleted=0, bytes=0)
+        self.pending_writes = NOTHING_PENDING
         self.differences: list[dict[str, str | int]] = []
         self.compared = WHOLE
         """What was compared last."""
@@ -86,6 +96,12 @@ class MemoryMount:
         await trio.lowlevel.checkpoint()
         self._mounter.raise_injected("sync")
         self._require_alive()
+
+    async def pending(self) -> PendingWrites:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("pending")
+        self._require_alive()
+        return self.pending_writes
 
     async def unmount(self) -> None:
         await trio.lowlevel.checkpoint()

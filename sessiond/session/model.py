@@ -6,7 +6,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -299,6 +299,23 @@ class Stack:
     """Hard links that lowers have kept that were uppers once, topmost first; may be missing."""
     orphans: Path | None = None
     """Where removed files are kept while they are open, beside the upper; made if missing."""
+    former: Path | None = None
+    """The same, in RAM, of a session that has moved from there to disk; may be missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingWrites:
+    """What is still written to storage that a session has left; see `Mount.pending`."""
+
+    files: Mapping[int, str]
+    """Paths in the merged view, by inode number there; only some, if they are very many."""
+    count: int
+    """Of all such files."""
+    in_use: bool
+    """Something is there; also true of files that were removed while they were open."""
+
+
+NOTHING_PENDING = PendingWrites({}, 0, in_use=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sessiond.session.model import WHOLE, ChangeSummary, DataPath, SessionId, Span, Stack
+from sessiond.session.model import (
+    WHOLE,
+    ChangeSummary,
+    DataPath,
+    PendingWrites,
+    SessionId,
+    Span,
+    Stack,
+)
 
 VIEW_TYPE = "fuse.sessiond"
 """The type of file system of merged views, by which those of a dead manager are known."""
@@ -69,6 +77,14 @@ class Mount(Protocol):
         """Return when all that was written before is on the upper's disk.
 
         Raises `Failed`, `NoSpace`.
+        """
+
+    async def pending(self) -> PendingWrites:
+        """Say which files are still written to the storage from which the layers were `moved`.
+
+        Programs had them open for writing then. Until their last close, the disk has what they
+        contained a moment ago, or when fsync(2) was called last. That storage has to stay as long
+        as it is in use, or they would be lost should the worker die. Raises `Failed`.
         """
 
     async def unmount(self) -> None:

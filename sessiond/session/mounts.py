@@ -149,11 +149,11 @@ class SystemMounts:
         run(["mount", "-t", kind, "-o", ",".join(options), "--", str(device), str(target)])
 
     def file_system(self, target: Path) -> str | None:
-        kinds = [mount.kind for mount in _mount_table() if mount.target == target]
+        kinds = [mount.kind for mount in mount_table() if mount.target == target]
         return kinds[-1] if kinds else None
 
     def mounted_below(self, directory: Path) -> list[Path]:
-        below = {mount.target for mount in _mount_table() if directory in mount.target.parents}
+        below = {mount.target for mount in mount_table() if directory in mount.target.parents}
         return sorted(below, key=lambda path: len(path.parts), reverse=True)
 
     def detach(self, target: Path, *, only: str | None = None) -> None:
@@ -215,18 +215,25 @@ def mount_for_oneself() -> None:
     _check(_libc.mount(None, b"/", None, flags, None), Path("/"))
 
 
-class _MountEntry(NamedTuple):
+class MountEntry(NamedTuple):
+    """One line of mountinfo; see proc_pid_mountinfo(5)."""
+
+    number: int
+    device: tuple[int, int]
     target: Path
     kind: str
 
 
-def _mount_table() -> Iterator[_MountEntry]:
-    with open("/proc/self/mountinfo", "rb") as table:
+def mount_table(process: str = "self") -> Iterator[MountEntry]:
+    """Yield what is mounted as `process` sees it, the uppermost last. Raises `OSError`."""
+    with open(f"/proc/{process}/mountinfo", "rb") as table:
         for line in table:
             fields = line.split(b" ")
             # proc(5): a varying number of optional fields ends with a lone hyphen.
             kind = fields[fields.index(b"-", 6) + 1]
-            yield _MountEntry(Path(_unescaped(fields[4])), kind.decode())
+            major, minor = map(int, fields[2].split(b":"))
+            target = Path(_unescaped(fields[4]))
+            yield MountEntry(int(fields[0]), (major, minor), target, kind.decode())
 
 
 def _unescaped(field: bytes) -> str:

@@ -2,16 +2,18 @@
 
 What does not change is copied first: a new upper is pushed, as for a snapshot, and the layers below
 it are copied while programs go on writing; again, until little was written meanwhile. Only for that
-rest are the writers held. Then the record on disk is written, which is the moment at which the
-session becomes persistent, and the merged view is switched over to the copies. A crash before that
-moment leaves the volatile session as it was, one after it the persistent one, complete.
+rest are the writers held. What was copied is read back from the disk and compared. Then the record
+on disk is written, which is the moment at which the session becomes persistent, and the merged view
+is switched over to the copies. A crash before that moment leaves the volatile session as it was,
+one after it the persistent one, complete.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import trio
@@ -21,7 +23,8 @@ from sessiond.session.faults import explained
 from sessiond.session.model import LayerNumber, SessionRecord, StorageKind
 from sessiond.session.mounts import sync_file_system
 from sessiond.session.space import measure
-from sessiond.session.tree import copy_trees, tree_bytes
+from sessiond.session.tree import Digests, copy_trees, tree_bytes
+from sessiond.session.verify import verify_trees
 
 if TYPE_CHECKING:
     from sessiond.session.jobs import Job
@@ -38,16 +41,17 @@ _LITTLE = 16 << 20
 _REPORT_SECONDS = 0.2
 
 
-async def move_to_disk(session: Session, job: Job) -> None:
+async def move_to_disk(session: Session, job: Job, *, verify: bool = True) -> None:
     """Make `session` persistent; within its operation. Rolls back when it fails or is cancelled.
 
-    For a session that is persistent, return when all its changes are on disk. Raises `NoSpace`,
-    `Failed`, `ImageUnavailable`.
+    With `verify`, what was written is read back from the disk first. For a session that is
+    persistent, return when all its changes are on disk. Raises `NoSpace`, `Failed`,
+    `ImageUnavailable`.
     """
     if session.storage is StorageKind.PERSISTENT:
         await session.require_mount().sync()
         return
-    move = _Move(session, job)
+    move = _Move(session, job, verify=verify)
     try:
         await move.copy_while_running()
         await move.switch_over()
@@ -66,12 +70,14 @@ async def move_to_disk(session: Session, job: Job) -> None:
 class _Move:
     """One attempt. `_copied` are the layers that are on disk, and cannot change any more."""
 
-    def __init__(self, session: Session, job: Job) -> None:
+    def __init__(self, session: Session, job: Job, *, verify: bool) -> None:
         self._session = session
         self._store = session.services.store
         self._job = job
+        self._verify = verify
         self._copied: set[LayerNumber] = set()
-        self._bytes_done = 0
+        self._bytes_copied = 0
+        self._bytes_read_back = 0
         self._bytes_total = 0
         self._next_report = 0.0
         self._made_storage = False
@@ -116,7 +122,7 @@ class _Move:
             return
         try:
             await trio.to_thread.run_sync(self._store.forget, self._volatile)
-            await trio.to_thread.run_sync(self._store.drop_volatile_storage, self._volatile.id)
+            await self._session.settle()
         except SessiondError as error:
             log.error("Session %s is persistent, but: %s", self._volatile.id, error)  # noqa: TRY400
 
@@ -160,39 +166,74 @@ class _Move:
 
     def _copy_committed(self) -> None:
         record = self._session.record
-        for number in sorted(record.all_layers - {record.upper} - self._copied):
-            self._copy_layer(number)
-            self._copied.add(number)
-        sync_file_system(self._store.storage(self._target))
+        self._copy(sorted(record.all_layers - {record.upper} - self._copied))
 
     def _upper_bytes(self) -> int:
         record = self._session.record
         return tree_bytes(self._store.layer(record, record.upper), trio.from_thread.check_cancelled)
 
     def _copy_upper(self) -> None:
-        record = self._session.record
-        self._copy_layer(record.upper)
-        sync_file_system(self._store.storage(self._target))
+        self._copy([self._session.record.upper])
 
-    def _copy_layer(self, number: LayerNumber) -> None:
-        source = self._store.layer(self._session.record, number)
-        target = self._store.layer(self._target, number)
+    def _copy(self, numbers: Sequence[LayerNumber]) -> None:
+        """Copy layers; on disk, and verified, when this returns."""
+        digests: dict[LayerNumber, Digests] = {number: {} for number in numbers}
+        for number in numbers:
+            self._copy_layer(number, digests[number] if self._verify else None)
+        sync_file_system(self._store.storage(self._target))
+        if self._verify:
+            for number in numbers:
+                self._verify_layer(number, digests.pop(number))
+        self._copied.update(numbers)
+
+    def _copy_layer(self, number: LayerNumber, digests: Digests | None) -> None:
+        source, target = self._layers(number)
         for directory in (target, target / "work"):
             directory.mkdir(mode=0o700, exist_ok=True)
-        # Of the workdir, only the index of hard links belongs to the layer's contents.
-        has_index = (source / "work/index").is_dir()
         copy_trees(
             source,
             target,
-            ("fs", "work/index") if has_index else ("fs",),
-            progress=self._progress,
+            _contents(source),
+            progress=self._count_copied,
             check=trio.from_thread.check_cancelled,
+            digests=digests,
         )
 
-    def _progress(self, copied: int) -> None:
-        self._bytes_done += copied
-        self._bytes_total = max(self._bytes_total, self._bytes_done)
+    def _verify_layer(self, number: LayerNumber, digests: Digests) -> None:
+        source, target = self._layers(number)
+        with explained(f"verify the copy of session {self._session.id}, which stays in RAM"):
+            verify_trees(
+                source,
+                target,
+                _contents(source),
+                digests,
+                progress=self._count_read_back,
+                check=trio.from_thread.check_cancelled,
+            )
+
+    def _layers(self, number: LayerNumber) -> tuple[Path, Path]:
+        record = self._session.record
+        return self._store.layer(record, number), self._store.layer(self._target, number)
+
+    def _count_copied(self, count: int) -> None:
+        self._bytes_copied += count
+        self._report()
+
+    def _count_read_back(self, count: int) -> None:
+        self._bytes_read_back += count
+        self._report()
+
+    def _report(self) -> None:
+        self._bytes_total = max(self._bytes_total, self._bytes_copied)
         now = time.monotonic()
         if now >= self._next_report:
             self._next_report = now + _REPORT_SECONDS
-            trio.from_thread.run_sync(self._job.report, self._bytes_done, self._bytes_total)
+            done = self._bytes_copied
+            if self._verify:
+                done = (done + min(self._bytes_read_back, done)) // 2
+            trio.from_thread.run_sync(self._job.report, done, self._bytes_total)
+
+
+def _contents(layer: Path) -> tuple[str, ...]:
+    """Return what belongs to a layer's contents: of the workdir, only the index of hard links."""
+    return ("fs", "work/index") if (layer / "work/index").is_dir() else ("fs",)

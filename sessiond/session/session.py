@@ -58,6 +58,7 @@ from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
 from sessiond.session.services import Services
+from sessiond.session.settling import PendingFile, Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Session:
         self._space = SpaceWatch(record.thresholds)
         self._compared: Counter[LayerNumber] = Counter()
         """Layers that comparisons read: they are deleted after that, if they are to be."""
+        self._settling = Settling(self)
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
 
@@ -183,12 +185,38 @@ class Session:
             lambda _: self.switch(self.record.with_new_upper(layers)),
         )
 
-    def persist(self, *, started_by: Uid) -> Job:
+    def persist(self, *, started_by: Uid, verify: bool = True) -> Job:
         """Make the session survive a reboot. Raises `Busy`, `NoSuchSession`.
 
-        For a session that does so already, the job ends when all its changes are on disk.
+        With `verify`, what was written is read back and compared before that counts. For a session
+        that is persistent already, the job ends when all its changes are on disk.
         """
-        return self._start_job(Operation.PERSIST, started_by, lambda job: move_to_disk(self, job))
+        return self._start_job(
+            Operation.PERSIST, started_by, lambda job: move_to_disk(self, job, verify=verify)
+        )
+
+    @property
+    def pending(self) -> int:
+        """How many files are written in RAM still, since before the session moved to disk."""
+        return self._settling.pending
+
+    async def pending_files(self) -> list[PendingFile]:
+        """Return these files, and who has them open. Raises `NoSuchSession`, `Failed`."""
+        return await self._settling.files()
+
+    async def settle(self) -> None:
+        """Give back the RAM of a session that has moved to disk, now or as soon as that can be.
+
+        Raises `NoSuchSession`, `Failed`, if it is not now.
+        """
+        try:
+            await self._settling.look()
+        finally:
+            self._tasks.start_soon(self._settling.run)
+
+    def tell_changed(self) -> None:
+        """Let observers know that something about the session is another."""
+        self._tell(lambda observer: observer.session_changed(self))
 
     async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
         """Keep the merged view as it is now, under `name`; on disk, if the session is.
@@ -575,6 +603,7 @@ class Session:
             lowers=(*store.lowers(record), image.root),
             indexes=store.indexes(record),
             orphans=store.orphans(record),
+            former=store.former_orphans(record),
         )
 
     async def _require_image(self) -> Image:
@@ -622,6 +651,7 @@ class Session:
         self.mount = mount
         self.failure = ""
         self._tasks.start_soon(self._supervise, mount)
+        self._tasks.start_soon(self._settling.run)
 
     async def _supervise(self, mount: Mount) -> None:
         """When the worker of `mount` dies, have another go on; if that fails, mount again."""

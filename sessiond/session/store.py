@@ -67,6 +67,7 @@ BEING_MADE = "session.new"
 BEING_DELETED = "session.old"
 JOB = "job.json"
 _SPARE_RECORD = durable.spare_of(Path(RECORD)).name
+_ORPHANS = "orphans"
 _WORKDIR = ("work/work", "work/index")
 """What the overlay makes in a workdir, unless it is there already."""
 
@@ -145,7 +146,13 @@ class Store:
 
     def orphans(self, record: SessionRecord) -> Path:
         """Where removed files are kept while they are open."""
-        return self.storage(record) / "orphans"
+        return self.storage(record) / _ORPHANS
+
+    def former_orphans(self, record: SessionRecord) -> Path | None:
+        """The same, of a session on disk that was volatile once: may be missing."""
+        if record.storage is StorageKind.TMPFS:
+            return None
+        return self._volatile_storage(record.id) / _ORPHANS
 
     def reachable(self, record: SessionRecord) -> tuple[Path, ...]:
         """The directories in which all present and future layers of a session are; some may be
@@ -155,7 +162,7 @@ class Store:
         disk = self._bases[StorageKind.PERSISTENT] / "sessions"
         if record.storage is StorageKind.PERSISTENT:
             disk = self.storage(record)
-        return self.runtime_directory(record.id) / "storage", disk
+        return self._volatile_storage(record.id), disk
 
     # Changes
 
@@ -323,9 +330,24 @@ class Store:
                     log.warning("The quota of session %s is not given back: %s", session, error)
             return (self._to_trash(directory, kind),)
 
+    def has_volatile_storage(self, session: SessionId) -> bool:
+        """Say whether a session that moved to disk still has some; see `empty_volatile_storage`."""
+        return self._volatile_storage(session).exists()
+
+    def empty_volatile_storage(self, session: SessionId) -> None:
+        """Give back the RAM of a session that moved to disk, but for the files among its orphans.
+
+        Some of these may still be written to. Raises `Failed`.
+        """
+        storage = self._volatile_storage(session)
+        with explained(f"remove the volatile layers of session {session}"):
+            for path in storage.iterdir():
+                if path.name != _ORPHANS:
+                    remove_tree(path)
+
     def drop_volatile_storage(self, session: SessionId) -> None:
-        """Give back the RAM of a session that moved to disk. Raises `Failed`."""
-        storage = self.runtime_directory(session) / "storage"
+        """Give back the RAM of a session that moved to disk, all of it. Raises `Failed`."""
+        storage = self._volatile_storage(session)
         with explained(f"remove the volatile storage of session {session}"):
             self._mounts.detach(storage)
             remove_tree(storage)
@@ -415,9 +437,10 @@ class Store:
         Both records are there if a crash came just as it had moved.
         """
         storage = directory / "storage"
-        if os.path.lexists(storage):
-            log.info("Session %s had moved to disk; its volatile copy is removed.", directory.name)
-            self._mounts.detach(storage)
+        if self._mounts.file_system(storage) is not None:
+            # Its worker may serve it still, or have files open there; see `settling`.
+            log.info("Session %s had moved to disk, and has something in RAM.", directory.name)
+        elif os.path.lexists(storage):
             found.garbage.append(self._to_trash(storage, StorageKind.TMPFS))
         for name in (RECORD, _SPARE_RECORD, BEING_MADE, BEING_DELETED):
             (directory / name).unlink(missing_ok=True)
@@ -468,6 +491,9 @@ class Store:
 
     def _directory(self, session: SessionId, kind: StorageKind) -> Path:
         return self._bases[kind] / "sessions" / session
+
+    def _volatile_storage(self, session: SessionId) -> Path:
+        return self._directory(session, StorageKind.TMPFS) / "storage"
 
     def _record_file(self, record: SessionRecord) -> Path:
         return self._directory(record.id, record.storage) / RECORD

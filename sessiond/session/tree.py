@@ -10,6 +10,7 @@ them by raising.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import stat
@@ -22,10 +23,14 @@ from pathlib import Path
 from sessiond.session.durable import FULL
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHUNK = 8 << 20
-"""Bytes copied between two calls of `check`."""
+_BLOCK = 1 << 20
+"""Bytes copied between two calls of `check`; also what digests are made of."""
+_ZEROS = bytes(_BLOCK)
 
 Check = Callable[[], None]
+
+Digests = dict[int, bytes]
+"""Of what was copied of each regular file, by its inode number in the source."""
 
 
 def unchecked() -> None:
@@ -203,21 +208,23 @@ def copy_trees(
     *,
     progress: Callable[[int], None],
     check: Check,
+    digests: Digests | None = None,
 ) -> None:
     """Copy the directories `names` from `source` to `target`, an empty directory, as root can.
 
     Kept are owners, modes, times in ns, all xattrs (so ACLs, capabilities and overlayfs's own),
     device nodes and whiteouts, holes, and hard links, also those from one of `names` to another.
-    `progress` is told of bytes as they are written. Nothing is synced.
+    `progress` is told of bytes as they are written. Nothing is synced. `digests` is filled, for
+    `verify.verify_trees`.
     """
-    copier = _Copier(progress, check)
+    copier = _Copier(progress, check, digests)
     links = target / "links"
     os.mkdir(links, 0o700)
     copier.links = os.open(links, _DIRECTORY)
     try:
         for name in names:
             os.mkdir(target / name, 0o700)
-            copier.copy(source / name, target / name)
+            copier.go(source / name, target / name)
     finally:
         os.close(copier.links)
     remove_tree(links, check)
@@ -232,37 +239,61 @@ class _Level:
     subdirectories: list[str] = field(default_factory=list)
 
 
-class _Copier:
-    """Copies trees among which hard links are kept.
+class SideBySide:
+    """Goes through two trees of the same directories, a source and a target, at once.
 
-    The first copy of each file with several links is also linked into the directory `links`, under
-    its inode number: a link can be made from there however deep the first one lies.
+    Descriptors of the two, as they are open, are what the methods for subclasses are given.
     """
 
-    links: int
-
-    def __init__(self, progress: Callable[[int], None], check: Check) -> None:
-        self._progress = progress
+    def __init__(self, check: Check) -> None:
         self._check = check
-        self._entry = ""  # what is being copied, for the error message
+        self._entry = ""  # what is being looked at, for the error message
 
-    def copy(self, source_path: Path, target_path: Path) -> None:
+    def enter(self, name: str, source: int, target: int) -> None:
+        """The subdirectory `name` is about to be opened in both."""
+
+    def visit(self, entries: Iterator[os.DirEntry[str]], source: int, target: int) -> list[str]:
+        """Deal with what there is in a directory; return its subdirectories."""
+        subdirectories = []
+        for entry in entries:
+            self._check()
+            if entry.is_dir(follow_symlinks=False):
+                subdirectories.append(entry.name)
+            else:
+                self._entry = entry.name
+                self.visit_entry(entry.name, source, target)
+        self._entry = ""
+        return subdirectories
+
+    def visit_entry(self, name: str, source: int, target: int) -> None:
+        """Deal with what is no directory."""
+        raise NotImplementedError
+
+    def leave(self, source: int, target: int) -> None:
+        """All that is in a directory has been dealt with."""
+        raise NotImplementedError
+
+    def go(self, source_path: Path, target_path: Path) -> None:
+        """Raises OSError, with the full name in the target."""
         levels: list[_Level] = []
         source = os.open(source_path, _DIRECTORY)
         target = os.open(target_path, _DIRECTORY)
         try:
             levels.append(_Level("", os.fstat(source)))
-            self._copy_entries(levels[-1], source, target)
+            self._visit(levels[-1], source, target)
             while True:
                 if levels[-1].subdirectories:
                     name = levels[-1].subdirectories.pop()
-                    os.mkdir(name, 0o700, dir_fd=target)
+                    self._entry = name
+                    self.enter(name, source, target)
                     source = _step(source, name)
                     target = _step(target, name)
                     levels.append(_Level(name, os.fstat(source)))
-                    self._copy_entries(levels[-1], source, target)
+                    self._entry = ""
+                    self._visit(levels[-1], source, target)
                     continue
-                _copy_directory_metadata(source, target)
+                self._entry = ""
+                self.leave(source, target)
                 levels.pop()
                 if not levels:
                     return
@@ -271,30 +302,45 @@ class _Copier:
                 _require_same(os.fstat(source), levels[-1].inode)
         except OSError as error:
             names = [level.name for level in levels if level.name] + [self._entry]
-            path = source_path.joinpath(*names)
+            path = target_path.joinpath(*names)
             raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             os.close(source)
             os.close(target)
 
-    def _copy_entries(self, level: _Level, source: int, target: int) -> None:
-        """Copy all of a directory but its subdirectories, which are put into `level`."""
+    def _visit(self, level: _Level, source: int, target: int) -> None:
         with os.scandir(source) as entries:
-            for entry in entries:
-                self._check()
-                if entry.is_dir(follow_symlinks=False):
-                    level.subdirectories.append(entry.name)
-                else:
-                    self._entry = entry.name
-                    self._copy_entry(entry.name, source, target)
-        self._entry = ""
+            level.subdirectories = self.visit(entries, source, target)
 
-    def _copy_entry(self, name: str, source: int, target: int) -> None:
+
+class _Copier(SideBySide):
+    """Copies trees among which hard links are kept.
+
+    The first copy of each file with several links is also linked into the directory `links`, under
+    its inode number: a link can be made from there however deep the first one lies.
+    """
+
+    links: int
+
+    def __init__(
+        self, progress: Callable[[int], None], check: Check, digests: Digests | None
+    ) -> None:
+        super().__init__(check)
+        self._progress = progress
+        self._digests = digests
+
+    def enter(self, name: str, source: int, target: int) -> None:
+        os.mkdir(name, 0o700, dir_fd=target)
+
+    def leave(self, source: int, target: int) -> None:
+        _copy_directory_metadata(source, target)
+
+    def visit_entry(self, name: str, source: int, target: int) -> None:
         inode = os.stat(name, dir_fd=source, follow_symlinks=False)
         if inode.st_nlink > 1 and self._link(inode, name, target):
             return
         if stat.S_ISREG(inode.st_mode):
-            self._copy_file(name, inode.st_size, source, target)
+            self._copy_file(name, inode, source, target)
         elif stat.S_ISLNK(inode.st_mode):
             os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
         else:
@@ -324,7 +370,7 @@ class _Copier:
             return False
         return True
 
-    def _copy_file(self, name: str, size: int, source: int, target: int) -> None:
+    def _copy_file(self, name: str, inode: os.stat_result, source: int, target: int) -> None:
         flags = os.O_NOFOLLOW | os.O_CLOEXEC
         reader = os.open(name, os.O_RDONLY | flags, dir_fd=source)
         try:
@@ -332,31 +378,89 @@ class _Copier:
                 name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o600, dir_fd=target
             )
             try:
-                self._copy_contents(reader, writer, size)
+                digest = None if self._digests is None else Digest(inode)
+                self._copy_contents(reader, writer, inode.st_size, digest)
+                if self._digests is not None and digest is not None:
+                    self._digests[inode.st_ino] = digest.value()
             finally:
                 os.close(writer)
         finally:
             os.close(reader)
 
-    def _copy_contents(self, reader: int, writer: int, size: int) -> None:
+    def _copy_contents(self, reader: int, writer: int, size: int, digest: Digest | None) -> None:
         os.truncate(writer, size)
-        position = 0
-        while position < size:
-            try:
-                position = os.lseek(reader, position, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # a hole up to the end
-                    return
-                raise
-            end = os.lseek(reader, position, os.SEEK_HOLE)
-            os.lseek(writer, position, os.SEEK_SET)
-            while position < end:
-                self._check()
-                sent = os.sendfile(writer, reader, position, min(end - position, _CHUNK))
-                if sent == 0:
-                    raise OSError(errno.ESTALE, "the file shrank while it was copied")
-                position += sent
-                self._progress(sent)
+        for position, block in blocks_of(reader, size):
+            self._check()
+            if digest is not None:
+                digest.add(position, block)
+            for begin, end in _data(reader, position, position + len(block)):
+                _write(writer, block[begin - position : end - position], begin)
+                self._progress(end - begin)
+
+
+def blocks_of(fd: int, size: int) -> Iterator[tuple[int, memoryview]]:
+    """Read the file of that size, without blocks that are holes: yield positions and contents.
+
+    What is yielded is valid until the next. Raises OSError: ESTALE if the file is shorter.
+    """
+    buffer = memoryview(bytearray(_BLOCK))
+    position = 0
+    while position < size:
+        try:
+            position = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end
+                return
+            raise
+        position -= position % _BLOCK
+        block = buffer[: max(0, min(_BLOCK, size - position))]
+        have = 0
+        while have < len(block):
+            count = os.preadv(fd, [block[have:]], position + have)
+            if not count:
+                raise OSError(errno.ESTALE, "the file shrank while it was read")
+            have += count
+        if have:
+            yield position, block
+        position += _BLOCK
+
+
+def _data(fd: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield where there is data between two positions, that is, no hole."""
+    while begin < end:
+        try:
+            begin = os.lseek(fd, begin, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        if begin < end:
+            hole = min(end, os.lseek(fd, begin, os.SEEK_HOLE))
+            yield begin, hole
+            begin = hole
+
+
+def _write(fd: int, data: memoryview, position: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, position)
+        data, position = data[count:], position + count
+
+
+class Digest:
+    """What stands for the contents of a file, its size and its time: holes count as zeros."""
+
+    def __init__(self, inode: os.stat_result) -> None:
+        self._hash = hashlib.sha256(b"%d %d" % (inode.st_size, inode.st_mtime_ns))
+
+    def add(self, position: int, block: memoryview) -> None:
+        """Blocks come in the order of their positions, each a multiple of their full size."""
+        if block.tobytes() != _ZEROS[: len(block)]:
+            self._hash.update(b"%d" % position)
+            self._hash.update(block)
+
+    def value(self) -> bytes:
+        """Half of it: there may be a million."""
+        return self._hash.digest()[:16]
 
 
 def _step(directory: int, name: str) -> int:

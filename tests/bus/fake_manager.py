@@ -99,6 +99,8 @@ class FakeSession:
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'
         self.compared = ("", "")
+        self.verified: bool | None = None
+        """What was asked for when it was to be persisted."""
         self.changes_gate = trio.Event()
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
@@ -126,7 +128,8 @@ class FakeSession:
         self._record(name)
         return self._start(Operation.RESTORE, started_by)
 
-    def persist(self, *, started_by: Uid) -> FakeJob:
+    def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
+        self.verified = verify
         return self._start(Operation.PERSIST, started_by)
 
     async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:

@@ -93,7 +93,7 @@ def test_contents_that_are_kept(bench: Bench, written: str) -> None:
             return overlay
 
         lived = fault_points.run(
-            lambda overlay: overlay.renew_kept(find(overlay, written)), move, die_at=point
+            lambda overlay: overlay.renew(find(overlay, written)), move, die_at=point
         )
         found = view_of(stack_of(moved, bench), bench)
         if not lived.died:

@@ -68,7 +68,7 @@ def test_what_was_synchronised_of_kept_contents(scratch: str, kind: str) -> None
 def _synchronise(overlay: Overlay, path: str) -> None:
     """As the worker does at fsync(2)."""
     node = find(overlay, path)
-    overlay.renew_kept(node)
+    overlay.renew(node)
     file = overlay.open_storage(node)
     os.fsync(file)
     os.close(file)

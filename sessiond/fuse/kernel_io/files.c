@@ -107,13 +107,15 @@ bool contents_set(struct node *node, int fd, bool writable)
     };
     if (contents) {
         fresh->mapped = contents->mapped && contents->inode == fresh->inode;
+        fresh->kept = contents->kept && contents->inode == fresh->inode;
+        fresh->closes = contents->closes;
         fresh->opens = contents->opens;
         fresh->writers = contents->writers;
         fresh->refused = contents->opens; /* read and written here until the last close */
         contents_close(node);
     }
     node->contents = fresh;
-    if (!fresh->opens)
+    if (!fresh->opens && !fresh->kept)
         rest(node);
     trim(&idle, IDLE_LIMIT);
     trim(&written, WRITTEN_LIMIT);
@@ -134,12 +136,26 @@ void contents_retire(struct node *node)
         node->contents->stale = true;
 }
 
-/* Close contents that were kept, unless they are open. */
-bool contents_finish(struct node *node)
+/* Have the contents stay what they are, until they are finished. */
+void contents_keep(struct node *node, bool kept)
 {
-    if (node->contents && node->contents->opens)
+    if (!node->contents)
+        return;
+    use_end(&node->contents->use);
+    node->contents->kept = kept;
+    if (!kept && !node->contents->opens)
+        rest(node);
+}
+
+/* Close contents that were kept, unless someone may write to them, or has done so since they had been
+ * closed that often. */
+bool contents_finish(struct node *node, uint32_t closes)
+{
+    struct contents *contents = node->contents;
+    if (contents && (contents->opens || contents->closes != closes || contents_mapped(contents)))
         return false;
     contents_close(node);
+    node_forget(node, 0);
     return true;
 }
 
@@ -244,6 +260,7 @@ static void uncount(struct node *node, uint32_t flags)
     struct contents *contents = node->contents;
     journal_closed(node->number, flags);
     contents->opens--;
+    contents->closes++;
     if (is_write(flags)) {
         contents->writers -= contents->writers > 0;
         contents->mapped |= contents->backing != 0;

@@ -64,6 +64,7 @@ struct contents {
     bool mapped;        /* may be mapped for writing, which outlives the last close */
     uint32_t opens;
     uint32_t writers;   /* of these, for writing */
+    uint32_t closes;    /* so far */
     uint64_t device, inode;
     struct use use;     /* among those with no opens */
 };
@@ -147,7 +148,8 @@ bool answer_fallocate(struct request *request);
 bool answer_copy_file_range(struct request *request);
 bool contents_set(struct node *node, int fd, bool writable);
 void contents_retire(struct node *node);
-bool contents_finish(struct node *node);
+void contents_keep(struct node *node, bool kept);
+bool contents_finish(struct node *node, uint32_t closes);
 bool contents_mapped(struct contents *contents); /* clears `mapped` if it is not so */
 void contents_close(struct node *node);
 void contents_opened(struct node *node, uint32_t flags, struct open_out *out);

@@ -423,29 +423,55 @@ static PyObject *opens(PyObject *self, PyObject *argument)
         return NULL;
     if (node && node->contents) {
         count = node->contents->opens;
-        writers = node->contents->writers + node->contents->mapped;
+        /* What the kernel hands on to be written goes where it has to. */
+        writers = (node->contents->backing ? node->contents->writers : 0) + node->contents->mapped;
     }
     unlock();
     return Py_BuildValue("II", count, writers);
 }
 
-static PyObject *keep(PyObject *self, PyObject *argument)
+static PyObject *set_kept(PyObject *argument, bool kept)
 {
     struct node *node;
     if (!lock_and_find(argument, &node))
         return NULL;
-    if (node && node->contents)
-        node->contents->kept = true;
+    if (node)
+        contents_keep(node, kept);
     unlock();
     Py_RETURN_NONE;
 }
 
-static PyObject *finish(PyObject *self, PyObject *argument)
+static PyObject *keep(PyObject *self, PyObject *argument)
 {
+    return set_kept(argument, true);
+}
+
+static PyObject *give_up(PyObject *self, PyObject *argument)
+{
+    return set_kept(argument, false);
+}
+
+static PyObject *closes(PyObject *self, PyObject *argument)
+{
+    uint32_t count = 0;
     struct node *node;
     if (!lock_and_find(argument, &node))
         return NULL;
-    bool finished = !node || contents_finish(node);
+    if (node && node->contents)
+        count = node->contents->closes;
+    unlock();
+    return PyLong_FromUnsignedLong(count);
+}
+
+static PyObject *finish(PyObject *self, PyObject *args)
+{
+    unsigned long long number;
+    unsigned int closes;
+    if (!PyArg_ParseTuple(args, "KI:finish", &number, &closes))
+        return NULL;
+    lock();
+    struct node *node = node_find(number);
+    bool finished = !node || contents_finish(node, closes);
     unlock();
     return PyBool_FromLong(finished);
 }
@@ -492,7 +518,9 @@ static PyMethodDef methods[] = {
     {"set_contents", set_contents, METH_VARARGS, NULL},
     {"opens", opens, METH_O, NULL},
     {"keep", keep, METH_O, NULL},
-    {"finish", finish, METH_O, NULL},
+    {"give_up", give_up, METH_O, NULL},
+    {"closes", closes, METH_O, NULL},
+    {"finish", finish, METH_VARARGS, NULL},
     {"duplicate", duplicate, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

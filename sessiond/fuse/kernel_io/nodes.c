@@ -89,7 +89,7 @@ static void unplace(struct node *node)
 /* Free a node that nobody needs any more, and then its parents that were kept for its sake. */
 static void collect(struct node *node)
 {
-    if (node->lookups || node->children || (node->contents && node->contents->opens) ||
+    if (node->lookups || node->children || (node->contents && (node->contents->opens || node->contents->kept)) ||
         node->number == ROOT_NUMBER)
         return;
     struct node **link = &chains[chain_of(node->number, chain_count)];

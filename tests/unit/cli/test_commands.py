@@ -129,6 +129,14 @@ async def test_create(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert set(manager.sessions) == {"live", "nobody-1", "second"}
 
 
+@pytest.mark.parametrize("option", ["--no-verify", None])
+async def test_persist(manager: FakeManager, sessionctl: Sessionctl, option: str | None) -> None:
+    session = manager.get("live")
+    manager.jobs_finish_at_once = True
+    await sessionctl("persist", "live", *filter(None, [option]))
+    assert session.verified is (option is None)
+
+
 @pytest.mark.parametrize("arguments", [["reset", "live"], ["persist", "live"]])
 async def test_jobs_are_waited_for(
     arguments: list[str], manager: FakeManager, sessionctl: Sessionctl, nursery: trio.Nursery

@@ -13,7 +13,8 @@ import trio
 from sessiond.errors import Cancelled, Failed, NoSpace
 from sessiond.session import persist as module
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState, Stack
+from sessiond.session.model import NOTHING_PENDING, PendingWrites, SessionState, Stack
+from sessiond.session.settling import PendingFile
 from sessiond.session.store import Store
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
@@ -244,7 +245,7 @@ async def test_a_crash_after_the_record_finds_the_persistent_session(
     async with world.manager() as manager:
         assert manager.get("s").storage == "persistent"
         assert contents(world) == ALL
-        assert not world.storage("s").exists()
+        await until(lambda: not world.storage("s").exists())
 
 
 async def test_a_failure_to_drop_the_volatile_session_is_only_logged(
@@ -260,6 +261,117 @@ async def test_a_failure_to_drop_the_volatile_session_is_only_logged(
             await session.persist(started_by=UID).wait()
         assert session.storage == "persistent"
     expect_log("is persistent, but: It is in use.")
+
+
+async def test_a_disk_that_forgets_is_found_out(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = module.copy_trees
+
+    def copy_badly(source: Path, target: Path, *arguments: object, **options: object) -> None:
+        copy(source, target, *arguments, **options)  # type: ignore[arg-type]
+        file = target / "fs/second"
+        if file.exists():
+            before = file.stat()
+            file.write_bytes(b"3" * 5000)
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "copy_trees", copy_badly)
+            with pytest.raises(Failed, match=r"stays in RAM.*/fs/second"):
+                await session.persist(started_by=UID).wait()
+            assert_volatile(world, session)
+            assert not world.disk("s").exists()
+            await session.persist(started_by=UID, verify=False).wait()
+        assert contents(world) == ALL | {"second": b"3" * 5000}
+
+
+@pytest.mark.parametrize("call_number", [1, 3])
+async def test_cancelling_what_is_being_read_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, call_number: int
+) -> None:
+    """Cancelled while committed layers are read back, and while the upper is."""
+    calls: list[str] = []
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        job = None
+        verify = module.verify_trees
+
+        def cancel_then_verify(*arguments: object, **options: object) -> None:
+            calls.append("verify")
+            if len(calls) == call_number:
+                trio.from_thread.run_sync(job.cancel)  # type: ignore[union-attr]
+            verify(*arguments, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(module, "verify_trees", cancel_then_verify)
+        job = session.persist(started_by=UID)
+        with pytest.raises(Cancelled):
+            await job.wait()
+        assert len(calls) == call_number
+        assert_volatile(world, session)
+        assert not world.disk("s").exists()
+
+
+ONE_FILE = PendingWrites({7: "/var/log"}, 1, in_use=True)
+
+
+def kept(world: World) -> set[str]:
+    """What there is in the volatile storage."""
+    return {path.name for path in world.storage("s").iterdir()}
+
+
+async def test_files_that_are_open_stay_in_ram_until_they_are_closed(
+    world: World, expect_log: ExpectLog, autojump_clock: object
+) -> None:
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        mount = world.mount("s")
+        mount.pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+        assert session.storage == "persistent"
+        assert session.pending == 1
+        assert await session.pending_files() == [PendingFile("/var/log", ())]
+        assert kept(world) == {"orphans"}
+        # A worker that dies changes nothing about that.
+        mount.die()
+        with pytest.raises(Failed):
+            await session.pending_files()
+        await until(lambda: mount.recovered_times)
+        expect_log("another goes on for it")
+        assert kept(world) == {"orphans"}
+        mount.pending_writes = PendingWrites({}, 0, in_use=True)  # one that was removed
+        world.recorder.events.clear()
+        await until(lambda: session.pending == 0)
+        assert "changed s active" in world.recorder.events
+        assert kept(world) == {"orphans"}
+        mount.pending_writes = NOTHING_PENDING
+        await until(lambda: not world.storage("s").exists())
+        assert world.storage("s") not in world.mounts.mounted
+        assert await session.pending_files() == []
+
+
+async def test_a_later_manager_looks_after_what_is_in_ram(
+    world: World, autojump_clock: object
+) -> None:
+    async with world.crashing_manager() as manager:
+        session = await create(world, manager)
+        world.mount("s").pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+    async with world.manager():
+        # What is mounted anew has nothing open.
+        await until(lambda: not world.storage("s").exists())
+
+
+async def test_what_is_in_ram_goes_with_the_session(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        world.mount("s").pending_writes = ONE_FILE
+        await session.persist(started_by=UID).wait()
+        await manager.close("s")
+        assert not world.storage("s").exists()
+        assert not world.mounts.mounted.keys() & {world.storage("s")}
 
 
 async def test_another_session_on_disk_is_not_overwritten(world: World) -> None:

@@ -240,7 +240,7 @@ def test_a_full_disk_names_the_file(real: Path) -> None:
     with pytest.raises(OSError) as caught:
         copy_trees(real / "a", real / "b", ("fs",), progress=lambda _: None, check=unchecked)
     assert caught.value.errno == errno.ENOSPC
-    assert "a/fs/d/big" in caught.value.filename
+    assert "b/fs/d/big" in caught.value.filename
 
 
 def descriptors() -> int:
