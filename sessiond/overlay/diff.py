@@ -250,20 +250,23 @@ class Comparison:
             path = lookup.join(pair.path, name), lookup.join(pair.base_path, name)
             if now.is_directory:
                 return self._compare_directory(*path, now, before)
-            return self._compare_other(*path, now, before)
+            return self._compare_other(pair, *path, now, before)
         except FileNotFoundError:
             return Found()
 
-    def _compare_other(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
+    def _compare_other(
+        self, pair: Pair, path: bytes, base_path: bytes, now: Entry, before: Entry
+    ) -> Found:
         """Compare what is no directory, or is not there."""
         displaced = before.identity if before.is_directory else None
         if displaced in self.moved:
             before = ABSENT
-        many = now.presence is Presence.UPPER and now.stat.st_nlink > 1
-        shared = now.stat.st_ino if many else 0
-        if now.presence is Presence.LOWER and now.indexed and now.identity == before.identity:
-            # Changed under another name, for which it is told.
-            return Found()
+        indexed = self._is_indexed(now)
+        in_upper = now.presence is Presence.UPPER or indexed
+        shared = now.stat.st_ino if in_upper and now.stat.st_nlink > 1 else 0
+        if indexed and now.identity == before.identity and not self._is_named(pair, path):
+            # Changed under another name, of which it is told.
+            return Found(shared=shared)
         change = self._compare(path, now, before)
         if change is None:
             return Found(displaced=displaced, shared=shared)
@@ -271,6 +274,18 @@ class Comparison:
         copied = change.kind is ChangeKind.ADDED and now.identity != _real(now)
         origin = now.identity if copied else None
         return Found((change,), None, gone, base_path, displaced, origin, shared=shared)
+
+    def _is_indexed(self, now: Entry) -> bool:
+        """Say whether a hard link of a lower is shown as what it is under other names, too."""
+        return now.presence is Presence.LOWER and (
+            now.indexed is not None or now.lowers[0].layer in self._stack.indexes
+        )
+
+    def _is_named(self, pair: Pair, path: bytes) -> bool:
+        """Say whether layers that are not shared have something in a directory of that name."""
+        name = path.rpartition(b"/")[2]
+        parts = (At(part, name) for part in self._unshared(pair.merged))
+        return any(syscalls.stat_or_none(at) is not None for at in parts)
 
     def _compare_directory(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
         if before.is_directory and before.identity == now.identity:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,15 +55,23 @@ class Session:
     tally: Tally
     layers: tuple[str, ...] = ("image",)
     uppers: int = 1
+    held: list[int] = field(default_factory=list)
 
     def do(self, step: Step) -> None:
         """Do it, if it can be done."""
         with suppress(OSError):
             getattr(self, step.action)(*step[1:])
 
+    def _find(self, path: str) -> Node:
+        """Return a node, which is held from then on."""
+        node = core_views.find(self.overlay, path)
+        self.overlay.refer(node)
+        self.held.append(node.number)
+        return node
+
     def _place(self, path: str) -> tuple[Node, bytes]:
         directory, _, name = path.rpartition("/")
-        return core_views.find(self.overlay, directory), os.fsencode(name)
+        return self._find(directory), os.fsencode(name)
 
     def make(self, path: str, _: str) -> None:
         self.overlay.create(*self._place(path), new_directory())
@@ -75,14 +83,14 @@ class Session:
         self.overlay.release_file(node)
 
     def write(self, path: str, other: str) -> None:
-        node = core_views.find(self.overlay, path)
+        node = self._find(path)
         self.overlay.open_file(node, write=True)
         self.overlay.write(node, other.encode(), 0)
         self.overlay.release_file(node)
 
     def same(self, path: str, _: str) -> None:
         """Write what is there, which is no change."""
-        node = core_views.find(self.overlay, path)
+        node = self._find(path)
         before = self.overlay.stat(node)
         contents = core_views.contents(self.overlay, node)
         self.overlay.open_file(node, write=True, truncate=True)
@@ -91,24 +99,24 @@ class Session:
         self.overlay.utime(node, 1, before.st_mtime_ns)
 
     def truncate(self, path: str, other: str) -> None:
-        self.overlay.resize(core_views.find(self.overlay, path), len(other) * 100)
+        self.overlay.resize(self._find(path), len(other) * 100)
 
     def chmod(self, path: str, other: str) -> None:
-        self.overlay.chmod(core_views.find(self.overlay, path), 0o700 if "a" in other else 0o644)
+        self.overlay.chmod(self._find(path), 0o700 if "a" in other else 0o644)
 
     def mark(self, path: str, other: str) -> None:
-        self.overlay.setxattr(core_views.find(self.overlay, path), b"user.x", other.encode())
+        self.overlay.setxattr(self._find(path), b"user.x", other.encode())
 
     def unmark(self, path: str, _: str) -> None:
-        self.overlay.removexattr(core_views.find(self.overlay, path), b"user.x")
+        self.overlay.removexattr(self._find(path), b"user.x")
 
     def remove(self, path: str, _: str) -> None:
-        node = core_views.find(self.overlay, path)
+        node = self._find(path)
         (self.overlay.rmdir if node.is_directory else self.overlay.unlink)(*self._place(path))
 
     def clear(self, path: str, _: str) -> None:
         """Remove a directory with all that is in it."""
-        node = core_views.find(self.overlay, path)
+        node = self._find(path)
         for name in self.overlay.names(node) if node.is_directory else ():
             self.clear(f"{path}/{os.fsdecode(name)}", "")
         self.remove(path, "")
@@ -120,13 +128,12 @@ class Session:
         self.overlay.rename(self._place(path), self._place(other), syscalls.RENAME_EXCHANGE)
 
     def link(self, path: str, other: str) -> None:
-        self.overlay.link(core_views.find(self.overlay, path), *self._place(other))
+        self.overlay.link(self._find(path), *self._place(other))
 
     def forget(self, _: str, __: str) -> None:
         """As the kernel does with names that it has not been asked for of late."""
-        for node in self.overlay.nodes.all():
-            self.overlay.refer(node)
-            self.overlay.forget(node.number, 1)
+        while self.held:
+            self.overlay.forget(self.held.pop(), 1)
 
     def snapshot(self, _: str, __: str) -> None:
         self._swap((f"upper{self.uppers}", *self.layers))
