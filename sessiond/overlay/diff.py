@@ -90,8 +90,8 @@ class Found(NamedTuple):
     """Of an added object that is no directory, if it was copied up from somewhere."""
     moved: Identity | None = None
     """Of a directory that was elsewhere before."""
-    shared: int = 0
-    """The inode number of a file in the upper that has several names."""
+    shared: Identity | None = None
+    """Of a file that has several names, which change together."""
 
 
 class Postponed(Exception):  # no error
@@ -261,10 +261,12 @@ class Comparison:
         displaced = before.identity if before.is_directory else None
         if displaced in self.moved:
             before = ABSENT
-        indexed = self._is_indexed(now)
-        in_upper = now.presence is Presence.UPPER or indexed
-        shared = now.stat.st_ino if in_upper and now.stat.st_nlink > 1 else 0
-        if indexed and now.identity == before.identity and not self._is_named(pair, path):
+        shared = now.identity if now.positive and now.stat.st_nlink > 1 else None
+        if (
+            self._is_indexed(now)
+            and now.identity == before.identity
+            and not self._is_named(pair, path)
+        ):
             # Changed under another name, of which it is told.
             return Found(shared=shared)
         change = self._compare(path, now, before)

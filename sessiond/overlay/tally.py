@@ -176,8 +176,8 @@ class Tally:
         """Where directories of the image were that are not there now; some are elsewhere."""
         self.names = 0
         """How many differ."""
-        self.linked: dict[int, set[bytes]] = {}
-        """Names, by inode number, of files that have several in the upper: they change together."""
+        self.linked: dict[Identity, set[bytes]] = {}
+        """Names of files that have several: they change together."""
 
     def update(
         self, stack: Stack, base: Stack, touched: dict[bytes, bool], *, most_bytes: int | None
@@ -405,13 +405,13 @@ class _Update:
         if found.moved is not None:
             self._arrived.add(found.moved)
             self._comparison.moved.add(found.moved)
-        if found.shared:
+        if found.shared is not None:
             self._note_names(found.shared, path)
         self._set(directory, name, found)
         return None if found.below is None else (found.below, found.moved)
 
-    def _note_names(self, inode: int, path: bytes) -> None:
-        names = self._tally.linked.setdefault(inode, set())
+    def _note_names(self, identity: Identity, path: bytes) -> None:
+        names = self._tally.linked.setdefault(identity, set())
         names.add(path)
         self._seen.add(path)
         self._siblings |= names
