@@ -133,13 +133,24 @@ Request = Annotated[
 ]
 
 
+class LargeFile(_Message):
+    """One that differs; of its path, bytes that are not UTF-8 are escaped."""
+
+    path: str
+    change: str
+    size: _Count
+
+
 class ChangeCounts(_Message):
     """How many objects differ, and the bytes in the regular files among them."""
 
     added: _Count = 0
     changed: _Count = 0
     deleted: _Count = 0
+    renamed: _Count = 0
     bytes: _Count = 0
+    largest: tuple[LargeFile, ...] = ()
+    """Of these, largest first."""
 
 
 class PendingFile(_Message):

@@ -68,10 +68,17 @@ class Difference:
 
     path: str
     kind: str
-    """``added``, ``contents``, ``metadata``, ``deleted`` or ``type``."""
+    """``added``, ``contents``, ``metadata``, ``deleted``, ``type`` or ``renamed``."""
     type: str
     """``file``, ``directory``, ``symlink`` or ``other``."""
     size: int
+    """In bytes; 0 where it is deleted."""
+    old_size: int = 0
+    """The same before; 0 where it is added."""
+    source: str | None = None
+    """The path before, if it is renamed."""
+    changed: str | None = None
+    """``contents`` or ``metadata``, if it is renamed and that differs, too."""
 
 
 class ManagerInfo(_Info):
@@ -187,7 +194,15 @@ class Differences:
             raise StopAsyncIteration
         if "error" in values:
             raise errors.Failed(f"The list of changes ends early: {values['error']}")
-        return Difference(values["path"], values["kind"], values["type"], values["size"])
+        return Difference(
+            values["path"],
+            values["kind"],
+            values["type"],
+            values["size"],
+            values.get("old_size", 0),
+            values.get("from"),
+            values.get("changed"),
+        )
 
     async def _line(self) -> bytes:
         while b"\n" not in self._unread:

@@ -19,7 +19,7 @@ from sessiond.bus.options import (
     SnapshotOptions,
     parse,
 )
-from sessiond.bus.wire import Variant
+from sessiond.bus.wire import Variant, shown
 from sessiond.errors import NoSuchSession
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
@@ -83,7 +83,9 @@ class Operations:
             "added": Variant("t", summary.added),
             "changed": Variant("t", summary.changed),
             "deleted": Variant("t", summary.deleted),
+            "renamed": Variant("t", summary.renamed),
             "bytes": Variant("t", summary.bytes),
+            "largest": Variant("a(sst)", [(shown(path), *what) for path, *what in summary.largest]),
         }
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:

@@ -11,9 +11,10 @@ import select
 import stat as modes
 from contextlib import suppress
 
-from sessiond.control import ChangeCounts
+from sessiond.control import ChangeCounts, LargeFile
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.stack import Stack
+from sessiond.overlay.tally import Sums, sums_of
 
 _TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "symlink"}
 _BUFFER = 1 << 16
@@ -22,22 +23,29 @@ _COMPLETE = json.dumps({"complete": True}).encode() + b"\n"
 
 def count(stack: Stack, base: Stack) -> ChangeCounts:
     """Count the changes from `base` to `stack`, and close both. Raises `OSError`."""
-    added = changed = deleted = size = 0
     try:
-        for change in changes(stack, base):
-            match change.kind:
-                case ChangeKind.ADDED:
-                    added += 1
-                case ChangeKind.DELETED:
-                    deleted += 1
-                case _:
-                    changed += 1
-            if change.kind is not ChangeKind.DELETED:
-                size += change.size
+        return told(sums_of(changes(stack, base)))
     finally:
         stack.close()
         base.close()
-    return ChangeCounts(added=added, changed=changed, deleted=deleted, bytes=size)
+
+
+def told(sums: Sums) -> ChangeCounts:
+    """Return sums as they are sent."""
+    return ChangeCounts(
+        added=sums.of(ChangeKind.ADDED),
+        changed=sums.of(ChangeKind.CONTENTS, ChangeKind.METADATA, ChangeKind.TYPE),
+        deleted=sums.of(ChangeKind.DELETED),
+        renamed=sums.of(ChangeKind.RENAMED),
+        bytes=sums.bytes,
+        largest=tuple(
+            # What is not UTF-8 has no place in JSON.
+            LargeFile(
+                path="/" + path.decode(errors="backslashreplace"), change=kind.value, size=size
+            )
+            for path, kind, size in sums.largest
+        ),
+    )
 
 
 def write_list(stack: Stack, base: Stack, target: int, patience: float) -> None:

@@ -142,6 +142,7 @@ class KernelOperations(OverlayOperations):
         for number in _kernel_io.opened():
             with _dispensable(f"an open file, node {number:x}"):
                 node = self.overlay.node(number)
+                self.overlay.touched.written(node)
                 fd = self.overlay.open_contents(node, write=False)
                 _kernel_io.set_contents(number, fd, node.upper and not node.metacopy)
                 if node.kept >= 0:
@@ -270,12 +271,14 @@ class KernelOperations(OverlayOperations):
 
     # Contents
 
-    def _set_contents(self, node: Node, number: int, fd: int) -> None:
-        """Have the extension read and write the node through `fd`, which it takes over.
+    def _set_contents(self, node: Node, number: int, fd: int, *, write: bool) -> None:
+        """Have the extension read the node through `fd`, which it takes over; also `write` it.
 
         Raises ESTALE, and gives the node a new number, if the kernel has another file of it open.
         """
-        writable = node.upper and not node.metacopy
+        writable = write or self.overlay.touched.may_be_written(node)
+        if write:
+            self.overlay.touched.written(node)
         if number == node.number and _kernel_io.set_contents(number, fd, writable):
             return
         if number == node.number:
@@ -295,7 +298,8 @@ class KernelOperations(OverlayOperations):
             if ctx.uid != 0:
                 # Passthrough does it at no write (fuse_setattr leaves it to the server).
                 self.overlay.drop_privileges(node)
-        self._set_contents(node, inode, self.overlay.open_contents(node, write=False))
+        fd = self.overlay.open_contents(node, write=False)
+        self._set_contents(node, inode, fd, write=write or truncate)
         if truncate:
             self.overlay.resize(node, 0)
         return FileInfo(fh=inode, keep_cache=not truncate)
@@ -315,7 +319,7 @@ class KernelOperations(OverlayOperations):
                 raise
             node, stat = self.overlay.lookup(parent, name)
             fd = self.overlay.open_contents(node, write=True)
-        self._set_contents(node, node.number, fd)
+        self._set_contents(node, node.number, fd, write=True)
         return FileInfo(fh=node.number), self._given(node, stat)
 
     def _make_file(
@@ -330,7 +334,7 @@ class KernelOperations(OverlayOperations):
         node = self.overlay.node(fh)
         fd = self.overlay.open_contents(node, write=False)
         data = syscalls.read(fd, size, off)
-        self._set_contents(node, fh, fd)
+        self._set_contents(node, fh, fd, write=False)
         return data
 
     @translated
@@ -339,7 +343,7 @@ class KernelOperations(OverlayOperations):
         self.overlay.make_writable(node)
         fd = self.overlay.open_contents(node, write=True)
         written = syscalls.write(fd, buf, off) if buf else 0
-        self._set_contents(node, fh, fd)
+        self._set_contents(node, fh, fd, write=True)
         return written
 
     @translated

@@ -405,7 +405,14 @@ class FuseMount:
         counts = (await self._ask_for_outcome(request)).changes
         if counts is None:
             raise Failed(f"The worker of session {self._request.session} did not count changes.")
-        return ChangeSummary(counts.added, counts.changed, counts.deleted, counts.bytes)
+        return ChangeSummary(
+            counts.added,
+            counts.changed,
+            counts.deleted,
+            counts.bytes,
+            counts.renamed,
+            tuple((file.path, file.change, file.size) for file in counts.largest),
+        )
 
     async def diff(self, target: int, span: Span = WHOLE) -> None:
         """See `Mount.diff`."""

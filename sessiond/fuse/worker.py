@@ -32,6 +32,7 @@ from sessiond.control import (
     Start,
 )
 from sessiond.fuse import comparison, data_path, device, sandbox
+from sessiond.fuse.counting import Counting
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
 from sessiond.overlay.fastpath import Inherited
@@ -253,6 +254,7 @@ async def _run(
             if served != start.stack or not is_known:
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
             controlled.leave_former()
+            nursery.start_soon(controlled.counting.run)
             await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
             operations.overlay.renew_pending()
             nursery.cancel_scope.cancel()
@@ -343,6 +345,7 @@ class _Controlled:
         self._nursery = nursery
         self._sandbox = confined
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
+        self.counting = Counting(operations.overlay, self._comparisons)
         self._frozen = AsyncExitStack()
         self._is_frozen = False
         self._unannounced: list[Callable[[], Awaitable[None]]] = []
@@ -427,17 +430,31 @@ class _Controlled:
         if isinstance(request, control.Sync):
             self._nursery.start_soon(self._sync, outcome)
             return Reply()
-        stack, base = self._states(request)
-        compare: Callable[[], ChangeCounts | None]
-        if isinstance(request, control.Diff):
-            target = os.dup(descriptors[1])
-            compare = functools.partial(
-                comparison.write_list, stack, base, target, request.patience
-            )
+        compare: Callable[[], Awaitable[ChangeCounts | None]]
+        if isinstance(request, control.Changes) and request.start is request.end is None:
+            compare = self.counting.count
         else:
-            compare = functools.partial(comparison.count, stack, base)
+            stack, base = self._states(request)
+            if isinstance(request, control.Diff):
+                target = os.dup(descriptors[1])
+                write = comparison.write_list
+                compare = self._in_thread(write, stack, base, target, request.patience)
+            else:
+                compare = self._in_thread(comparison.count, stack, base)
         self._nursery.start_soon(self._compare, compare, outcome)
         return Reply()
+
+    def _in_thread(
+        self, compare: Callable[..., ChangeCounts | None], *arguments: object
+    ) -> Callable[[], Awaitable[ChangeCounts | None]]:
+        """Its threads are not those that requests of the mount need."""
+        return functools.partial(
+            trio.to_thread.run_sync,
+            compare,
+            *arguments,
+            abandon_on_cancel=True,
+            limiter=self._comparisons,
+        )
 
     def _states(self, request: control.Changes | control.Diff) -> tuple[Stack, Stack]:
         """Return what is compared, and what with."""
@@ -449,18 +466,12 @@ class _Controlled:
             raise
 
     async def _compare(
-        self, compare: Callable[[], ChangeCounts | None], outcome: trio.socket.SocketType
+        self, compare: Callable[[], Awaitable[ChangeCounts | None]], outcome: trio.socket.SocketType
     ) -> None:
-        """Do it in the background, since others must not wait; send the outcome to a socket.
-
-        Its threads are not those that requests of the mount need.
-        """
+        """Do it in the background, since others must not wait; send the outcome to a socket."""
         with outcome:
             try:
-                counts = await trio.to_thread.run_sync(
-                    compare, abandon_on_cancel=True, limiter=self._comparisons
-                )
-                reply = Reply(changes=counts)
+                reply = Reply(changes=await compare())
             except OSError as error:
                 reply = _failure(error)
             except Exception:

@@ -81,13 +81,21 @@ class Found(NamedTuple):
     below: Pair | None = None
     """A directory in which something may differ."""
     gone: Identity | None = None
-    """Of what had the name before, if that is not there any more."""
+    """Of what had the name before and is deleted, if that was no directory."""
     gone_from: bytes = b""
     """Its path."""
+    displaced: Identity | None = None
+    """Of a directory that had the name before, if that is not there; deleted, or elsewhere."""
     origin: Identity | None = None
     """Of an added object that is no directory, if it was copied up from somewhere."""
     moved: Identity | None = None
     """Of a directory that was elsewhere before."""
+    shared: Identity | None = None
+    """Of a file that has several names, which change together."""
+
+
+class Postponed(Exception):  # no error
+    """More would have to be read than was allowed."""
 
 
 _ROOT = (0, 0)
@@ -128,7 +136,9 @@ def changes(stack: Stack, base: Stack) -> Iterator[Change]:
 class Comparison:
     """Two merged views, compared name by name. Not thread-safe."""
 
-    def __init__(self, stack: Stack, base: Stack) -> None:
+    def __init__(self, stack: Stack, base: Stack, most_bytes: int | None = None) -> None:
+        """`most_bytes`: raise `Postponed` where larger contents would have to be compared."""
+        self._most_bytes = most_bytes
         self._stack = stack
         self._base = base
         self._shared = _shared(stack, base)
@@ -240,39 +250,65 @@ class Comparison:
             path = lookup.join(pair.path, name), lookup.join(pair.base_path, name)
             if now.is_directory:
                 return self._compare_directory(*path, now, before)
-            return self._compare_other(*path, now, before)
+            return self._compare_other(pair, *path, now, before)
         except FileNotFoundError:
             return Found()
 
-    def _compare_other(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
+    def _compare_other(
+        self, pair: Pair, path: bytes, base_path: bytes, now: Entry, before: Entry
+    ) -> Found:
         """Compare what is no directory, or is not there."""
-        gone = before.identity if before.is_directory or not now.positive else None
-        if before.is_directory and gone in self.moved:
+        displaced = before.identity if before.is_directory else None
+        if displaced in self.moved:
             before = ABSENT
+        shared = now.identity if now.positive and now.stat.st_nlink > 1 else None
+        if (
+            self._is_indexed(now)
+            and now.identity == before.identity
+            and not self._is_named(pair, path)
+        ):
+            # Changed under another name, of which it is told.
+            return Found(shared=shared)
         change = self._compare(path, now, before)
         if change is None:
-            return Found((), None, gone, base_path)
+            return Found(displaced=displaced, shared=shared)
+        gone = before.identity if change.is_deleted_file else None
         copied = change.kind is ChangeKind.ADDED and now.identity != _real(now)
-        return Found((change,), None, gone, base_path, now.identity if copied else None)
+        origin = now.identity if copied else None
+        return Found((change,), None, gone, base_path, displaced, origin, shared=shared)
+
+    def _is_indexed(self, now: Entry) -> bool:
+        """Say whether a hard link of a lower is shown as what it is under other names, too."""
+        return now.presence is Presence.LOWER and (
+            now.indexed is not None or now.lowers[0].layer in self._stack.indexes
+        )
+
+    def _is_named(self, pair: Pair, path: bytes) -> bool:
+        """Say whether layers that are not shared have something in a directory of that name."""
+        name = path.rpartition(b"/")[2]
+        parts = (At(part, name) for part in self._unshared(pair.merged))
+        return any(syscalls.stat_or_none(at) is not None for at in parts)
 
     def _compare_directory(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
         if before.is_directory and before.identity == now.identity:
             change = self._compare(path, now, before)
             below = self._descend(path, base_path, now, before)
             return Found((change,) if change else (), below)
-        gone = before.identity if before.is_directory else None
-        if gone in self.moved:
+        displaced = before.identity if before.is_directory else None
+        if displaced in self.moved:
             before = ABSENT
         source = self._source(now)
         if source is None:
             change = self._compare(path, now, before)
             below = self._descend(path, base_path, now, before)
-            return Found((change,) if change else (), below, gone, base_path)
-        gone = before.identity if before.positive else gone
-        replaced = self._compare(path, ABSENT, before)
-        found = (*((replaced,) if replaced else ()), self._renamed(path, now, *source))
+            return Found((change,) if change else (), below, displaced=displaced)
+        found = [self._renamed(path, now, *source)]
+        gone = None
+        if replaced := self._compare(path, ABSENT, before):
+            found.insert(0, replaced)
+            gone = before.identity if replaced.is_deleted_file else None
         below = self._descend(path, source[0], now, source[1])
-        return Found(found, below, gone, base_path, moved=now.identity)
+        return Found(tuple(found), below, gone, base_path, displaced, moved=now.identity)
 
     def _renamed(self, path: bytes, now: Entry, source: bytes, before: Entry) -> Change:
         also = self._compare(path, now, before)
@@ -308,7 +344,7 @@ class Comparison:
             return None
         at, data = self._places(path, now)
         other, other_data = self._places(path, before)
-        if not _same_contents(data, now.stat, other_data, before.stat):
+        if not self._same_contents(data, now.stat, other_data, before.stat):
             return Change(path, ChangeKind.CONTENTS, mode, size, old_size)
         if not _same_metadata(self._stack, at, now.stat, other, before.stat):
             return Change(path, ChangeKind.METADATA, mode, size, old_size)
@@ -321,6 +357,22 @@ class Comparison:
         assert self._stack.upper is not None
         at = self._stack.upper.at(path)
         return at, entry.lowers[-1].at() if entry.metacopy else at
+
+    def _same_contents(
+        self, at: At, stat: os.stat_result, other: At, other_stat: os.stat_result
+    ) -> bool:
+        kind = modes.S_IFMT(stat.st_mode)
+        if kind == modes.S_IFLNK:
+            return syscalls.readlink(at) == syscalls.readlink(other)
+        if kind in {modes.S_IFCHR, modes.S_IFBLK}:
+            return stat.st_rdev == other_stat.st_rdev
+        if kind != modes.S_IFREG:
+            return True
+        if stat.st_size != other_stat.st_size:
+            return False
+        if self._most_bytes is not None and stat.st_size > self._most_bytes:
+            raise Postponed
+        return _same_bytes(at, other)
 
     def pair_up(
         self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity, bytes]]
@@ -429,19 +481,6 @@ def _same_metadata(
 def _xattrs(stack: Stack, at: At) -> dict[bytes, bytes | None]:
     names = [name for name in syscalls.listxattr(at) if not stack.xattrs.is_own(name)]
     return {name: syscalls.getxattr(at, name) for name in names}
-
-
-def _same_contents(at: At, stat: os.stat_result, other: At, other_stat: os.stat_result) -> bool:
-    kind = modes.S_IFMT(stat.st_mode)
-    if kind == modes.S_IFLNK:
-        return syscalls.readlink(at) == syscalls.readlink(other)
-    if kind in {modes.S_IFCHR, modes.S_IFBLK}:
-        return stat.st_rdev == other_stat.st_rdev
-    if kind != modes.S_IFREG:
-        return True
-    if stat.st_size != other_stat.st_size:
-        return False
-    return _same_bytes(at, other)
 
 
 def _same_bytes(at: At, other: At) -> bool:

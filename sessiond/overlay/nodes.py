@@ -207,6 +207,11 @@ class Node:
         if parent.children.get(name) is self:
             del parent.children[name]
 
+    def withdraw(self) -> None:
+        """Have the overlay asked before the fast path uses anything of the node again."""
+        for number in (self.number, *self.former):
+            self.fast_path.withdraw(number)
+
     def data_lower(self) -> Lower:
         """Return the lower file that holds the contents. Precondition: not in the upper, or
         metacopy.

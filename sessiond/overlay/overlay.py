@@ -32,6 +32,7 @@ from sessiond.overlay.nodes import (
 from sessiond.overlay.pending import Copies, Renewal
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
+from sessiond.overlay.tally import Touched
 from sessiond.overlay.writers import MovingFile, put_back, settle, with_contents_of
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class Overlay:
         for layer in reversed(stack.layers):
             self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
         self._generation = 0
+        self.touched = Touched()
         self._open_here: set[Node] = set()
         """Those open by `open_file`."""
         self._kept: set[Node] = set()
@@ -287,6 +289,7 @@ class Overlay:
             or node.is_root
             or node.kept >= 0
         ):
+            self.touched.leave(node)
             parents = list(node.links)
             for parent, name in parents:
                 node.drop_link(parent, name)
@@ -478,6 +481,7 @@ class Overlay:
 
     def resize(self, node: Node, size: int, *, by_name: bool = False) -> None:
         """Set the size of a regular file, in bytes; see `syscalls.truncate`."""
+        self.touched.node(node)
         copy_up(self.stack, node, size)
         if node.kept >= 0:
             fd = syscalls.open_file(At(node.kept, b""), os.O_WRONLY)
@@ -493,16 +497,19 @@ class Overlay:
             syscalls.close(fd)
 
     def chmod(self, node: Node, mode: int) -> None:
+        self.touched.node(node)
         copy_up(self.stack, node)
         syscalls.chmod(locate(self.stack, node), modes.S_IMODE(mode))
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """Set the owner; -1 leaves a part as it is."""
+        self.touched.node(node)
         copy_up(self.stack, node)
         syscalls.chown(locate(self.stack, node), uid, gid)
 
     def utime(self, node: Node, atime: int | None, mtime: int | None) -> None:
         """Set times, in nanoseconds; None leaves one as it is."""
+        self.touched.node(node)
         copy_up(self.stack, node)
         at = locate(self.stack, node)
         if atime is None or mtime is None:
@@ -524,6 +531,7 @@ class Overlay:
         return self.stack.xattrs.shown(syscalls.listxattr(locate(self.stack, node)))
 
     def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
+        self.touched.node(node)
         copy_up(self.stack, node)
         self._fast_path.note(node.number, SETTING_FACT, name)
         try:
@@ -536,6 +544,7 @@ class Overlay:
         stored = self.stack.xattrs.stored(name)
         if not node.upper and syscalls.getxattr(locate(self.stack, node), stored) is None:
             raise _error(errno.ENODATA)
+        self.touched.node(node)
         copy_up(self.stack, node)
         syscalls.removexattr(locate(self.stack, node), stored)
 
@@ -576,11 +585,15 @@ class Overlay:
         entry = self._lookup(parent, name)
         if entry.positive:
             raise _error(errno.EEXIST)
+        self.touched.name(parent, name)
         fd = directory.create(self.stack, parent, name, entry.presence, new)
         made = fd if fd >= 0 else At(self.stack.writable.directory(parent.path), name)
         stat = syscalls.stat(made)
         entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
-        return self._adopt(parent, name, entry), stat, fd
+        node = self._adopt(parent, name, entry)
+        if fd >= 0:
+            self.touched.written(node)
+        return node, stat, fd
 
     def create_anonymous(self, parent: Node, new: NewObject) -> tuple[Node, os.stat_result, int]:
         """Create a regular file without a name (O_TMPFILE); return a descriptor of it, too."""
@@ -590,6 +603,7 @@ class Overlay:
         node = self.nodes.add(entry, self._generation)
         node.anchor = syscalls.duplicate(fd)
         orphans.record(self.stack, node, At(fd, b""))
+        self.touched.written(node)
         return node, self.stat(node), fd
 
     def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
@@ -599,6 +613,9 @@ class Overlay:
         entry = self._lookup(parent, name)
         if entry.positive:
             raise _error(errno.EEXIST)
+        self.touched.node(node)
+        self.touched.name(parent, name)
+        self.touched.written(node)
         directory.link(self.stack, node, parent, name, entry.presence)
         return self.stat(node)
 
@@ -606,6 +623,7 @@ class Overlay:
         _, node = self._existing(parent, name)
         if node.is_directory:
             raise _error(errno.EISDIR)
+        self.touched.node(node)
         directory.unlink(self.stack, node, parent, name)
         self._after_removal(node)
 
@@ -613,6 +631,7 @@ class Overlay:
         _, node = self._existing(parent, name)
         if not node.is_directory:
             raise _error(errno.ENOTDIR)
+        self.touched.name(parent, name, whole=True)
         directory.rmdir(self.stack, node, parent, name)
         self._after_removal(node)
 
@@ -622,6 +641,10 @@ class Overlay:
             raise _error(errno.EINVAL)
         source, _ = self._existing(*old)
         target = self._place(*new)
+        for place in (source, target):
+            if place.node is not None:
+                self.touched.node(place.node)
+            self.touched.name(place.parent, place.name, whole=True)
         if flags == syscalls.RENAME_EXCHANGE:
             if target.node is None:
                 raise _error(errno.ENOENT)
@@ -653,6 +676,7 @@ class Overlay:
 
         Precondition: `needs_copy_up`.
         """
+        self.touched.node(node)
         return CopyUp(self.stack, node)
 
     def make_writable(self, node: Node, size: int | None = None) -> None:
@@ -660,6 +684,7 @@ class Overlay:
 
         Raises EROFS, ENOSPC.
         """
+        self.touched.node(node)
         copy_up(self.stack, node, size)
 
     def drop_privileges(self, node: Node) -> None:
@@ -689,6 +714,7 @@ class Overlay:
     def open_file(self, node: Node, *, write: bool, truncate: bool = False) -> None:
         """Open the contents of a regular file, until `release_file`; opens are counted."""
         if write or truncate:
+            self.touched.node(node)
             copy_up(self.stack, node, 0 if truncate else None)
         if node.fd < 0:
             self._open_data(node, write=write)
@@ -725,6 +751,7 @@ class Overlay:
 
         Raises ENOSPC, EROFS.
         """
+        self.touched.written(node)
         if not node.fd_writable:
             copy_up(self.stack, node)
             self._open_data(node, write=True)
@@ -759,6 +786,7 @@ class Overlay:
 
         Precondition: it is `pending`, and nothing large is left to copy up.
         """
+        self.touched.node(node)
         copy_up(self.stack, node)
         return Renewal(self.stack, node)
 
@@ -778,6 +806,7 @@ class Overlay:
 
     def _renewed(self, node: Node) -> None:
         """Know a file again that is another one in the upper."""
+        self.touched.node(node)
         parent, name = node.best_link()
         self.nodes.rebind(node, self._lookup(parent, name), self._generation)
         pending.note(node, node.real)
@@ -864,6 +893,8 @@ class Overlay:
         return [self.node(node.number) for node in opened]
 
     def _exchange(self, stack: Stack) -> None:
+        if [one.identity for one in self.stack.layers] != [one.identity for one in stack.lowers]:
+            self.touched.everything()  # and not, as at a snapshot, the same view
         old, self.stack = self.stack, stack
         self._generation += 1
         old.close()

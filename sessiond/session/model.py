@@ -349,4 +349,7 @@ class ChangeSummary:
     changed: int
     deleted: int
     bytes: int
-    """Apparent size of the added and changed regular files."""
+    """Apparent size of the added, changed and renamed regular files."""
+    renamed: int = 0
+    largest: tuple[tuple[str, str, int], ...] = ()
+    """Of these files, the largest: path, for people, what has changed, and size."""
