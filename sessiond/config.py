@@ -86,6 +86,17 @@ class DaemonTable(_Table):
     """
 
 
+class SnapshotsTable(_Table):
+    """`[profile.NAME.snapshots]`: which snapshots are kept; all, if nothing is said."""
+
+    count: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The newest so many."""
+    daily: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The last of each of so many days."""
+    max_bytes: Annotated[str, Field(pattern=rf"^({_BYTES}|{_TERABYTES})$")] | None = None
+    """What they may take beside what the merged view is built on: bytes with a suffix."""
+
+
 class Profile(_Table):
     """`[profile.NAME]`: a kind of session."""
 
@@ -116,6 +127,8 @@ class Profile(_Table):
 
     data_path: Literal["passthrough", "cached", "plain"] = "passthrough"
     """See `sessiond.session.model.DataPath`."""
+
+    snapshots: SnapshotsTable = SnapshotsTable()
 
     @field_validator("mount_point")
     @classmethod
@@ -279,11 +292,17 @@ def _sentences(error: ValidationError, merged: _Merged, file: Path) -> Iterable[
         yield f"{merged.file_of(key, file)}: {'.'.join(key)}: {_what_is_allowed(details, key)}."
 
 
+def _table_of(key: _Key) -> type[_Table]:
+    """Return the table that `key` is written in."""
+    if key[0] == "profile" and key[2:3] == ("snapshots",) and len(key) > 3:
+        return SnapshotsTable
+    return _TABLES[key[0]] if len(key) > 1 else Config
+
+
 def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
     match details["type"]:
         case "extra_forbidden":
-            table = _TABLES[key[0]] if len(key) > 1 else Config
-            return f"is unknown; allowed are: {', '.join(table.model_fields)}"
+            return f"is unknown; allowed are: {', '.join(_table_of(key).model_fields)}"
         case "missing":
             return "is missing"
         case "value_error":
@@ -294,6 +313,8 @@ def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
             return "a size is like '512M', '2G', or a part of RAM like '50%'"
         case "string_pattern_mismatch" if key[-1] == "quota":
             return "a quota is like '512M' or '20G'"
+        case "string_pattern_mismatch" if key[-1] == "max_bytes":
+            return "a size is like '512M' or '20G'"
         case "string_pattern_mismatch" if key[-1] == "volatile_limit":
             return "a limit is like '4G', a part of RAM like '85%', or 'none'"
         case "string_pattern_mismatch":

@@ -15,6 +15,7 @@ from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
     NoOptions,
+    RestoreOptions,
     SnapshotOptions,
     parse,
 )
@@ -50,13 +51,13 @@ class Operations:
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         await authorise(caller, Action.SNAPSHOT, session.uid)
         chosen = parse(SnapshotOptions, options)
-        record = await session.snapshot(name, description=chosen.description)
+        record = await session.snapshot(name, description=chosen.description, pinned=chosen.pinned)
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         uid = await authorise(caller, Action.RESTORE, session.uid)
-        parse(NoOptions, options)
-        return self._publish(session.restore(name, started_by=uid))
+        chosen = parse(RestoreOptions, options)
+        return self._publish(session.restore(name, started_by=uid, undo=chosen.undo))
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session.uid)
@@ -96,3 +97,13 @@ class Operations:
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
         await session.rename_snapshot(name, new_name)
+
+    async def describe_snapshot(
+        self, caller: Caller, session: Session, name: str, description: str
+    ) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await session.describe_snapshot(name, description)
+
+    async def pin_snapshot(self, caller: Caller, session: Session, name: str, pinned: bool) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session.uid)
+        await session.pin_snapshot(name, pinned)

@@ -28,6 +28,7 @@ from sessiond.session.model import (
     SessionId,
     SessionRecord,
     SessionState,
+    SnapshotRetention,
     SpaceThresholds,
     StorageKind,
     Uid,
@@ -407,8 +408,15 @@ def _new_record(
         thresholds=SpaceThresholds(
             warning=settings.space_warning, critical=settings.space_critical
         ),
+        retention=_retention(settings),
         created_at=datetime.now(UTC),
     )
+
+
+def _retention(settings: Profile) -> SnapshotRetention:
+    rule = settings.snapshots
+    most = None if rule.max_bytes is None else ram.size_in_bytes(rule.max_bytes)
+    return SnapshotRetention(count=rule.count, daily=rule.daily, max_bytes=most)
 
 
 def _quota(settings: Profile) -> Quota | None:
