@@ -19,7 +19,7 @@ from sessiond.session.model import LayerNumber
 from sessiond.session.tree import Check, tree_bytes
 
 _NOTE = "trusted.sessiond.bytes"
-_FORMAT = re.compile(rb"([1-9][0-9]*) ([0-9]{1,19})")
+_FORMAT = re.compile(rb"([1-9][0-9]*) ([0-9]{1,16})")
 
 
 def layer_bytes(layer: Path, number: LayerNumber, check: Check) -> int:

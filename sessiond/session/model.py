@@ -151,8 +151,8 @@ class SnapshotRecord(BaseModel):
     """To be kept until a person deletes it, whatever the rules say."""
 
 
-class SnapshotRetention(BaseModel):
-    """Which snapshots are kept by themselves; those for which there is no rule always are."""
+class SnapshotRules(BaseModel):
+    """Which snapshots are made by themselves, and which are kept: all, where no rule says else."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -162,6 +162,8 @@ class SnapshotRetention(BaseModel):
     """The last of each of so many days on which there is any."""
     max_bytes: _Count | None = None
     """As many as take no more than this beside what the merged view is built on."""
+    every: Annotated[int, Field(ge=60, lt=2**31)] | None = None
+    """Seconds from one automatic one to the next."""
 
 
 class SessionRecord(BaseModel):
@@ -189,7 +191,7 @@ class SessionRecord(BaseModel):
     quota: Quota | None = None
     """What it may take on disk, now or once it is moved there; None: as much as there is."""
     thresholds: SpaceThresholds = SpaceThresholds()
-    retention: SnapshotRetention = SnapshotRetention()
+    snapshot_rules: SnapshotRules = SnapshotRules()
     created_at: _Moment
     last_reset: _Moment | None = None
     next_layer: _Layer = LayerNumber(2)

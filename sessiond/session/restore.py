@@ -53,7 +53,7 @@ async def _restore_held(session: Session, target: SnapshotRecord, *, mounted: bo
     before = session.record
     snapshot = None
     try:
-        changed = await _is_changed(session)
+        changed = await is_changed(session)
         replaced = before.committed() if changed else before
         if changed or not _is_kept(before):
             snapshot = _automatic(replaced, target)
@@ -77,8 +77,8 @@ async def _restore_held(session: Session, target: SnapshotRecord, *, mounted: bo
             raise
 
 
-async def _is_changed(session: Session) -> bool:
-    """Say whether the upper has changed anything."""
+async def is_changed(session: Session) -> bool:
+    """Say whether the upper has changed anything. Raises `ImageUnavailable`, `Failed`."""
     store, record = session.services.store, session.record
     upper, below = store.upper(record).fs, await session.below(record)
     with explained(f"look into the upper of session {record.id}"):

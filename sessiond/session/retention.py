@@ -42,7 +42,7 @@ class Removal(NamedTuple):
 
 def outdated(record: SessionRecord) -> list[Removal]:
     """Return what `count` and `daily` do not keep, oldest first."""
-    rule = record.retention
+    rule = record.snapshot_rules
     free = [one for one in record.snapshots if not one.pinned]
     if rule.count is None and rule.daily is None:
         automatic = [one for one in free if one.automatic]
@@ -72,7 +72,7 @@ def too_large(record: SessionRecord, sizes: Mapping[LayerNumber, int]) -> list[R
 
     Automatic ones go first, and older ones before newer ones, but none that gives nothing back.
     """
-    most = record.retention.max_bytes
+    most = record.snapshot_rules.max_bytes
     removals: list[Removal] = []
     while most is not None and (taken := _taken(record, sizes)) > most:
         victim = next(_givers(record), None)

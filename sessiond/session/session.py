@@ -210,12 +210,13 @@ class Session:
         return self._start_job(Operation.PERSIST, started_by, lambda job: move_to_disk(self, job))
 
     async def snapshot(
-        self, name: str, *, description: str = "", pinned: bool = False
+        self, name: str, *, description: str = "", pinned: bool = False, automatic: bool = False
     ) -> SnapshotRecord:
         """Keep the merged view as it is now, under `name`; on disk, if the session is.
 
-        A `pinned` one is deleted by nobody but people. Raises `InvalidName`, `SnapshotExists`,
-        `InvalidOption`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        A `pinned` one is deleted by nobody but people; an `automatic` one nobody has asked for.
+        Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `Busy`, `NoSuchSession`, `NoSpace`,
+        `Failed`.
         """
         checked_name = snapshot_name(name)
         _check_description(description)
@@ -228,6 +229,7 @@ class Session:
                 created_at=datetime.now(UTC),
                 layers=after.layers,
                 pinned=pinned,
+                automatic=automatic,
             )
             await self.switch_and_keep(after, snapshot)
         if self.storage is StorageKind.PERSISTENT:
@@ -296,7 +298,7 @@ class Session:
 
         Raises `NoSpace`, `Failed`.
         """
-        await self._become_idle()
+        await self.become_idle()
         removals = choose(self.record)
         if removals and not self._closing:
             with self._operating("snapshots are being thinned out"):
@@ -379,7 +381,7 @@ class Session:
         first; what others have mounted there stays. Raises what prevents it; the state is FAILED
         then.
         """
-        await self._become_idle()
+        await self.become_idle()
         if self.mount is not None:
             return
         with self._operating("it is being mounted", self.state):
@@ -436,7 +438,7 @@ class Session:
         if self._job is not None:
             self._job.stop(reason)
         with trio.CancelScope(shield=True):
-            await self._become_idle()
+            await self.become_idle()
             if self._nursery is not None:
                 self._nursery.cancel_scope.cancel()
                 await self._ended.wait()
@@ -483,7 +485,7 @@ class Session:
         finally:
             self._end()
 
-    async def _become_idle(self) -> None:
+    async def become_idle(self) -> None:
         """Wait until no operation runs; none can begin before the caller's next checkpoint."""
         while self._operation is not None:
             await self._idle.wait()
@@ -733,7 +735,7 @@ class Session:
         log.error("%s It is started again.", self.failure)
         if self._job is not None:
             self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
-        await self._become_idle()
+        await self.become_idle()
         if not self._closing:
             with self._operating("it is being mounted again", SessionState.FAILED):
                 await mount.unmount()

@@ -1,20 +1,24 @@
-"""What a session does about its snapshots by itself: counts what they take, and thins them out.
+"""What a session does about its snapshots by itself: makes them, counts what they take, and thins
+them out.
 
 One task for each session. It begins nothing while an operation runs, and an operation that is asked
-for while it deletes is refused with `Busy`, as by any other.
+for while it makes or deletes some is refused with `Busy`, as by any other.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from sessiond.errors import SessiondError
+from sessiond.errors import NoSuchSession, SessiondError
 from sessiond.session.layer_size import layer_bytes
 from sessiond.session.model import LayerNumber, SessionRecord, SnapshotName, StorageKind
+from sessiond.session.restore import automatic_name, is_changed
 from sessiond.session.retention import Removal, exclusive, to_make_room, too_large, users
 from sessiond.session.space import SpaceLevel
 
@@ -47,6 +51,8 @@ class Upkeep:
         self._wanted = trio.Event()
         self._table: dict[SnapshotName, SnapshotSize] = {}
         self._table_of: SessionRecord | None = None
+        self._due = math.inf
+        """When to make the next one, as trio tells the time."""
 
     def wake(self) -> None:
         """Look at the snapshots again, soon: something has changed."""
@@ -77,18 +83,34 @@ class Upkeep:
 
     async def run(self) -> None:
         """Do what is to be done, each time that the session is changed or its space is short."""
+        self._due = trio.current_time() + _seconds_left(self._session.record)
         while True:
             self._wanted = trio.Event()
             try:
+                if trio.current_time() >= self._due:
+                    self._due += self._session.record.snapshot_rules.every or math.inf
+                    await self._make()
                 await self._count()
                 await self._prune(lambda record: too_large(record, self._known(record)))
                 if self._session.space_level is SpaceLevel.CRITICAL:
                     await self._make_room()
+            except NoSuchSession:  # it is being closed
+                return
             except SessiondError as error:
-                log.warning(
-                    "Session %s: its snapshots are not thinned out: %s", self._session.id, error
-                )
-            await self._wanted.wait()
+                log.warning("Snapshots of session %s: %s", self._session.id, error)
+            with trio.move_on_at(self._due):
+                await self._wanted.wait()
+
+    async def _make(self) -> None:
+        """Make an automatic snapshot, if anything was changed since the last one."""
+        session = self._session
+        await session.become_idle()
+        # One that is not mounted changes nothing, and is not mounted for this.
+        if session.mount is None or not await is_changed(session):
+            return
+        await session.become_idle()
+        name = automatic_name(session.record, "timed", datetime.now(UTC))
+        await session.snapshot(name, automatic=True)
 
     async def _count(self) -> None:
         """Count layers of snapshots that are not counted yet."""
@@ -123,3 +145,16 @@ class Upkeep:
     async def _prune(self, choose: Callable[[SessionRecord], list[Removal]]) -> None:
         if choose(self._session.record):
             await self._session.prune(choose)
+
+
+def _seconds_left(record: SessionRecord) -> float:
+    """Return how long it is until the next automatic snapshot is to be made.
+
+    Whatever has happened to the clock, never longer than from one to the next.
+    """
+    every = record.snapshot_rules.every
+    if every is None:
+        return math.inf
+    automatic = [one.created_at for one in record.snapshots if one.automatic]
+    passed = (datetime.now(UTC) - max([record.created_at, *automatic])).total_seconds()
+    return min(max(every - passed, 0.0), every)

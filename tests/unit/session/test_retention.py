@@ -15,7 +15,7 @@ from sessiond.session.model import (
     SessionRecord,
     SnapshotName,
     SnapshotRecord,
-    SnapshotRetention,
+    SnapshotRules,
     StorageKind,
     Uid,
 )
@@ -45,7 +45,7 @@ def snapshot(name: str, *numbers: int, days: float = 0.0, **marks: bool) -> Snap
 
 
 def session(
-    rule: SnapshotRetention, snapshots: Collection[SnapshotRecord], *mounted: int
+    rule: SnapshotRules, snapshots: Collection[SnapshotRecord], *mounted: int
 ) -> SessionRecord:
     """A session whose view is built on the layers `mounted`."""
     return SessionRecord(
@@ -59,7 +59,7 @@ def session(
         nosuid=False,
         nodev=False,
         storage=StorageKind.TMPFS,
-        retention=rule,
+        snapshot_rules=rule,
         created_at=NOON,
         upper=LayerNumber(99),
         next_layer=LayerNumber(100),
@@ -74,8 +74,8 @@ def names(removals: list[Removal]) -> list[str]:
 
 def test_without_a_rule_all_that_people_have_made_is_kept() -> None:
     made = [snapshot(f"s{number}", number) for number in range(1, 90)]
-    assert outdated(session(SnapshotRetention(), made)) == []
-    assert too_large(session(SnapshotRetention(), made), dict.fromkeys(layers(1, 2), 1 << 40)) == []
+    assert outdated(session(SnapshotRules(), made)) == []
+    assert too_large(session(SnapshotRules(), made), dict.fromkeys(layers(1, 2), 1 << 40)) == []
 
 
 def test_without_a_rule_automatic_ones_are_kept_to_a_number() -> None:
@@ -83,21 +83,21 @@ def test_without_a_rule_automatic_ones_are_kept_to_a_number() -> None:
     made += [
         snapshot(f"a{number}", number, automatic=True) for number in range(2, AUTOMATIC_LIMIT + 4)
     ]
-    assert names(outdated(session(SnapshotRetention(), made))) == ["a2", "a3"]
+    assert names(outdated(session(SnapshotRules(), made))) == ["a2", "a3"]
 
 
 @pytest.mark.parametrize(
     ("rule", "gone"),
     [
-        (SnapshotRetention(count=2), ["a", "b", "c", "d"]),
-        (SnapshotRetention(count=100), []),
-        (SnapshotRetention(daily=2), ["a", "b", "c", "e"]),
-        (SnapshotRetention(daily=100), ["a", "c", "e"]),
-        (SnapshotRetention(count=1, daily=3), ["a", "c", "e"]),
-        (SnapshotRetention(count=2, daily=3), ["a", "c"]),
+        (SnapshotRules(count=2), ["a", "b", "c", "d"]),
+        (SnapshotRules(count=100), []),
+        (SnapshotRules(daily=2), ["a", "b", "c", "e"]),
+        (SnapshotRules(daily=100), ["a", "c", "e"]),
+        (SnapshotRules(count=1, daily=3), ["a", "c", "e"]),
+        (SnapshotRules(count=2, daily=3), ["a", "c"]),
     ],
 )
-def test_the_newest_and_the_last_of_days_are_kept(rule: SnapshotRetention, gone: list[str]) -> None:
+def test_the_newest_and_the_last_of_days_are_kept(rule: SnapshotRules, gone: list[str]) -> None:
     made = [
         snapshot("a", 1),
         snapshot("b", 2, days=0.1),
@@ -116,7 +116,7 @@ def test_the_newest_and_the_last_of_days_are_kept(rule: SnapshotRetention, gone:
 def test_max_bytes_counts_what_snapshots_alone_keep() -> None:
     sizes = dict.fromkeys(layers(1, 2, 3, 4, 99), 100)
     made = [snapshot("a", 1), snapshot("b", 2, 1), snapshot("c", 3), snapshot("d", 4)]
-    rule = SnapshotRetention(max_bytes=200)
+    rule = SnapshotRules(max_bytes=200)
     assert names(too_large(session(rule, made, 1), sizes)) == ["b"]
     assert names(too_large(session(rule, made), sizes)) == ["b", "a"]
     assert names(too_large(session(rule, made, 2, 1), sizes)) == []
@@ -130,7 +130,7 @@ def test_max_bytes_counts_what_snapshots_alone_keep() -> None:
 def test_none_goes_in_vain() -> None:
     """The older ones of a chain give nothing back, and are no reason to lose them."""
     chain = [snapshot("a", 1), snapshot("b", 2, 1), snapshot("c", 3, 2, 1)]
-    rule = SnapshotRetention(max_bytes=250)
+    rule = SnapshotRules(max_bytes=250)
     assert names(too_large(session(rule, chain), dict.fromkeys(layers(1, 2, 3), 100))) == ["c"]
 
 
@@ -142,5 +142,5 @@ def test_short_space_takes_the_oldest_automatic_one_that_gives_something_back() 
         snapshot("old", 4, automatic=True),
         snapshot("new", 5, automatic=True),
     ]
-    assert names(to_make_room(session(SnapshotRetention(), made, 3))) == ["old"]
-    assert to_make_room(session(SnapshotRetention(count=1), made[:3], 3)) == []
+    assert names(to_make_room(session(SnapshotRules(), made, 3))) == ["old"]
+    assert to_make_room(session(SnapshotRules(count=1), made[:3], 3)) == []

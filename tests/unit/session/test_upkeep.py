@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from sessiond.config import Config
 from sessiond.session import session as session_module
 from sessiond.session.layer_size import layer_bytes
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import LayerNumber, SnapshotName
+from sessiond.session.model import LayerNumber, SessionState, SnapshotName, SnapshotRules
 from sessiond.session.space import Space
 from sessiond.session.tree import tree_bytes, unchecked
+from sessiond.session.upkeep import _seconds_left
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
+from tests.unit.session.test_retention import session as session_record
+from tests.unit.session.test_retention import snapshot as snapshot_record
 
 ExpectLog = Callable[[str], None]
 
@@ -149,6 +156,52 @@ async def test_nobody_deletes_while_an_operation_runs(world: World) -> None:
         await job.wait()
         assert job.error is None
         await until(lambda: not session.snapshots)
+
+
+async def seen(condition: Callable[[], object]) -> None:
+    """Return once `condition` holds, with a clock that stands still."""
+    for _ in range(1000):
+        if condition():
+            return
+        await trio.testing.wait_all_tasks_blocked(0.01)
+    raise AssertionError
+
+
+async def test_snapshots_are_made_at_an_interval(
+    world: World, mock_clock: trio.testing.MockClock
+) -> None:
+    async with world.manager(config(world, every="1h")) as manager:
+        session = await create(manager)
+        await world.mount("s").write("one", b"")
+        mock_clock.jump(3599)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not session.snapshots
+        mock_clock.jump(2)
+        await seen(lambda: len(session.snapshots) == 1 and session.state is SessionState.ACTIVE)
+        (made,) = session.snapshots.values()
+        assert made.automatic
+        assert made.name.startswith("timed-20")
+        mock_clock.jump(3600)  # nothing was changed
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        await world.mount("s").write("two", b"")
+        mock_clock.jump(3600)
+        await seen(lambda: len(session.snapshots) == 2)
+        await seen(lambda: session.state is SessionState.ACTIVE)
+
+
+@pytest.mark.parametrize(
+    ("every", "passed", "left"),
+    [(None, 0, math.inf), (3600, 1000, 2600), (3600, 7200, 0), (3600, -86400, 3600)],
+)
+def test_the_interval_begins_with_the_last_automatic_one(
+    every: int | None, passed: float, left: float
+) -> None:
+    then = datetime.now(UTC) - timedelta(seconds=passed)
+    made = snapshot_record("a", 1, automatic=True).model_copy(update={"created_at": then})
+    by_hand = snapshot_record("b", 2)
+    record = session_record(SnapshotRules(every=every), [made, by_hand])
+    created = record.model_copy(update={"created_at": then - timedelta(days=9)})
+    assert _seconds_left(created) == pytest.approx(left, abs=60)
 
 
 @pytest.mark.root
