@@ -88,6 +88,19 @@ class DaemonTable(_Table):
     """File for Prometheus; none if not given."""
 
 
+class SnapshotsTable(_Table):
+    """`[profile.NAME.snapshots]`: which are made by themselves, and which are kept."""
+
+    count: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The newest so many."""
+    daily: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    """The last of each of so many days."""
+    max_bytes: Annotated[str, Field(pattern=rf"^({_BYTES}|{_TERABYTES})$")] | None = None
+    """What they may take beside what the merged view is built on: bytes with a suffix."""
+    every: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}(min|h|d)$")] | None = None
+    """Time from one automatic one to the next."""
+
+
 class Profile(_Table):
     """`[profile.NAME]`: a kind of session."""
 
@@ -118,6 +131,8 @@ class Profile(_Table):
 
     data_path: Literal["passthrough", "cached", "plain"] = "passthrough"
     """See `sessiond.session.model.DataPath`."""
+
+    snapshots: SnapshotsTable = SnapshotsTable()
 
     @field_validator("mount_point")
     @classmethod
@@ -281,24 +296,44 @@ def _sentences(error: ValidationError, merged: _Merged, file: Path) -> Iterable[
         yield f"{merged.file_of(key, file)}: {'.'.join(key)}: {_what_is_allowed(details, key)}."
 
 
+_SECONDS = {"min": 60, "h": 3600, "d": 86400}
+
+
+def seconds(duration: str) -> int:
+    """Return how long `duration`, as it stands in the configuration, is."""
+    number = duration.rstrip("mindh")
+    return int(number) * _SECONDS[duration.removeprefix(number)]
+
+
+def _table_of(key: _Key) -> type[_Table]:
+    """Return the table that `key` is written in."""
+    if key[0] == "profile" and key[2:3] == ("snapshots",) and len(key) > 3:
+        return SnapshotsTable
+    return _TABLES[key[0]] if len(key) > 1 else Config
+
+
+_PATTERNS: Mapping[str, str] = {
+    "size": "a size is like '512M', '2G', or a part of RAM like '50%'",
+    "quota": "a quota is like '512M' or '20G'",
+    "max_bytes": "a size is like '512M' or '20G'",
+    "every": "a time is like '30min', '1h' or '7d'",
+    "volatile_limit": "a limit is like '4G', a part of RAM like '85%', or 'none'",
+    "verity_root_hash": "a root hash is 32 to 128 lower-case hexadecimal digits",
+}
+"""What is allowed in keys that have a form."""
+
+
 def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
     match details["type"]:
         case "extra_forbidden":
-            table = _TABLES[key[0]] if len(key) > 1 else Config
-            return f"is unknown; allowed are: {', '.join(table.model_fields)}"
+            return f"is unknown; allowed are: {', '.join(_table_of(key).model_fields)}"
         case "missing":
             return "is missing"
         case "value_error":
             return str(details["ctx"]["error"])
         case "path_type":
             return "an absolute path without '..' is needed"
-        case "string_pattern_mismatch" if key[-1] == "size":
-            return "a size is like '512M', '2G', or a part of RAM like '50%'"
-        case "string_pattern_mismatch" if key[-1] == "quota":
-            return "a quota is like '512M' or '20G'"
-        case "string_pattern_mismatch" if key[-1] == "volatile_limit":
-            return "a limit is like '4G', a part of RAM like '85%', or 'none'"
         case "string_pattern_mismatch":
-            return "a root hash is 32 to 128 lower-case hexadecimal digits"
+            return _PATTERNS[key[-1]]
         case _:
             return details["msg"][0].lower() + details["msg"][1:]

@@ -30,7 +30,7 @@ class Action(StrEnum):
     RESET = "reset this session"
     SNAPSHOT = "take a snapshot of this session"
     RESTORE = "restore this session"
-    EDIT_SNAPSHOT = "rename or delete a snapshot of this session"
+    EDIT_SNAPSHOT = "change or delete a snapshot of this session"
     PERSIST = "make this session persistent"
     CLOSE = "close this session"
     COMPARE = "see what has changed in this session"

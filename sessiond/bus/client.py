@@ -124,6 +124,16 @@ class SnapshotInfo(_Info):
     description: str
     created_at: _Moment
     parent: str
+    automatic: bool
+    """Made by sessiond by itself."""
+    pinned: bool
+    """Not to be deleted by rules."""
+    size: int
+    """Bytes that its layers take on disk; 0 unless `size_valid`."""
+    exclusive: int
+    """Bytes of them that are given back when it is deleted; 0 unless `size_valid`."""
+    size_valid: bool
+    """Whether all its layers are counted."""
 
 
 class JobInfo(_Info):
@@ -330,6 +340,14 @@ class Snapshot(_Proxy):
         """Give it another name; this proxy is of no use afterwards."""
         await self._call("Rename", "s", name)
 
+    async def describe(self, description: str) -> None:
+        """Give it another description."""
+        await self._call("Describe", "s", description)
+
+    async def pin(self, pinned: bool) -> None:
+        """Keep it from being deleted by rules, or leave it to them again."""
+        await self._call("Pin", "b", pinned)
+
 
 class Session(_Proxy):
     """A session."""
@@ -351,9 +369,13 @@ class Session(_Proxy):
         """Start to make it pristine again."""
         return await self._start("Reset", "a{sv}", {})
 
-    async def restore(self, snapshot: str) -> Job:
-        """Start to bring it back to one of its snapshots."""
-        return await self._start("Restore", "sa{sv}", snapshot, {})
+    async def restore(self, snapshot: str, *, undo: bool = True) -> Job:
+        """Start to bring it back to one of its snapshots.
+
+        With `undo`, what is replaced is kept as an automatic snapshot.
+        """
+        options = {} if undo else {"undo": Variant("b", False)}
+        return await self._start("Restore", "sa{sv}", snapshot, options)
 
     async def persist(self, *, verify: bool = True) -> Job:
         """Start to move it to disk, so that it survives a reboot.
@@ -378,9 +400,11 @@ class Session(_Proxy):
         (path,) = await self._call(member, signature, *values)
         return Job(self._connection, str(path))
 
-    async def snapshot(self, name: str, *, description: str = "") -> Snapshot:
+    async def snapshot(self, name: str, *, description: str = "", pinned: bool = False) -> Snapshot:
         """Take a snapshot of it."""
         options = {"description": Variant("s", description)} if description else {}
+        if pinned:
+            options["pinned"] = Variant("b", True)
         await self._call("Snapshot", "sa{sv}", name, options, timeout=OPERATION_TIMEOUT)
         return self.snapshot_named(name)
 

@@ -12,7 +12,7 @@ from sessiond.bus.operations import Operations, Options
 from sessiond.bus.wire import Variant, shown
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SnapshotRecord, Uid
+from sessiond.session.model import LayerNumber, SnapshotName, Uid
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -182,27 +182,39 @@ class SnapshotObject(Interface):
     name = names.SNAPSHOT
     properties = (
         Property("Name", "s", Change.NEVER),
-        Property("Description", "s", Change.NEVER),
+        Property("Description", "s"),
         Property("CreatedAt", "t", Change.NEVER),
         Property("Parent", "o"),
+        Property("Automatic", "b", Change.NEVER),
+        Property("Pinned", "b"),
+        Property("Size", "t"),
+        Property("Exclusive", "t"),
+        Property("SizeValid", "b"),
     )
 
-    def __init__(self, session: Session, record: SnapshotRecord, operations: Operations) -> None:
+    def __init__(self, session: Session, name: SnapshotName, operations: Operations) -> None:
+        """`name`: of a snapshot that there is, for as long as this object is asked."""
         self._session = session
-        self._record = record
+        self._name = name
         self._operations = operations
 
     def property_values(self) -> dict[str, object]:
+        record = self._session.snapshots[self._name]
+        size = self._session.snapshot_size(self._name)
         return {
-            "Name": self._record.name,
-            "Description": shown(self._record.description),
-            "CreatedAt": _microseconds(self._record.created_at),
-            "Parent": self._parent(),
+            "Name": self._name,
+            "Description": shown(record.description),
+            "CreatedAt": _microseconds(record.created_at),
+            "Parent": self._parent(record.layers),
+            "Automatic": record.automatic,
+            "Pinned": record.pinned,
+            "Size": size.bytes,
+            "Exclusive": size.exclusive,
+            "SizeValid": size.known,
         }
 
-    def _parent(self) -> str:
+    def _parent(self, layers: tuple[LayerNumber, ...]) -> str:
         """Return the path of the snapshot this one was built on, or ``/``."""
-        layers = self._record.layers
         below = [
             record
             for record in self._session.snapshots.values()
@@ -216,11 +228,19 @@ class SnapshotObject(Interface):
 
     @method("Delete")
     async def delete(self, caller: Caller) -> None:
-        await self._operations.delete_snapshot(caller, self._session, self._record.name)
+        await self._operations.delete_snapshot(caller, self._session, self._name)
 
     @method("Rename", "s name")
     async def rename(self, caller: Caller, name: str) -> None:
-        await self._operations.rename_snapshot(caller, self._session, self._record.name, name)
+        await self._operations.rename_snapshot(caller, self._session, self._name, name)
+
+    @method("Describe", "s description")
+    async def describe(self, caller: Caller, description: str) -> None:
+        await self._operations.describe_snapshot(caller, self._session, self._name, description)
+
+    @method("Pin", "b pinned")
+    async def pin(self, caller: Caller, pinned: bool) -> None:
+        await self._operations.pin_snapshot(caller, self._session, self._name, pinned)
 
 
 class JobObject(Interface):

@@ -16,6 +16,7 @@ from sessiond.bus.options import (
     CreateOptions,
     NoOptions,
     PersistOptions,
+    RestoreOptions,
     SnapshotOptions,
     parse,
 )
@@ -52,13 +53,13 @@ class Operations:
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         await authorise(caller, Action.SNAPSHOT, session)
         chosen = parse(SnapshotOptions, options)
-        record = await session.snapshot(name, description=chosen.description)
+        record = await session.snapshot(name, description=chosen.description, pinned=chosen.pinned)
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         uid = await authorise(caller, Action.RESTORE, session)
-        parse(NoOptions, options)
-        return self._publish(session.restore(name, started_by=uid))
+        chosen = parse(RestoreOptions, options)
+        return self._publish(session.restore(name, started_by=uid, undo=chosen.undo))
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session)
@@ -103,3 +104,13 @@ class Operations:
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.rename_snapshot(name, new_name)
+
+    async def describe_snapshot(
+        self, caller: Caller, session: Session, name: str, description: str
+    ) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.describe_snapshot(name, description)
+
+    async def pin_snapshot(self, caller: Caller, session: Session, name: str, pinned: bool) -> None:
+        await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.pin_snapshot(name, pinned)

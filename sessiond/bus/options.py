@@ -26,6 +26,13 @@ class SnapshotOptions(NoOptions):
     """Options of Snapshot and SnapshotSession."""
 
     description: str = Field("", description="a string for people")
+    pinned: bool = Field(False, description="a boolean: whether rules may not delete it")
+
+
+class RestoreOptions(NoOptions):
+    """Options of Restore."""
+
+    undo: bool = Field(True, description="a boolean: whether to keep what is replaced")
 
 
 class CompareOptions(NoOptions):

@@ -126,13 +126,13 @@ class Service:
 
     def _follow_snapshots(self, session: Session) -> None:
         """Have an object for each snapshot of the session, under its present name, and no other."""
-        wanted = {names.snapshot_path(session.id, s.name): s for s in session.snapshots.values()}
+        wanted = {names.snapshot_path(session.id, name): name for name in session.snapshots}
         for path in self.tree.below(names.session_path(session.id)):
             if path not in wanted:
                 self.tree.remove(path)
-        for path, record in wanted.items():
+        for path, name in wanted.items():
             if path not in self.tree:
-                self.tree.add(path, SnapshotObject(session, record, self._operations))
+                self.tree.add(path, SnapshotObject(session, name, self._operations))
         for path in wanted:
             self.tree.changed(path)
 

@@ -23,7 +23,11 @@ class Arguments(argparse.Namespace):
     json: bool = False
     session: str
     snapshot: str
-    description: str
+    description: str | None
+    name: str | None
+    """New name of a snapshot."""
+    pin: bool | None
+    undo: bool
     start: str
     """Snapshot to compare with; empty for the image."""
     end: str
@@ -112,8 +116,20 @@ def _parser() -> argparse.ArgumentParser:
     command("reset", "Drop all changes: the session shows its image again", one)
     snapshot = command("snapshot", "Keep the present state of a session", telling, one, named)
     snapshot.add_argument("--description", default="", metavar="TEXT", help="what it is good for")
+    snapshot.add_argument("--pin", action="store_true", help="keep it, whatever the rules say")
     command("snapshots", "List the snapshots of a session", telling, one)
-    command("restore", "Go back to a snapshot", one, named)
+    restore = command("restore", "Go back to a snapshot; what is replaced is kept", one, named)
+    restore.add_argument(
+        "--no-undo", dest="undo", action="store_false", help="give up what is replaced"
+    )
+    edit = command("edit-snapshot", "Rename, describe, pin or release a snapshot", one, named)
+    edit.add_argument("--name", metavar="NAME", help="a new name")
+    edit.add_argument("--description", metavar="TEXT", help="a new description")
+    edit.add_argument(
+        "--pin",
+        action=argparse.BooleanOptionalAction,
+        help="keep it, whatever the rules say; or leave it to them again",
+    )
     command("delete-snapshot", "Delete a snapshot", one, named)
     persist = command("persist", "Move a session to disk, so that it survives a reboot", one)
     persist.add_argument(

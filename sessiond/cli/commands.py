@@ -99,7 +99,9 @@ async def reset(client: Client, asked: Arguments) -> None:
 async def snapshot(client: Client, asked: Arguments) -> None:
     """Keep the present state of a session."""
     session = await client.session(asked.session)
-    taken = await session.snapshot(asked.snapshot, description=asked.description)
+    taken = await session.snapshot(
+        asked.snapshot, description=asked.description or "", pinned=bool(asked.pin)
+    )
     if asked.json:
         print_json(_snapshot_json(await taken.info()))
 
@@ -111,15 +113,41 @@ async def snapshots(client: Client, asked: Arguments) -> None:
     if asked.json:
         print_json([_snapshot_json(one) for one in found])
         return
-    rows = [(one.name, when(one.created_at), one.description) for one in found]
-    print_table(("NAME", "CREATED", "DESCRIPTION"), rows)
+    rows = [
+        (
+            one.name,
+            when(one.created_at),
+            size(one.size) if one.size_valid else "counting",
+            size(one.exclusive) if one.size_valid else "",
+            _kind(one),
+            one.description,
+        )
+        for one in found
+    ]
+    print_table(("NAME", "CREATED", "SIZE", "GIVES BACK", "KIND", "DESCRIPTION"), rows)
+
+
+def _kind(snapshot: SnapshotInfo) -> str:
+    kinds = (("automatic", snapshot.automatic), ("pinned", snapshot.pinned))
+    return ", ".join(kind for kind, is_so in kinds if is_so)
+
+
+async def edit_snapshot(client: Client, asked: Arguments) -> None:
+    """Change what is noted of a snapshot; the name last, by which it is found."""
+    snapshot = (await client.session(asked.session)).snapshot_named(asked.snapshot)
+    if asked.description is not None:
+        await snapshot.describe(asked.description)
+    if asked.pin is not None:
+        await snapshot.pin(asked.pin)
+    if asked.name is not None:
+        await snapshot.rename(asked.name)
 
 
 async def restore(client: Client, asked: Arguments) -> None:
     """Bring a session back to a snapshot."""
     session = await client.session(asked.session)
     title = f"Restoring {asked.session} to {asked.snapshot}"
-    await carry_out(session.restore(asked.snapshot), title)
+    await carry_out(session.restore(asked.snapshot, undo=asked.undo), title)
 
 
 async def delete_snapshot(client: Client, asked: Arguments) -> None:
@@ -185,6 +213,7 @@ COMMANDS: dict[str, Command] = {
     "snapshot": snapshot,
     "snapshots": snapshots,
     "restore": restore,
+    "edit-snapshot": edit_snapshot,
     "delete-snapshot": delete_snapshot,
     "persist": persist,
     "diff": diff,

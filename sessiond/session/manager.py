@@ -14,7 +14,7 @@ from pathlib import Path
 
 import trio
 
-from sessiond.config import Config, Profile
+from sessiond.config import Config, Profile, seconds
 from sessiond.errors import NoSuchProfile, NoSuchSession, SessiondError, SessionExists
 from sessiond.session import mount_point, ram
 from sessiond.session.accounts import Account, find_account, session_ids
@@ -28,6 +28,7 @@ from sessiond.session.model import (
     SessionId,
     SessionRecord,
     SessionState,
+    SnapshotRules,
     SpaceThresholds,
     StorageKind,
     Uid,
@@ -407,8 +408,16 @@ def _new_record(
         thresholds=SpaceThresholds(
             warning=settings.space_warning, critical=settings.space_critical
         ),
+        snapshot_rules=_snapshot_rules(settings),
         created_at=datetime.now(UTC),
     )
+
+
+def _snapshot_rules(settings: Profile) -> SnapshotRules:
+    rule = settings.snapshots
+    most = None if rule.max_bytes is None else ram.size_in_bytes(rule.max_bytes)
+    every = None if rule.every is None else seconds(rule.every)
+    return SnapshotRules(count=rule.count, daily=rule.daily, max_bytes=most, every=every)
 
 
 def _quota(settings: Profile) -> Quota | None:

@@ -145,6 +145,25 @@ class SnapshotRecord(BaseModel):
     created_at: _Moment
     layers: tuple[_Layer, ...]
     """Topmost first, without the image."""
+    automatic: bool = False
+    """Made by sessiond, and not because a person had asked for it."""
+    pinned: bool = False
+    """To be kept until a person deletes it, whatever the rules say."""
+
+
+class SnapshotRules(BaseModel):
+    """Which snapshots are made by themselves, and which are kept: all, where no rule says else."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: Annotated[int, Field(ge=1)] | None = None
+    """The newest so many."""
+    daily: Annotated[int, Field(ge=1)] | None = None
+    """The last of each of so many days on which there is any."""
+    max_bytes: _Count | None = None
+    """As many as take no more than this beside what the merged view is built on."""
+    every: Annotated[int, Field(ge=60, lt=2**31)] | None = None
+    """Seconds from one automatic one to the next."""
 
 
 class SessionRecord(BaseModel):
@@ -172,6 +191,7 @@ class SessionRecord(BaseModel):
     quota: Quota | None = None
     """What it may take on disk, now or once it is moved there; None: as much as there is."""
     thresholds: SpaceThresholds = SpaceThresholds()
+    snapshot_rules: SnapshotRules = SnapshotRules()
     created_at: _Moment
     last_reset: _Moment | None = None
     next_layer: _Layer = LayerNumber(2)
@@ -180,6 +200,8 @@ class SessionRecord(BaseModel):
     layers: tuple[_Layer, ...] = ()
     """Committed layers between the upper and the image, topmost first."""
     snapshots: tuple[SnapshotRecord, ...] = ()
+    restoring: Annotated[SnapshotName, _NAME] | None = None
+    """The automatic snapshot of a restore that has begun: of no use if that is not completed."""
 
     @model_validator(mode="after")
     def _make_sense(self) -> Self:
@@ -220,6 +242,7 @@ class SessionRecord(BaseModel):
                 "upper": self.next_layer,
                 "next_layer": LayerNumber(self.next_layer + 1),
                 "layers": layers,
+                "restoring": None,
             }
         )
 
@@ -234,6 +257,15 @@ class SessionRecord(BaseModel):
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""
         return self.model_copy(update={"snapshots": tuple(snapshots)})
+
+    def without_snapshots(self, gone: Collection[SnapshotRecord]) -> Self:
+        """The same layers and snapshots but for those."""
+        return self.with_snapshots([one for one in self.snapshots if one not in gone])
+
+    def with_restore_undone(self) -> Self:
+        """The same, without what a restore that was not completed has kept."""
+        snapshots = [one for one in self.snapshots if one.name != self.restoring]
+        return self.with_snapshots(snapshots).model_copy(update={"restoring": None})
 
     def gone_back_to(self, before: Self) -> Self:
         """The record `before`, except that no layer number made since is used again."""
@@ -252,6 +284,8 @@ class JobRecord(BaseModel):
     """What the session was kept on when the job began."""
     upper: _Layer
     """Its upper then."""
+    layers: tuple[_Layer, ...] | None = None
+    """Committed layers of the merged view once it is done; None: as they are."""
     finished: bool = False
     error: str = ""
     """The name of the class of the error of a job that has failed; else empty."""
@@ -264,7 +298,8 @@ class JobRecord(BaseModel):
         """
         if self.operation is Operation.PERSIST:
             return record.storage is not self.storage
-        return record.upper != self.upper
+        # A snapshot that was made first, so that it can be undone, has changed the upper, too.
+        return record.upper != self.upper and self.layers in {None, record.layers}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
@@ -57,9 +57,13 @@ from sessiond.session.model import (
 from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
+from sessiond.session.restore import restore
+from sessiond.session.retention import Removal, outdated
 from sessiond.session.services import Services
 from sessiond.session.settling import PendingFile, Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
+from sessiond.session.tree import Check
+from sessiond.session.upkeep import SnapshotSize, Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +107,8 @@ class Session:
         self._compared: Counter[LayerNumber] = Counter()
         """Layers that comparisons read: they are deleted after that, if they are to be."""
         self._settling = Settling(self)
+        self._deletions = 0
+        self._upkeep = Upkeep(self)
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
 
@@ -151,6 +157,15 @@ class Session:
         """By name, in the order in which they were made."""
         return {snapshot.name: snapshot for snapshot in self.record.snapshots}
 
+    def snapshot_size(self, name: SnapshotName) -> SnapshotSize:
+        """Return what a snapshot, which there is, takes on disk, as far as that is known now."""
+        return self._upkeep.size(name)
+
+    @property
+    def is_deleting(self) -> bool:
+        """Whether layers are being deleted, whose space is not given back yet."""
+        return self._deletions > 0
+
     @property
     def usage(self) -> Usage:
         """Bytes and inodes used now; of a session without a limit, those of the whole disk."""
@@ -174,15 +189,20 @@ class Session:
 
         How long it takes does not depend on how much was changed.
         """
-        return self._start_job(Operation.RESET, started_by, self._reset)
+        return self._start_job(Operation.RESET, started_by, self._reset, layers=())
 
-    def restore(self, name: str, *, started_by: Uid) -> Job:
-        """Go back to a snapshot. Raises `Busy`, `NoSuchSession`, `NoSuchSnapshot`."""
-        layers = self.record.snapshot(name).layers
+    def restore(self, name: str, *, started_by: Uid, undo: bool = True) -> Job:
+        """Go back to a snapshot. Raises `Busy`, `NoSuchSession`, `NoSuchSnapshot`.
+
+        With `undo`, what is replaced is kept as an automatic snapshot, unless there is nothing to
+        keep; where there is no space for that, the job fails with `NoSpace`.
+        """
+        target = self.record.snapshot(name)
         return self._start_job(
             Operation.RESTORE,
             started_by,
-            lambda _: self.switch(self.record.with_new_upper(layers)),
+            lambda _: restore(self, target, undo=undo),
+            layers=target.layers,
         )
 
     def persist(self, *, started_by: Uid, verify: bool = True) -> Job:
@@ -218,18 +238,17 @@ class Session:
         """Let observers know that something about the session is another."""
         self._tell(lambda observer: observer.session_changed(self))
 
-    async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
+    async def snapshot(
+        self, name: str, *, description: str = "", pinned: bool = False, automatic: bool = False
+    ) -> SnapshotRecord:
         """Keep the merged view as it is now, under `name`; on disk, if the session is.
 
+        A `pinned` one is deleted by nobody but people; an `automatic` one nobody has asked for.
         Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `Busy`, `NoSuchSession`, `NoSpace`,
         `Failed`.
         """
         checked_name = snapshot_name(name)
-        if len(description) > DESCRIPTION_LIMIT:
-            raise InvalidOption(
-                f"The description is {len(description)} characters long; at most "
-                f"{DESCRIPTION_LIMIT} are allowed."
-            )
+        _check_description(description)
         with self._operating("a snapshot is being made"):
             self._require_unused(checked_name)
             after = self.record.committed()
@@ -238,9 +257,10 @@ class Session:
                 description=description,
                 created_at=datetime.now(UTC),
                 layers=after.layers,
+                pinned=pinned,
+                automatic=automatic,
             )
-            await self.switch(after.with_snapshots((*after.snapshots, snapshot)))
-        self._tell(lambda observer: observer.snapshot_added(self, snapshot))
+            await self.switch_and_keep(after, snapshot)
         if self.storage is StorageKind.PERSISTENT:
             # The record is on disk, but not yet all that programs have written into the layer.
             await self.require_mount().sync()
@@ -252,10 +272,7 @@ class Session:
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
         with self._operating("a snapshot is being deleted"):
-            snapshot = self.record.snapshot(name)
-            others = [other for other in self.record.snapshots if other is not snapshot]
-            await self._write(self.record.with_snapshots(others))
-        self._tell(lambda observer: observer.snapshot_removed(self, snapshot))
+            await self.forget_snapshots([self.record.snapshot(name)])
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
         """Give a snapshot another name.
@@ -267,14 +284,67 @@ class Session:
         with self._operating("a snapshot is being renamed"):
             old = self.record.snapshot(name)
             self._require_unused(checked_name)
-            new = old.model_copy(update={"name": checked_name})
-            await self._write(
-                self.record.with_snapshots(
-                    [new if other is old else other for other in self.record.snapshots]
-                )
-            )
+            new = await self._edit(old, name=checked_name)
         self._tell(lambda observer: observer.snapshot_removed(self, old))
         self._tell(lambda observer: observer.snapshot_added(self, new))
+
+    async def describe_snapshot(self, name: str, description: str) -> None:
+        """Give a snapshot another description.
+
+        Raises `InvalidOption`, `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        _check_description(description)
+        with self._operating("a snapshot is being described"):
+            await self._edit(self.record.snapshot(name), description=description)
+
+    async def pin_snapshot(self, name: str, pinned: bool) -> None:
+        """Keep a snapshot until a person deletes it, or leave it to the rules again.
+
+        Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        with self._operating("a snapshot is being pinned or released"):
+            await self._edit(self.record.snapshot(name), pinned=pinned)
+
+    async def _edit(self, old: SnapshotRecord, **changed: object) -> SnapshotRecord:
+        new = old.model_copy(update=changed)
+        snapshots = [new if other is old else other for other in self.record.snapshots]
+        await self._write(self.record.with_snapshots(snapshots))
+        return new
+
+    async def forget_snapshots(self, gone: Collection[SnapshotRecord]) -> None:
+        """Delete snapshots, within an operation."""
+        await self._write(self.record.without_snapshots(gone))
+        self._tell_gone(gone)
+
+    async def undo_restore(self) -> None:
+        """Forget what a restore that has failed has kept; within an operation."""
+        gone = [one for one in self.record.snapshots if one.name == self.record.restoring]
+        await self._write(self.record.with_restore_undone())
+        self._tell_gone(gone)
+
+    async def prune(self, choose: Callable[[SessionRecord], list[Removal]]) -> None:
+        """Delete the snapshots that `choose` then returns, once no operation runs.
+
+        Raises `NoSpace`, `Failed`.
+        """
+        await self.become_idle()
+        removals = choose(self.record)
+        if removals and not self._closing:
+            with self._operating("snapshots are being thinned out"):
+                await self.forget_snapshots([one.snapshot for one in removals])
+                for one in removals:
+                    one.log(self.id)
+
+    def sizes_changed(self) -> None:
+        """Tell observers that more is known of what snapshots take."""
+        self._tell(lambda observer: observer.session_changed(self))
+
+    def _tell_gone(self, snapshots: Collection[SnapshotRecord]) -> None:
+        def tell(observer: Observer) -> None:
+            for snapshot in snapshots:
+                observer.snapshot_removed(self, snapshot)
+
+        self._tell(tell)
 
     async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
         """Count what differs between two states: from a snapshot, or the image where `start` is
@@ -327,6 +397,7 @@ class Session:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                nursery.start_soon(self._upkeep.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -339,7 +410,7 @@ class Session:
         first; what others have mounted there stays. Raises what prevents it; the state is FAILED
         then.
         """
-        await self._become_idle()
+        await self.become_idle()
         if self.mount is not None:
             return
         with self._operating("it is being mounted", self.state):
@@ -398,7 +469,7 @@ class Session:
         if self._job is not None:
             self._job.stop(reason)
         with trio.CancelScope(shield=True):
-            await self._become_idle()
+            await self.become_idle()
             if self._nursery is not None:
                 self._nursery.cancel_scope.cancel()
                 await self._ended.wait()
@@ -411,6 +482,8 @@ class Session:
             log.warning("The storage of session %s cannot be measured: %s", self.id, error)
             return
         level = self._space.new_level(space)
+        if self._space.level is SpaceLevel.CRITICAL:
+            self._upkeep.wake()
         if level is not None:
             used, total = space.bytes_used, space.bytes_total
             self._tell(lambda observer: observer.session_changed(self))
@@ -443,7 +516,7 @@ class Session:
         finally:
             self._end()
 
-    async def _become_idle(self) -> None:
+    async def become_idle(self) -> None:
         """Wait until no operation runs; none can begin before the caller's next checkpoint."""
         while self._operation is not None:
             await self._idle.wait()
@@ -463,24 +536,36 @@ class Session:
             self.services.observers.tell(what)
 
     def _start_job(
-        self, operation: Operation, started_by: Uid, body: Callable[[Job], Awaitable[None]]
+        self,
+        operation: Operation,
+        started_by: Uid,
+        body: Callable[[Job], Awaitable[None]],
+        *,
+        layers: tuple[LayerNumber, ...] | None = None,
     ) -> Job:
+        """`layers`: see `JobRecord`."""
         self._begin(f"a {operation} is running", SessionState.BUSY)
         number = self.services.job_numbers.take()
         job = Job(number, self.record, operation, started_by, self.services.observers)
         self._job = self.last_job = job
         self._tell(lambda observer: observer.job_added(job))
         self._tell(lambda observer: observer.session_changed(self))
-        self._tasks.start_soon(self._run_job, job, body)
+        self._tasks.start_soon(self._run_job, job, body, layers)
         return job
 
-    async def _run_job(self, job: Job, body: Callable[[Job], Awaitable[None]]) -> None:
+    async def _run_job(
+        self,
+        job: Job,
+        body: Callable[[Job], Awaitable[None]],
+        layers: tuple[LayerNumber, ...] | None,
+    ) -> None:
         begun = JobRecord(
             number=job.id,
             operation=job.operation,
             started_by=job.started_by,
             storage=self.storage,
             upper=self.record.upper,
+            layers=layers,
         )
         try:
             await self._note_job(begun)
@@ -529,8 +614,7 @@ class Session:
             )
         recorded = False
         with trio.CancelScope(shield=True):
-            image = await self._require_image()
-            below = (*self.services.store.lowers(after), image.root)[0]
+            below = await self.below(after)
             try:
                 gives_back = before.upper not in after.all_layers
                 make_upper = self.services.store.make_upper
@@ -542,6 +626,30 @@ class Session:
                 await self._go_back(before, after, error, recorded=recorded)
                 raise
         self.adopt(after)
+
+    async def switch_and_keep(
+        self,
+        after: SessionRecord,
+        snapshot: SnapshotRecord,
+        *,
+        besides: SnapshotRecord | None = None,
+    ) -> None:
+        """The same, with one more snapshot, and without those that the rules then no longer keep,
+        but with `besides`.
+        """
+        kept = after.with_snapshots((*after.snapshots, snapshot))
+        removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
+        gone = [one.snapshot for one in removals]
+        await self.switch(kept.without_snapshots(gone))
+        self._tell(lambda observer: observer.snapshot_added(self, snapshot))
+        for one in removals:
+            one.log(self.id)
+        self._tell_gone(gone)
+
+    async def below(self, record: SessionRecord) -> Path:
+        """Return the tree just below the upper of `record`. Raises `ImageUnavailable`."""
+        image = await self._require_image()
+        return (*self.services.store.lowers(record), image.root)[0]
 
     async def _go_back(
         self, before: SessionRecord, after: SessionRecord, error: BaseException, *, recorded: bool
@@ -561,6 +669,7 @@ class Session:
         self._delete_layers(unused)
         self.record = after
         self._tell(lambda observer: observer.session_changed(self))
+        self._upkeep.wake()
 
     async def _write(self, after: SessionRecord) -> None:
         with trio.CancelScope(shield=True):
@@ -572,7 +681,14 @@ class Session:
         layers = [self.services.store.layer(self.record, number) for number in unread]
         if layers:
             remove = partial(self.services.store.remove_layer, self.record)
-            self._tasks.start_soon(self.services.delete_trees, layers, remove)
+            self._deletions += 1
+            self._tasks.start_soon(self._delete_trees, layers, remove)
+
+    async def _delete_trees(
+        self, layers: list[Path], remove: Callable[[Path, Check], None]
+    ) -> None:
+        await self.services.delete_trees(layers, remove)
+        self._deletions -= 1
 
     def _require_unused(self, name: SnapshotName) -> None:
         if name in self.snapshots:
@@ -667,7 +783,7 @@ class Session:
         self._tell(lambda observer: observer.worker_died(self, None))
         if self._job is not None:
             self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
-        await self._become_idle()
+        await self.become_idle()
         if not self._closing:
             with self._operating("it is being mounted again", SessionState.FAILED):
                 await mount.unmount()
@@ -718,3 +834,11 @@ class Session:
     def _tasks(self) -> trio.Nursery:
         assert self._nursery is not None, "the session's run() was not started"
         return self._nursery
+
+
+def _check_description(text: str) -> None:
+    if len(text) > DESCRIPTION_LIMIT:
+        raise InvalidOption(
+            f"The description is {len(text)} characters long; at most {DESCRIPTION_LIMIT} are "
+            "allowed."
+        )

@@ -419,7 +419,7 @@ class Store:
         garbage = tuple(self._unknown_layers(record))
         self.runtime_directory(session).mkdir(exist_ok=True)
         self.runtime_directory(session).chmod(0o711)
-        found.records[session] = record
+        found.records[session] = record.with_restore_undone()
         found.garbage += garbage
 
     def _load_unrecorded(self, directory: Path, kind: StorageKind, found: _Search) -> None:

@@ -23,6 +23,8 @@ from pathlib import Path
 from sessiond.session.durable import FULL
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_SECTOR = 512
+"""Bytes of what st_blocks counts."""
 _BLOCK = 1 << 20
 """Bytes copied between two calls of `check`; also what digests are made of."""
 _ZEROS = bytes(_BLOCK)
@@ -140,20 +142,29 @@ def _entries(directory: int) -> Iterator[Iterator[os.DirEntry[str]]]:
 
 
 def tree_bytes(path: Path, check: Check = unchecked) -> int:
-    """Return the bytes that the directory `path` and all in it take, holes not counted."""
+    """Return the bytes that the directory `path` and all in it take.
+
+    Holes are not counted, and a file with several names once.
+    """
     total = 0
+    linked: set[int] = set()
 
     def scan(directory: int) -> list[str]:
         nonlocal total
         subdirectories = []
+        total += os.fstat(directory).st_blocks * _SECTOR
         with os.scandir(directory) as entries:
             for entry in entries:
                 check()
                 if entry.is_dir(follow_symlinks=False):
                     subdirectories.append(entry.name)
-                else:
-                    inode = entry.stat(follow_symlinks=False)
-                    total += inode.st_blocks * 512 // inode.st_nlink
+                    continue
+                inode = entry.stat(follow_symlinks=False)
+                if inode.st_nlink > 1:
+                    if inode.st_ino in linked:
+                        continue
+                    linked.add(inode.st_ino)
+                total += inode.st_blocks * _SECTOR
         return subdirectories
 
     directory = os.open(path, _DIRECTORY)
@@ -199,6 +210,25 @@ def copy_root(source: Path, target: Path) -> None:
             os.close(target_fd)
     finally:
         os.close(source_fd)
+
+
+def is_unchanged(upper: Path, like: Path) -> bool:
+    """Say whether the directory `upper` is empty, and has what `copy_root` gave it from `like`.
+
+    But for times, which change with what came and went.
+    """
+    with os.scandir(upper) as entries:
+        if next(entries, None) is not None:
+            return False
+    return _root_facts(upper) == _root_facts(like)
+
+
+def _root_facts(path: Path) -> tuple[object, ...]:
+    stat_result = path.stat()
+    xattrs = {
+        name: os.getxattr(path, name) for name in _xattrs(str(path)) if _is_not_overlayfs_own(name)
+    }
+    return stat_result.st_mode, stat_result.st_uid, stat_result.st_gid, xattrs
 
 
 def copy_trees(

@@ -35,6 +35,7 @@ from sessiond.session.model import (
     snapshot_name,
 )
 from sessiond.session.space import SpaceLevel
+from sessiond.session.upkeep import SnapshotSize
 
 EPOCH = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
 
@@ -101,6 +102,9 @@ class FakeSession:
         self.compared = ("", "")
         self.verified: bool | None = None
         """What was asked for when it was to be persisted."""
+        self.undo = True
+        self.size = SnapshotSize(8192, 4096, True)
+        """Of each snapshot."""
         self.changes_gate = trio.Event()
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
@@ -124,15 +128,18 @@ class FakeSession:
     def reset(self, *, started_by: Uid) -> FakeJob:
         return self._start(Operation.RESET, started_by)
 
-    def restore(self, name: str, *, started_by: Uid) -> FakeJob:
+    def restore(self, name: str, *, started_by: Uid, undo: bool = True) -> FakeJob:
         self._record(name)
+        self.undo = undo
         return self._start(Operation.RESTORE, started_by)
 
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify
         return self._start(Operation.PERSIST, started_by)
 
-    async def snapshot(self, name: str, *, description: str = "") -> SnapshotRecord:
+    async def snapshot(
+        self, name: str, *, description: str = "", pinned: bool = False
+    ) -> SnapshotRecord:
         await self.snapshot_gate.wait()
         checked = snapshot_name(name)
         if checked in self.snapshots:
@@ -143,6 +150,7 @@ class FakeSession:
             description=description,
             created_at=EPOCH.replace(hour=7 + number),
             layers=tuple(LayerNumber(n) for n in range(number, 0, -1)),
+            pinned=pinned,
         )
         self.snapshots[checked] = record
         self._manager.tell("snapshot_added", self, record)
@@ -159,6 +167,20 @@ class FakeSession:
         del self.snapshots[record.name]
         self.snapshots[checked] = record.model_copy(update={"name": checked})
         self._manager.tell("session_changed", self)
+
+    async def describe_snapshot(self, name: str, description: str) -> None:
+        self._edit(name, description=description)
+
+    async def pin_snapshot(self, name: str, pinned: bool) -> None:
+        self._edit(name, pinned=pinned)
+
+    def _edit(self, name: str, **changed: object) -> None:
+        record = self._record(name)
+        self.snapshots[record.name] = record.model_copy(update=changed)
+        self._manager.tell("session_changed", self)
+
+    def snapshot_size(self, name: str) -> SnapshotSize:
+        return self.size
 
     async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
         await self.changes_gate.wait()

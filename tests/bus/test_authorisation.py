@@ -56,6 +56,8 @@ OWNERS_OPERATIONS: list[Call] = [
     (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
     (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Close", ("a{sv}", "0")),
+    (SNAPSHOT, names.SNAPSHOT, "Describe", ("s", "as it was")),
+    (SNAPSHOT, names.SNAPSHOT, "Pin", ("b", "true")),
     (SNAPSHOT, names.SNAPSHOT, "Rename", ("s", "stale")),
     (SNAPSHOT, names.SNAPSHOT, "Delete", ()),
 ]

@@ -155,7 +155,9 @@ async def test_unknown_options_are_refused(
 def test_the_complaint_tells_what_is_allowed() -> None:
     with pytest.raises(InvalidOption, match=r"'id' has to be a string: the session's id\."):
         parse(CreateOptions, {"id": 3})
-    with pytest.raises(InvalidOption, match=r"Allowed: 'description', a string for people\."):
+    with pytest.raises(
+        InvalidOption, match=r"Allowed: 'description', a string for people; 'pinned'"
+    ):
         parse(SnapshotOptions, {"colour": "red"})
     with pytest.raises(InvalidOption, match="Allowed: none"):
         parse(NoOptions, {"force": True})

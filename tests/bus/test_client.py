@@ -50,6 +50,11 @@ async def test_a_session_from_creation_to_close(sessiond: Client, serving: FakeM
     with pytest.raises(NoSuchSnapshot):
         await session.changes(end="none")
     assert (await snapshot.info()).description == "as it was"
+    await snapshot.describe("as it still is")
+    await snapshot.pin(True)
+    info = await snapshot.info()
+    assert (info.description, info.pinned, info.automatic) == ("as it still is", True, False)
+    assert (info.size, info.exclusive, info.size_valid) == (8192, 4096, True)
     await snapshot.rename("old")
     with pytest.raises(NoSuchSnapshot):
         await snapshot.info()

@@ -180,7 +180,7 @@ async def test_snapshots_know_their_parents(manager: FakeManager) -> None:
     parents = []
     for name in ("one", "two", "three"):
         record = await session.snapshot(name)
-        snapshot = SnapshotObject(session, record, Operations(manager, str))
+        snapshot = SnapshotObject(session, record.name, Operations(manager, str))
         parents.append(snapshot.property_values()["Parent"])
     assert parents == ["/", f"{SESSION_PATH}/snapshot/one", f"{SESSION_PATH}/snapshot/two"]
 

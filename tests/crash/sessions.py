@@ -136,7 +136,7 @@ def _served(world: World, session: Session) -> Files:
 def _kept(session: Session) -> dict[str, Files]:
     store, record = session.services.store, session.record
     return {
-        str(snapshot.name): _merged(
+        "automatic" if snapshot.automatic else str(snapshot.name): _merged(
             store.layer(record, number) / "fs" for number in snapshot.layers
         )
         for snapshot in record.snapshots

@@ -17,6 +17,7 @@ from tests.crash.sessions import Life
 IN_TEST = {
     "create_lasting-volatile": 4,
     "snapshot-lasting": 1,
+    "restore-lasting": 4,
     "persist-volatile": 4,
     "close-volatile": 4,
 }

@@ -13,7 +13,7 @@ import pytest
 from sessiond.session.manager import Manager
 from sessiond.session.mounts import SystemMounts
 from tests.crash import sessions
-from tests.crash.lives import LIVES, given, persist, snapshot
+from tests.crash.lives import LIVES, given, persist, restore, snapshot
 from tests.crash.sessions import Files, Life, State
 from tests.support.disks import FILE_SYSTEMS, make_image
 from tests.support.recording_disk import RecordingDisk, mounted_image
@@ -110,5 +110,5 @@ def test_power_loss(
             assert without_unsynced(found) in states, what
             if record.end > end:
                 assert without_unsynced(found) == states[1], what
-                if life in (snapshot, persist):
+                if life in (snapshot, restore, persist):
                     assert found == after, what

@@ -22,6 +22,7 @@ from sessiond.session.model import (
     SessionRecord,
     SnapshotName,
     SnapshotRecord,
+    SnapshotRules,
     StorageKind,
     Uid,
 )
@@ -54,6 +55,7 @@ def _record(session: str, directory: Path) -> SessionRecord:
         nodev=False,
         storage=StorageKind.PERSISTENT,
         created_at=_MOMENT,
+        snapshot_rules=SnapshotRules(count=3, daily=2, max_bytes=1 << 30, every=3600),
         next_layer=LayerNumber(4),
         upper=LayerNumber(3),
         layers=(LayerNumber(2),),

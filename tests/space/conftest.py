@@ -139,7 +139,7 @@ async def reset(session: Session) -> None:
 
 
 async def restore(session: Session, name: str) -> None:
-    await session.restore(name, started_by=ROOT).wait()
+    await session.restore(name, started_by=ROOT, undo=False).wait()
 
 
 async def settled(session: Session) -> None:

@@ -66,6 +66,12 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
             os.close(directory)
             await settled(session)
         fill(session.mount_point, what)
+        if (profile, what) != ("volatile", "bytes"):
+            before = session.record
+            with pytest.raises(NoSpace, match=r"cannot be kept.*delete files.*--no-undo"):
+                await session.restore("first", started_by=ROOT).wait()
+            assert session.record.snapshots == before.snapshots
+            assert session.record.layers == before.layers
         await restore(session, "first")
         assert (session.mount_point / "kept").read_bytes() == b"kept"
         await settled(session)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sessiond.config import Config, load
+from sessiond.config import Config, load, seconds
 from sessiond.errors import ConfigError
 
 
@@ -113,6 +113,13 @@ MISTAKES = {
     IMAGE + "mount_point = '/{id!r}'": "{id} is unknown here; in braces may stand",
     IMAGE + "mount_point = '/{id:9}'": "{id} is unknown here; in braces may stand",
     IMAGE + "mount_point = '/{id'": "in braces may stand {id}, {user}, {uid}",
+    IMAGE
+    + "[profile.p.snapshots]\ncount = 0": "profile.p.snapshots.count: input should be greater",
+    IMAGE
+    + "[profile.p.snapshots]\ncolour = 0": "colour: is unknown; allowed are: count, daily, max",
+    IMAGE + "[profile.p.snapshots]\nmax_bytes = 'x'": "snapshots.max_bytes: a size is like '512M'",
+    IMAGE + "[profile.p.snapshots]\nevery = '1s'": "snapshots.every: a time is like '30min', '1h'",
+    IMAGE + "snapshots = 1": "profile.p.snapshots: input should be a valid dictionary",
     "[session.s]\nuser = 'u'": "session.s.profile: is missing",
     "[session.s]\nuser = ''\nprofile = 'p'": "session.s.user: string should have at least 1",
     "[session.'../s']\nuser = 'u'\nprofile = 'p'": "a name is 1 to 64 letters",
@@ -144,6 +151,10 @@ def test_a_mistake_is_looked_for_in_the_right_file(tmp_path: Path) -> None:
         f"{twenty}: profile.q.nosuid",
         f"{twenty}: session.s.user",
     }
+
+
+def test_times_are_in_words() -> None:
+    assert [seconds(text) for text in ("2min", "1h", "30d")] == [120, 3600, 30 * 86400]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
 from sessiond.errors import Cancelled, Interrupted, NoSpace
 from sessiond.session.model import SessionId, SessionState, Uid
+from sessiond.session.upkeep import SnapshotSize
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
 from tests.support.waiting import BOUND, until
@@ -214,16 +215,39 @@ async def test_snapshots(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert isinstance(told, dict)
     assert told["name"] == "second"
     head, first, second = await sessionctl.lines("snapshots", "live")
-    assert head.split() == ["NAME", "CREATED", "DESCRIPTION"]
+    assert head.split() == ["NAME", "CREATED", "SIZE", "GIVES", "BACK", "KIND", "DESCRIPTION"]
+    assert "8.0 KiB  4.0 KiB" in first
     assert first.startswith("first")
     assert first.endswith("all is well")
     assert second.startswith("second")
+    session = manager.sessions[SessionId("live")]
+    await sessionctl("restore", "live", "first", "--no-undo")
+    assert not session.undo
     await sessionctl("restore", "live", "first")
+    assert session.undo
     await sessionctl("restore", "live", "third", code=ExitCode.NOT_FOUND)
     await sessionctl("delete-snapshot", "live", "first")
     listed = await sessionctl.json("snapshots", "live")
     assert isinstance(listed, list)
     assert [snapshot["name"] for snapshot in listed] == ["second"]
+
+
+async def test_what_is_noted_of_a_snapshot_is_edited(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    await sessionctl("snapshot", "live", "first", "--pin")
+    session = manager.sessions[SessionId("live")]
+    session.size = SnapshotSize(0, 0, known=False)
+    _, line = await sessionctl.lines("snapshots", "live")
+    assert line.split()[-2:] == ["counting", "pinned"]
+    text = "all is\nwell"
+    change = ("edit-snapshot", "live", "first")
+    await sessionctl(*change, "--no-pin", "--description", text, "--name", "good")
+    listed = await sessionctl.json("snapshots", "live")
+    assert isinstance(listed, list)
+    (told,) = listed
+    assert (told["name"], told["description"], told["pinned"]) == ("good", text, False)
+    await sessionctl(*change, "--pin", code=ExitCode.NOT_FOUND)
 
 
 DIFFERENCES = (

@@ -48,12 +48,16 @@ async def reset(manager: Manager, _: str) -> None:
     await manager.get("s").reset(started_by=UID).wait()
 
 
+async def restore(manager: Manager, _: str) -> None:
+    await manager.get("s").restore("one", started_by=UID).wait()
+
+
 async def persist(manager: Manager, _: str) -> None:
     await manager.get("s").persist(started_by=UID).wait()
 
 
 OPERATIONS: dict[str, Callable[[Manager, str], Awaitable[None]]] = {
-    operation.__name__: operation for operation in (create, close, reset, persist)
+    operation.__name__: operation for operation in (create, close, reset, restore, persist)
 }
 
 
@@ -94,6 +98,8 @@ async def set_up(world: World, profile: str) -> None:
     async with world.crashing_manager() as manager:
         await prepare(manager, profile)
         await world.mount("s").write("file", b"kept")
+        await manager.get("s").snapshot("one")
+        await world.mount("s").write("new", b"kept, too")
 
 
 async def die(world: World, operation: str, profile: str, after: int) -> None:
@@ -160,22 +166,34 @@ def expected(operation: str, done: bool) -> tuple[set[str], ...]:
 async def check(world: World, manager: Manager, operation: str, profile: str, done: bool) -> None:
     session = manager.get("s")
     served = world.mount("s").stack
-    found = any((layer / "file").exists() for layer in (served.upper.fs, *served.lowers))
+    layers = (served.upper.fs, *served.lowers)
+    found = any((layer / "file").exists() for layer in layers)
+    new = any((layer / "new").exists() for layer in layers)
     job = session.last_job
-    if operation in {"reset", "persist"} and job is not None:
+    if operation in {"reset", "restore", "persist"} and job is not None:
         assert job.finished
         assert (job.error is None) == (done or (job.error is None))
         if job.error is not None:
             assert isinstance(job.error, Interrupted)
     match operation:
         case "reset":
-            assert found == (job is None or job.error is not None)
+            assert found == new == (job is None or job.error is not None)
+        case "restore":
+            assert found
+            assert new == (job is None or job.error is not None)
+            kept = [one for one in session.snapshots.values() if one.automatic]
+            assert len(kept) == (not new)
+            if kept:
+                trees = [session.services.store.layer(session.record, n) for n in kept[0].layers]
+                assert any((tree / "fs/new").exists() for tree in trees)
         case "persist":
             assert found
+            assert new
             moved = session.storage == "persistent"
             assert moved == (job is not None and job.error is None) or profile == "lasting"
         case _:
             assert found
+            assert new
 
 
 async def create_again(manager: Manager, profile: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.support.machine import CHECKOUT
 
 pytestmark = [
-    pytest.mark.parametrize("operation", ["create", "close", "reset", "persist"]),
+    pytest.mark.parametrize("operation", ["create", "close", "reset", "restore", "persist"]),
     pytest.mark.parametrize("profile", ["volatile", "lasting"]),
 ]
 

@@ -120,6 +120,28 @@ async def test_when_the_swap_fails_all_is_as_before(world: World, operation: str
         await settled(world, session)
 
 
+async def test_what_is_noted_of_a_snapshot_can_be_changed(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await session.snapshot("one", description="first", pinned=True)
+        assert session.record.snapshot("one").pinned
+        await session.pin_snapshot("one", False)
+        await session.describe_snapshot("one", "the first")
+        one = session.record.snapshot("one")
+        assert (one.description, one.pinned, one.automatic) == ("the first", False, False)
+        recorded(world, session)
+        with pytest.raises(InvalidOption, match="1001 characters"):
+            await session.describe_snapshot("one", "x" * 1001)
+        for change in (session.describe_snapshot("two", ""), session.pin_snapshot("two", True)):
+            with pytest.raises(NoSuchSnapshot):
+                await change
+        job = session.reset(started_by=UID)
+        for change in (session.describe_snapshot("one", ""), session.pin_snapshot("one", True)):
+            with pytest.raises(Busy, match="a reset is running"):
+                await change
+        await job.wait()
+
+
 async def perform(session: Session, operation: str) -> None:
     match operation:
         case "reset":
@@ -222,7 +244,7 @@ async def test_deleting_a_snapshot_keeps_layers_that_are_in_use(world: World) ->
         await session.snapshot("two")
         await session.delete_snapshot("two")
         assert session.record.all_layers == {3, 2, 1}
-        await session.restore("one", started_by=UID).wait()
+        await session.restore("one", started_by=UID, undo=False).wait()
         assert session.record.all_layers == {4, 1}
         await session.delete_snapshot("one")
         assert session.record.all_layers == {4, 1}
