@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from sessiond.config import Profile
 from sessiond.journal import SOCKET
 from sessiond.session.mounts import SystemMounts
 from sessiond.session.tree import remove_tree
@@ -138,9 +139,8 @@ def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
         assert result.stderr == (
             f"sessiond: {place}/sessiond.toml: profile.p.storage: input should be 'tmpfs' or "
             "'persistent'.\n"
-            f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: image, "
-            "verity_root_hash, verity_hash_device, storage, size, inodes, quota, quota_inodes, "
-            "space_warning, space_critical, mount_point, nosuid, nodev, data_path.\n"
+            f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: "
+            f"{', '.join(Profile.model_fields)}.\n"
         )
 
 

@@ -81,7 +81,14 @@ async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert facts["Changes"] == "1 added, 2 changed, 3 deleted; 1.0 TiB in files"
     told = await sessionctl.json("status", "live")
     assert isinstance(told, dict)
-    assert told["changes"] == {"added": 1, "changed": 2, "deleted": 3, "bytes": 1 << 40}
+    assert told["changes"] == {
+        "added": 1,
+        "changed": 2,
+        "deleted": 3,
+        "renamed": 0,
+        "bytes": 1 << 40,
+        "largest": [],
+    }
     assert [snapshot["name"] for snapshot in told["snapshots"]] == ["good"]
     assert told["last_job"] is None
     assert "Last job" not in facts

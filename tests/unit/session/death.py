@@ -139,10 +139,10 @@ async def find(world: World, operation: str, profile: str, done: bool) -> None:
                 )
             )
             volatile = world.storage(session.id)
-            assert volatile.exists() == (session.storage == "tmpfs"), (
-                session.storage,
-                os.listdir(volatile.parent),
-            )
+            if session.storage == "tmpfs":
+                assert volatile.exists()
+            else:
+                await until(lambda volatile=volatile: not volatile.exists())  # type: ignore[misc]
             for directory in (storage, storage.parent):
                 assert not (directory / "session.new").exists()
                 assert not (directory / "session.old").exists()

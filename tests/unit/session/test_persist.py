@@ -66,7 +66,7 @@ async def test_persist_serves_the_copies_on_disk(world: World) -> None:
         assert contents(world) == ALL
         assert not world.storage("s").exists()
         assert world.storage("s") not in world.mounts.mounted
-        await session.restore("one", started_by=UID).wait()
+        await session.restore("one", started_by=UID, undo=False).wait()
         assert contents(world) == {"first": b"1"}
     assert (world.disk("s") / "session.json").exists()
 

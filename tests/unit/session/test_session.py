@@ -137,7 +137,7 @@ async def test_what_is_noted_of_a_snapshot_can_be_changed(world: World) -> None:
                 await change
         job = session.reset(started_by=UID)
         for change in (session.describe_snapshot("one", ""), session.pin_snapshot("one", True)):
-            with pytest.raises(Busy, match="a reset is running"):
+            with pytest.raises(Busy, match="a reset started by uid 0, is running"):
                 await change
         await job.wait()
 
