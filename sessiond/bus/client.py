@@ -109,12 +109,23 @@ class SessionInfo(_Info):
     inodes_limit: int
     space_level: str
     """``normal``, ``warning`` or ``critical``."""
+    pending: int
+    """How many files are written in RAM still, since before it moved to disk."""
     created_at: _Moment
     last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
     snapshots: tuple[str, ...]
     """Object paths, oldest first."""
     last_job: str
     """Object path of the job that runs, or else ran last; ``/`` if there was none."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingFile:
+    """A file of which the disk has what it contained a moment ago."""
+
+    path: str
+    programs: tuple[str, ...]
+    """Names of those that have it open; none if that cannot be seen."""
 
 
 class SnapshotInfo(_Info):
@@ -232,6 +243,7 @@ class Differences:
 _I = TypeVar("_I", bound=_Info)
 _Objects = TypeAdapter(dict[str, dict[str, dict[str, object]]])
 _Summary = TypeAdapter(ChangeSummary)
+_PendingFiles = TypeAdapter(list[tuple[str, tuple[str, ...]]])
 
 
 class _Proxy:
@@ -384,6 +396,17 @@ class Session(_Proxy):
         """
         options = {} if verify else {"verify": Variant("b", False)}
         return await self._start("Persist", "a{sv}", options)
+
+    async def pending_files(self, *, interactive: bool | None = None) -> list[PendingFile]:
+        """Return the files that are written in RAM still, and by whom.
+
+        `interactive` as with `connect`, if given.
+        """
+        (files,) = await self._call(
+            "PendingFiles", "a{sv}", {}, timeout=OPERATION_TIMEOUT, interactive=interactive
+        )
+        with _translated(self._gone):
+            return [PendingFile(*file) for file in _PendingFiles.validate_python(files)]
 
     async def last_job(self) -> JobInfo | None:
         """Return the job that runs, or else ran last, also before a restart; None if none did."""

@@ -112,6 +112,7 @@ class SessionObject(Interface):
         Property("InodesUsed", "t", Change.SILENT),
         Property("InodesLimit", "t"),
         Property("SpaceLevel", "s"),
+        Property("Pending", "u"),
         Property("CreatedAt", "t", Change.NEVER),
         Property("LastReset", "t"),
         Property("Snapshots", "ao"),
@@ -141,6 +142,7 @@ class SessionObject(Interface):
             "InodesUsed": usage.inodes_used,
             "InodesLimit": usage.inodes_limit,
             "SpaceLevel": session.space_level.value,
+            "Pending": session.pending,
             "CreatedAt": _microseconds(session.created_at),
             "LastReset": _microseconds(session.last_reset),
             "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
@@ -174,6 +176,10 @@ class SessionObject(Interface):
     @method("OpenDiff", "a{sv} options", "h stream")
     async def open_diff(self, caller: Caller, options: Options) -> int:
         return await self._operations.open_diff(caller, self._session, options)
+
+    @method("PendingFiles", "a{sv} options", "a(sas) files")
+    async def pending_files(self, caller: Caller, options: Options) -> list[tuple[str, list[str]]]:
+        return await self._operations.pending_files(caller, self._session, options)
 
 
 class SnapshotObject(Interface):

@@ -95,6 +95,16 @@ class Operations:
         states = (asked.start, asked.end)
         return self._comparisons.open_list(uid, session, states, caller.start_soon)
 
+    async def pending_files(
+        self, caller: Caller, session: Session, options: Options
+    ) -> list[tuple[str, list[str]]]:
+        await authorise(caller, Action.COMPARE, session)
+        parse(NoOptions, options)
+        return [
+            (shown(file.path), [shown(program) for program in file.programs])
+            for file in await session.pending_files()
+        ]
+
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.delete_snapshot(name)

@@ -9,7 +9,14 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
 
-from sessiond.bus.client import Client, Event, JobInfo, SessionInfo, SnapshotInfo
+from sessiond.bus.client import (
+    Client,
+    Event,
+    JobInfo,
+    PendingFile,
+    SessionInfo,
+    SnapshotInfo,
+)
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.output import (
     Json,
@@ -46,13 +53,17 @@ async def status(client: Client, asked: Arguments) -> None:
     snapshots = await session.snapshots()
     job = await session.last_job()
     changes = None
+    pending: list[PendingFile] = []
     if info.state != "failed":  # then it is not mounted
         with suppress(NotAuthorized, AuthorizationRequired):
             changes = await session.changes(interactive=False)
+            if info.pending:
+                pending = await session.pending_files(interactive=False)
     if asked.json:
         told = _session_json(info)
         told["last_job"] = None if job is None else _job_json(job)
         told["snapshots"] = [_snapshot_json(snapshot) for snapshot in snapshots]
+        told["pending_files"] = [dataclasses.asdict(file) for file in pending]
         told["changes"] = None if changes is None else dataclasses.asdict(changes)
         print_json(told)
         return
@@ -73,6 +84,9 @@ async def status(client: Client, asked: Arguments) -> None:
     if job is not None:
         outcome = f"{job.state}: {job.error_message}" if job.error_message else job.state
         facts.append(("Last job", f"{job.operation} {outcome}"))
+    if info.pending:
+        facts.append(("In RAM still", f"what is written to {info.pending} files that are open"))
+    facts += [("", _pending_line(file)) for file in pending]
     if changes is not None:
         facts.append(
             ("Changes", _counts(changes.added, changes.changed, changes.deleted, changes.bytes))
@@ -160,6 +174,14 @@ async def persist(client: Client, asked: Arguments) -> None:
     """Move a session to disk."""
     session = await client.session(asked.session)
     await carry_out(session.persist(verify=asked.verify), f"Moving {asked.session} to disk")
+    if not (await session.info()).pending:
+        return
+    print_line(
+        "All is on disk but what programs write to these files, which follows every few seconds, "
+        "and when they are closed:"
+    )
+    for file in await session.pending_files():
+        print_line(_pending_line(file))
 
 
 async def cancel(client: Client, asked: Arguments) -> None:
@@ -221,6 +243,10 @@ COMMANDS: dict[str, Command] = {
     "close": close,
     "monitor": monitor,
 }
+
+
+def _pending_line(file: PendingFile) -> str:
+    return f"{file.path}  ({', '.join(file.programs) or 'by whom cannot be seen'})"
 
 
 def _used(session: SessionInfo) -> str:

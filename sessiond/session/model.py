@@ -350,6 +350,16 @@ class PendingWrites:
     """Something is there; also true of files that were removed while they were open."""
 
 
+@dataclass(frozen=True, slots=True)
+class PendingFile:
+    """A file of which the disk has what it contained a moment ago."""
+
+    path: str
+    """In the merged view."""
+    programs: tuple[str, ...]
+    """Names of those that have it open; none if that cannot be seen."""
+
+
 NOTHING_PENDING = PendingWrites({}, 0, in_use=False)
 
 

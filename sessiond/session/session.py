@@ -42,6 +42,7 @@ from sessiond.session.model import (
     LayerNumber,
     Lowers,
     Operation,
+    PendingFile,
     SessionId,
     SessionRecord,
     SessionState,
@@ -60,7 +61,7 @@ from sessiond.session.persist import move_to_disk
 from sessiond.session.restore import restore
 from sessiond.session.retention import Removal, outdated
 from sessiond.session.services import Services
-from sessiond.session.settling import PendingFile, Settling
+from sessiond.session.settling import Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
 from sessiond.session.tree import Check
 from sessiond.session.upkeep import SnapshotSize, Upkeep

@@ -8,13 +8,12 @@ else in it, so that they are not lost if the worker or the manager dies.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
 from sessiond.errors import SessiondError
-from sessiond.session.model import NOTHING_PENDING, StorageKind
+from sessiond.session.model import NOTHING_PENDING, PendingFile, StorageKind
 from sessiond.session.openers import programs_with
 
 if TYPE_CHECKING:
@@ -23,16 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_SECONDS = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class PendingFile:
-    """A file of which the disk has what it contained a moment ago."""
-
-    path: str
-    """In the merged view."""
-    programs: tuple[str, ...]
-    """Names of those that have it open; none if that cannot be seen."""
 
 
 class Settling:

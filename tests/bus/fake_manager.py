@@ -25,6 +25,7 @@ from sessiond.session.model import (
     ChangeSummary,
     LayerNumber,
     Operation,
+    PendingFile,
     SessionId,
     SessionState,
     SnapshotName,
@@ -100,6 +101,9 @@ class FakeSession:
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'
         self.compared = ("", "")
+        self.pending = 0
+        self.files: list[PendingFile] = []
+        """Those that are pending."""
         self.verified: bool | None = None
         """What was asked for when it was to be persisted."""
         self.undo = True
@@ -167,6 +171,9 @@ class FakeSession:
         del self.snapshots[record.name]
         self.snapshots[checked] = record.model_copy(update={"name": checked})
         self._manager.tell("session_changed", self)
+
+    async def pending_files(self) -> list[PendingFile]:
+        return self.files
 
     async def describe_snapshot(self, name: str, description: str) -> None:
         self._edit(name, description=description)

@@ -55,6 +55,7 @@ OWNERS_OPERATIONS: list[Call] = [
     (SESSION, names.SESSION, "Persist", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
     (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "PendingFiles", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Close", ("a{sv}", "0")),
     (SNAPSHOT, names.SNAPSHOT, "Describe", ("s", "as it was")),
     (SNAPSHOT, names.SNAPSHOT, "Pin", ("b", "true")),

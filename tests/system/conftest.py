@@ -32,9 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def idle_daemon() -> Iterator[Daemon]:
-    """A daemon with three profiles, not started yet.
+    """A daemon with four profiles, not started yet.
 
-    ``guest`` and ``lasting`` are over a small directory, ``machine`` is over the machine's root.
+    ``guest`` and ``lasting`` are over a small directory, ``machine`` and ``cached`` over the
+    machine's root.
     """
     with own_daemon() as daemon:
         image = daemon.directory / "image"
@@ -45,6 +46,7 @@ def idle_daemon() -> Iterator[Daemon]:
                 "profile.guest": {"image": str(image), "size": "64M"},
                 "profile.lasting": {"image": str(image), "storage": "persistent"},
                 "profile.machine": {"image": "/", "size": "512M"},
+                "profile.cached": {"image": "/", "size": "512M", "data_path": "cached"},
             }
         )
         yield daemon

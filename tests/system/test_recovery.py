@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
+
 from tests.support.daemon import Daemon, wait_until
 
 HOLDER = """
@@ -135,6 +137,67 @@ def test_the_manager_while_it_exchanges_layers(daemon: Daemon) -> None:
     assert daemon.differences("one") == {}
     daemon.sessionctl("restore", "one", "first")
     assert daemon.differences("one")["/srv/held"] == "added"
+
+
+WRITER = """
+import os, sys
+files = [os.open(f"/srv/{name}", os.O_RDWR | os.O_CREAT) for name in ("log", "removed")]
+os.unlink("/srv/removed")
+print("ready", flush=True)
+for line in sys.stdin.buffer:
+    for file in files:
+        os.write(file, line)
+    print(*(os.pread(file, 4096, 0).count(b"line") for file in files), flush=True)
+"""
+"""For each line, it writes to an open file and to a removed one, from before a move to disk."""
+
+
+@pytest.mark.parametrize("profile", ["machine", "cached"])
+def test_files_that_are_open_over_persist(daemon: Daemon, profile: str) -> None:
+    """Whatever dies: what is written to them is read, and on disk in the end; RAM is given back."""
+    daemon.sessionctl("create", "root", profile, "--id", "one")
+    in_ram = daemon.runtime / "sessions/one/storage"
+    with daemon.inside("one", f"exec python3 -c '{WRITER}'") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        lines = 0
+
+        def works() -> None:
+            nonlocal lines
+            lines += 1
+            process.stdin.write(b"line%d\n" % lines)
+            process.stdin.flush()
+            assert process.stdout.readline() == b"%d %d\n" % (lines, lines)
+
+        works()
+        told = daemon.sessionctl("persist", "one").stdout
+        assert ("/srv/log  (python3)" in told) == (profile == "machine")
+        assert [path.name for path in in_ram.iterdir()] == ["orphans"]
+        works()
+        for times in range(1, 3):
+            (worker,) = daemon.workers()
+            os.kill(worker, signal.SIGKILL)
+            works()
+            wait_until(lambda times=times: daemon.log().count("goes on for it") == times)  # type: ignore[misc]
+        daemon.kill()
+        works()
+        daemon.start()
+        works()
+        (worker,) = daemon.workers()
+        os.kill(worker, signal.SIGKILL)
+        works()
+        wait_until(lambda: daemon.log().count("goes on for it") == 3)
+        wait_until(lambda: daemon.sessions()["one"]["pending"] == (profile == "machine"))
+        assert (daemon.root("one") / "srv/log").read_bytes().count(b"line") == lines
+    wait_until(lambda: not in_ram.exists())
+    assert str(in_ram) not in daemon.mounts()
+    log = max(daemon.state.glob("sessions/one/layers/*/fs/srv/log"))  # of the upper
+    assert log.read_bytes().count(b"line") == lines
+    daemon.stop()
+    daemon.start()
+    assert daemon.sessions()["one"]["storage"] == "persistent"
+    assert (daemon.root("one") / "srv/log").read_bytes().count(b"line") == lines
 
 
 def test_a_session_that_has_moved_to_disk_keeps_no_ram(daemon: Daemon) -> None:

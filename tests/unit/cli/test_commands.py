@@ -16,7 +16,7 @@ from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
 from sessiond.errors import Cancelled, Interrupted, NoSpace
-from sessiond.session.model import SessionId, SessionState, Uid
+from sessiond.session.model import PendingFile, SessionId, SessionState, Uid
 from sessiond.session.upkeep import SnapshotSize
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
@@ -64,6 +64,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "inodes_used": 3,
             "inodes_limit": 1000,
             "space_level": "normal",
+            "pending": 0,
             "created_at": "2024-05-06T07:08:09.123456Z",
             "last_reset": None,
         }
@@ -143,6 +144,24 @@ async def test_persist(manager: FakeManager, sessionctl: Sessionctl, option: str
     manager.jobs_finish_at_once = True
     await sessionctl("persist", "live", *filter(None, [option]))
     assert session.verified is (option is None)
+
+
+async def test_persist_names_what_is_not_on_disk_yet(
+    manager: FakeManager, sessionctl: Sessionctl
+) -> None:
+    session = manager.get("live")
+    manager.jobs_finish_at_once = True
+    session.files = [PendingFile("/var/log", ("cat", "dog")), PendingFile("/etc/motd", ())]
+    session.pending = 2
+    lines = await sessionctl.lines("persist", "live")
+    assert lines[1:] == ["/var/log  (cat, dog)", "/etc/motd  (by whom cannot be seen)"]
+    lines = await sessionctl.lines("status", "live")
+    assert any("what is written to 2 files" in line for line in lines)
+    assert any("/var/log  (cat, dog)" in line for line in lines)
+    told = await sessionctl.json("status", "live")
+    assert isinstance(told, dict)
+    assert told["pending"] == 2
+    assert told["pending_files"][0] == {"path": "/var/log", "programs": ["cat", "dog"]}
 
 
 @pytest.mark.parametrize("arguments", [["reset", "live"], ["persist", "live"]])

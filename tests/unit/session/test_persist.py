@@ -13,8 +13,7 @@ import trio
 from sessiond.errors import Cancelled, Failed, NoSpace
 from sessiond.session import persist as module
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import NOTHING_PENDING, PendingWrites, SessionState, Stack
-from sessiond.session.settling import PendingFile
+from sessiond.session.model import NOTHING_PENDING, PendingFile, PendingWrites, SessionState, Stack
 from sessiond.session.store import Store
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
