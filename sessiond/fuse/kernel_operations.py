@@ -397,13 +397,18 @@ class KernelOperations(OverlayOperations):
             if node is not None and node.kept >= 0:
                 self.overlay.finish_pending(node, closes)
 
-    async def settle_all(self) -> None:
+    async def settle_all(self, *, only_closed: bool = False) -> None:
         """See `OverlayOperations.settle_all`."""
-        for number in self.overlay.pending:
+        first: OSError | None = None
+        in_use = set(_kernel_io.opened()) if only_closed else set()
+        for number in set(self.overlay.pending) - in_use:
             try:
                 await self._settle(number)
             except OSError as error:
-                log.warning("%s is not on disk: %s", self.describe([number]), error.strerror)
+                if first is None:
+                    first = OSError(error.errno, error.strerror, self.overlay.name_of(number))
+        if first is not None:
+            raise first
 
     # Directories
 

@@ -146,10 +146,13 @@ class OverlayOperations(pyfuse3.Operations):
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
         return self.overlay.swap(stack, moved=moved)
 
-    async def settle_all(self) -> None:
+    async def settle_all(self, *, only_closed: bool = False) -> None:
         """Bring what is written to storage that the session has left to where it belongs.
 
-        What cannot be brought there is logged.
+        `only_closed`: of files that nobody has open or mapped any more.
+
+        Raises OSError, with the file's name, for the first that cannot be brought there, after the
+        others were.
         """
 
     def describe(self, args: Sequence[object]) -> str:

@@ -51,6 +51,10 @@ log = logging.getLogger(__name__)
 _COMPARISONS_AT_ONCE = 16
 _SETTLE_SECONDS = 10.0
 """How often files that are written to storage that the session has left are copied to disk."""
+_LOOK_SECONDS = 1.0
+"""And how often it is looked whether nobody has them open any more: that the last close has come is
+told before the kernel has closed the file.
+"""
 _PENDING_OVERHEAD = 64
 """Bytes that a file takes in a message, besides its path; about."""
 
@@ -497,16 +501,23 @@ class _Controlled:
 
         It takes a tenth of the time at most, however much that is.
         """
-        pause = _SETTLE_SECONDS
+        overlay = self._operations.overlay
+        next_time, said = 0.0, ""
         while True:
-            await trio.sleep(pause)
+            await trio.sleep(_LOOK_SECONDS if overlay.pending else _SETTLE_SECONDS)
             begun = trio.current_time()
-            if self._operations.overlay.pending:
-                try:
-                    await self._operations.settle_all()
-                except OSError as error:
-                    log.warning("What is written to files is not on disk: %s", error.strerror)
-            pause = max(_SETTLE_SECONDS, 9 * (trio.current_time() - begun))
+            only_closed = begun < next_time
+            try:
+                await self._operations.settle_all(only_closed=only_closed)
+                problem = said if only_closed else ""
+            except OSError as error:
+                problem = _failure(error).error or ""
+            if problem not in {said, ""}:
+                log.error("What is written to an open file stays in RAM: %s", problem)
+            said = problem
+            if not only_closed:
+                now = trio.current_time()
+                next_time = now + max(_SETTLE_SECONDS, 9 * (now - begun))
 
     def leave_former(self) -> None:
         """Let storage that the session has left be unmounted, once nothing there is in use.

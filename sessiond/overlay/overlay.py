@@ -781,6 +781,11 @@ class Overlay:
                 path = os.fsdecode(b"/" + node.path)
                 log.error("%s is not on disk as it is: %s", path, error.strerror)  # noqa: TRY400
 
+    def name_of(self, number: int) -> bytes | None:
+        """Return the path of a node in the merged view, for people, if it has one."""
+        node = self.nodes.get(number)
+        return b"/" + node.path if node is not None and node.linked else None
+
     def begin_renewal(self, node: Node) -> Renewal:
         """Prepare to bring one there, in steps; `end_renewal` is the last.
 

@@ -179,6 +179,8 @@ class MemoryMounts:
     limits: dict[Path, tuple[int, int]] = field(default_factory=dict)
     """Bytes and inodes of each tmpfs."""
     unsupported: set[str] = field(default_factory=set)
+    in_ram: bool = False
+    """There is no disk: all directories are in RAM."""
     injected: list[OSError] = field(default_factory=list)
     """What the next mounts are to raise, in order."""
 
@@ -199,6 +201,9 @@ class MemoryMounts:
 
     def file_system(self, target: Path) -> str | None:
         return self.mounted.get(target)
+
+    def is_in_ram(self, directory: Path) -> bool:
+        return self.in_ram
 
     def mounted_below(self, directory: Path) -> list[Path]:
         below = [target for target in self.mounted if directory in target.parents]

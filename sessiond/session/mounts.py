@@ -68,6 +68,9 @@ class Mounts(Protocol):
     def file_system(self, target: Path) -> str | None:
         """Return the type of the topmost file system mounted at `target`, None if there is none."""
 
+    def is_in_ram(self, directory: Path) -> bool:
+        """Tell whether what is in an existing directory is gone after a reboot."""
+
     def mounted_below(self, directory: Path) -> list[Path]:
         """Return all mount points below `directory`, the deepest first."""
 
@@ -151,6 +154,13 @@ class SystemMounts:
     def file_system(self, target: Path) -> str | None:
         kinds = [mount.kind for mount in mount_table() if mount.target == target]
         return kinds[-1] if kinds else None
+
+    def is_in_ram(self, directory: Path) -> bool:
+        resolved = directory.resolve()
+        mounts = [mount for mount in mount_table() if resolved.is_relative_to(mount.target)]
+        depth = max(len(mount.target.parts) for mount in mounts)
+        holding = [mount for mount in mounts if len(mount.target.parts) == depth]
+        return holding[-1].kind in {"tmpfs", "ramfs", "rootfs"}
 
     def mounted_below(self, directory: Path) -> list[Path]:
         below = {mount.target for mount in mount_table() if directory in mount.target.parents}

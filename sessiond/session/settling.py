@@ -31,6 +31,8 @@ class Settling:
         self._session = session
         self._known = NOTHING_PENDING
         self._running = False
+        self._looking = trio.Lock()
+        """Whoever asks often shall not have many threads look through /proc."""
 
     @property
     def pending(self) -> int:
@@ -43,9 +45,10 @@ class Settling:
         if session.storage is StorageKind.TMPFS:
             return []
         pending = await session.require_mount().pending()
-        programs = await trio.to_thread.run_sync(
-            programs_with, session.mount_point, pending.files.keys()
-        )
+        async with self._looking:
+            programs = await trio.to_thread.run_sync(
+                programs_with, session.mount_point, pending.files.keys()
+            )
         return [
             PendingFile(path, tuple(sorted(programs.get(inode, ()))))
             for inode, path in sorted(pending.files.items(), key=lambda item: item[1])

@@ -37,7 +37,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sessiond.config import NAME, NAME_LIMIT
-from sessiond.errors import Failed, SessiondError
+from sessiond.errors import Failed, NotSupported, SessiondError
 from sessiond.session import durable, quota
 from sessiond.session.durable import FULL
 from sessiond.session.faults import explained
@@ -170,7 +170,7 @@ class Store:
         """Make empty storage for a new session; `size` and `inodes` limit a tmpfs.
 
         The id must be unused. Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`;
-        `discard` removes what is there then.
+        `discard` removes what is there then. It is `NotSupported`, too, where the disk is in RAM.
         """
         with explained(f"make the storage of session {record.id}"):
             runtime = self.runtime_directory(record.id)
@@ -179,6 +179,8 @@ class Store:
             self._directory(record.id, record.storage).mkdir(mode=0o700, exist_ok=True)
             (self._directory(record.id, record.storage) / BEING_MADE).touch(mode=0o600)
             storage = self.storage(record)
+            if record.storage is StorageKind.PERSISTENT:
+                self._require_disk(storage.parent)
             storage.mkdir(mode=0o700, exist_ok=True)
             if record.storage is StorageKind.TMPFS:
                 self._mounts.mount_tmpfs(storage, size=size, inodes=inodes)
@@ -192,7 +194,7 @@ class Store:
     def create_on_disk(self, record: SessionRecord) -> None:
         """Make empty storage for a persistent `record` whose volatile session exists already.
 
-        Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`.
+        Raises `Failed`, `NoSpace` or, for its quota or where the disk is in RAM, `NotSupported`.
         """
         directory = self.storage(record)
         if (directory / RECORD).exists():
@@ -200,6 +202,7 @@ class Store:
                 f"There is another persistent session {record.id} in {directory}; move it away."
             )
         with explained(f"make persistent storage for session {record.id}"):
+            self._require_disk(directory.parent)
             if directory.exists():
                 self._to_trash(directory, StorageKind.PERSISTENT)
             directory.mkdir(mode=0o700)
@@ -211,6 +214,13 @@ class Store:
             except BaseException:
                 remove_tree(directory)
                 raise
+
+    def _require_disk(self, directory: Path) -> None:
+        if self._mounts.is_in_ram(directory):
+            raise NotSupported(
+                f"{directory} is in RAM, so a session there would not survive a reboot. Mount a "
+                "disk there, or name a directory on one: state_directory in [daemon]."
+            )
 
     def _furnish(self, record: SessionRecord) -> None:
         storage = self.storage(record)

@@ -51,12 +51,19 @@ class _Mount(MemoryMount):
             yield
 
 
+class _Mounts(SystemMounts):
+    """The tmpfs that the tests run on stands for a disk."""
+
+    def is_in_ram(self, _: Path) -> bool:
+        return False
+
+
 @dataclass
 class RealStorage(World):
     """A machine on which everything but merged views is mounted for real."""
 
     mounter: MemoryMounter = field(default_factory=lambda: MemoryMounter(_Mount))
-    mounts: Mounts = field(default_factory=SystemMounts)  # type: ignore[assignment]
+    mounts: Mounts = field(default_factory=_Mounts)  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

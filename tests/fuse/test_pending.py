@@ -7,14 +7,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
-from sessiond.errors import Failed
+from sessiond.errors import Failed, NoSpace
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.overlay import syscalls
@@ -23,6 +23,8 @@ from sessiond.session.openers import programs_with
 from sessiond.session.tree import copy_trees, unchecked
 from tests.fuse.conftest import Playground
 from tests.fuse.test_recovery import PUBLISHING, RECOVERING, Order, attended, program, succeed
+from tests.support.disks import make_image
+from tests.support.recording_disk import mounted_image
 from tests.support.waiting import until
 
 
@@ -248,6 +250,40 @@ async def test_layers_that_are_exchanged_later(moving: Moving, after: str) -> No
             assert (later.upper.fs / "file").read_bytes() == b"123"
 
 
+async def test_a_disk_that_is_full(moving: Moving, tmp_path: Path) -> None:
+    """What does not fit stays in RAM, where programs have it, until it does."""
+    image = make_image("ext4", str(tmp_path))
+    with mounted_image(image, str(moving.disk)):
+        for name in ("layer/fs", "layer/work", "orphans"):
+            (moving.disk / name).mkdir(parents=True)
+        async with moving.mounted() as mount:
+            with open(moving.root / "file", "w+b", buffering=0) as writer:
+                writer.write(b"1")
+                await moving.move(mount)
+                if not moving.is_kept:
+                    return
+                filler = moving.disk / "filler"
+                with suppress(OSError), open(filler, "wb", buffering=0) as full:
+                    while True:
+                        full.write(bytes(1 << 20))
+                written = b"2" * (1 << 20)
+                os.pwrite(writer.fileno(), written, 0)
+                with pytest.raises(OSError, match="No space left"):
+                    await program(lambda: os.fsync(writer.fileno()))
+                with pytest.raises(NoSpace, match="/file"):
+                    await mount.sync()
+                await succeed(mount)
+                assert await program((moving.root / "file").read_bytes) == written
+                assert moving.on_disk() == b"1"
+            with pytest.raises(NoSpace):
+                await mount.sync()
+            assert (await mount.pending()).count == 1
+            filler.unlink()
+            await mount.sync()
+            await moving.wait_settled(mount)
+            assert moving.on_disk() == written
+
+
 @pytest.fixture(scope="module")
 def dying() -> Iterator[tuple[FuseMounter, Order]]:
     """A mounter whose workers die when they are told to."""
@@ -269,8 +305,15 @@ async def synchronise(mount: FuseMount) -> None:
             await trio.lowlevel.checkpoint()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("step_of", ["fsync", "close"])
+@pytest.mark.parametrize(
+    ("step_of", "when"),
+    [
+        ("fsync", "after"),
+        ("close", "before"),
+        pytest.param("fsync", "before", marks=pytest.mark.soak),
+        pytest.param("close", "after", marks=pytest.mark.soak),
+    ],
+)
 async def test_death_at_each_step_of_a_renewal(
     dying: tuple[FuseMounter, Order], tmp_path: Path, step_of: str, when: str
 ) -> None:

@@ -152,7 +152,7 @@ for line in sys.stdin.buffer:
 """For each line, it writes to an open file and to a removed one, from before a move to disk."""
 
 
-@pytest.mark.parametrize("profile", ["machine", "cached"])
+@pytest.mark.parametrize("profile", ["machine", pytest.param("cached", marks=pytest.mark.soak)])
 def test_files_that_are_open_over_persist(daemon: Daemon, profile: str) -> None:
     """Whatever dies: what is written to them is read, and on disk in the end; RAM is given back."""
     daemon.sessionctl("create", "root", profile, "--id", "one")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from sessiond.errors import Cancelled, Failed, NoSpace
+from sessiond.errors import Cancelled, Failed, NoSpace, NotSupported
 from sessiond.session import persist as module
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import NOTHING_PENDING, PendingFile, PendingWrites, SessionState, Stack
@@ -311,6 +311,19 @@ async def test_cancelling_what_is_being_read_back(
         assert len(calls) == call_number
         assert_volatile(world, session)
         assert not world.disk("s").exists()
+
+
+async def test_a_disk_in_ram_is_none(world: World) -> None:
+    """What is asked to survive a reboot must not only seem so."""
+    world.mounts.in_ram = True
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        with pytest.raises(NotSupported, match="is in RAM, so"):
+            await session.persist(started_by=UID).wait()
+        assert_volatile(world, session)
+        with pytest.raises(NotSupported, match="state_directory"):
+            await manager.create(USER, "lasting", session_id="t")
+        assert list(manager.sessions) == ["s"]
 
 
 ONE_FILE = PendingWrites({7: "/var/log"}, 1, in_use=True)

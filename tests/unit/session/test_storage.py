@@ -15,6 +15,8 @@ from sessiond.session.memory import MemoryMounter, MemoryMounts
 from sessiond.session.model import SessionId, SpaceThresholds, Uid
 from sessiond.session.mounts import SystemMounts, run, sync_file_system
 from sessiond.session.space import Space, SpaceLevel, SpaceWatch, next_level
+from tests.support.disks import make_image
+from tests.support.recording_disk import mounted_image
 from tests.support.sessions import UID
 
 
@@ -190,3 +192,19 @@ def test_what_a_tool_says_becomes_the_error() -> None:
         run(["false"])
     with pytest.raises(OSError, match=r"no-such-tool (is not installed|cannot be run)"):
         run(["no-such-tool"])
+
+
+@pytest.mark.root
+def test_what_is_in_ram(real: Path) -> None:
+    mounts = SystemMounts()
+    disk = make_image("ext4", str(real))
+    for name in ("ram", "disk"):
+        (real / name).mkdir()
+    mounts.mount_tmpfs(real / "ram", size="1M", inodes=None)
+    with mounted_image(disk, str(real / "disk")):
+        (real / "ram/below").mkdir()
+        (real / "link").symlink_to("ram/below")
+        assert mounts.is_in_ram(real / "ram/below")
+        assert mounts.is_in_ram(real / "link")
+        assert not mounts.is_in_ram(real / "disk")
+        assert not mounts.is_in_ram(real / "disk/lost+found")
