@@ -252,11 +252,15 @@ async def _run(
     try:
         async with trio.open_nursery() as nursery:
             controlled = _Controlled(operations, served, connection, journal, nursery, confined)
+            is_current = served == start.stack and is_known
+            if not is_current:  # nothing must change any more in layers that have been copied
+                await controlled.freeze()
             nursery.start_soon(_serve_and_cancel, nursery.cancel_scope)
             nursery.start_soon(controlled.settle)
             await operations.initialised.wait()
-            if served != start.stack or not is_known:
+            if not is_current:
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
+                await controlled.thaw()
             controlled.leave_former()
             nursery.start_soon(controlled.counting.run)
             await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
@@ -408,9 +412,9 @@ class _Controlled:
                         return Reply(error="A worker died while changes were held; try again.")
                     await self.swap(request.stack, moved=request.moved)
                 case control.Freeze():
-                    await self._freeze()
+                    await self.freeze()
                 case control.Thaw():
-                    await self._thaw()
+                    await self.thaw()
                 case control.Changes() | control.Diff() | control.Sync():
                     return self._begin(request, descriptors)
                 case control.Pending():
@@ -541,12 +545,14 @@ class _Controlled:
             files.append(PendingFile(path=path, inode=node.kept_number))
         return PendingFiles(files=tuple(files), count=len(linked), in_use=len(_orphans) > 1)
 
-    async def _freeze(self) -> None:
+    async def freeze(self) -> None:
+        """Hold changes back."""
         if not self._is_frozen:
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
-    async def _thaw(self) -> None:
+    async def thaw(self) -> None:
+        """Let them pass again, and tell the kernel what has been exchanged meanwhile."""
         await self._frozen.aclose()
         self._is_frozen = False
         announcements, self._unannounced = self._unannounced, []

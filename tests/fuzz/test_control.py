@@ -24,6 +24,9 @@ from sessiond.control import (
     Diff,
     Freeze,
     LayerStack,
+    Pending,
+    PendingFile,
+    PendingFiles,
     Reply,
     Stop,
     Swap,
@@ -61,6 +64,7 @@ _REQUESTS = [
         Changes(),
         Diff(patience=1.0),
         Sync(),
+        Pending(),
         Stop(),
     )
 ]
@@ -225,6 +229,7 @@ _REPLIES = [
         Reply(),
         Reply(error="full", errno=errno.ENOSPC),
         Reply(changes=ChangeCounts(added=1)),
+        Reply(pending=PendingFiles(files=(PendingFile(path="/file", inode=7),), count=1)),
         Reply(worker=os.getpid(), data_path="plain", stack=_STACK),
         Reply(worker=os.getpid(), data_path="plain", stack=_OTHER, frozen=True),
     )
@@ -259,7 +264,7 @@ async def test_a_manager_outlives_any_answer(packet: bytes, descriptors: int) ->
     await mount.attach(trio.socket.from_stdlib_socket(ours), Reply(worker=os.getpid()))
     socket.send_fds(theirs, [packet], [theirs.fileno()] * descriptors)
     try:
-        await mount.sync()
+        await mount.pending()
     except SessiondError as error:
         str(error).encode()
     await mount.abandon()
