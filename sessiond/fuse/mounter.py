@@ -29,6 +29,7 @@ from sessiond.session.model import (
     WHOLE,
     ChangeSummary,
     DataPath,
+    LargeFile,
     Lowers,
     PendingWrites,
     SessionId,
@@ -411,7 +412,7 @@ class FuseMount:
             counts.deleted,
             counts.bytes,
             counts.renamed,
-            tuple((file.path, file.change, file.size) for file in counts.largest),
+            tuple(LargeFile(file.path, file.change, file.size) for file in counts.largest),
         )
 
     async def diff(self, target: int, span: Span = WHOLE) -> None:

@@ -261,12 +261,10 @@ class Comparison:
         displaced = before.identity if before.is_directory else None
         if displaced in self.moved:
             before = ABSENT
-        shared = now.identity if now.positive and now.stat.st_nlink > 1 else None
-        if (
-            self._is_indexed(now)
-            and now.identity == before.identity
-            and not self._is_named(pair, path)
-        ):
+        indexed = self._is_indexed(now)
+        several = indexed or (now.positive and now.stat.st_nlink > 1)
+        shared = now.identity if several else None
+        if indexed and now.identity == before.identity and not self._is_named(pair, path):
             # Changed under another name, of which it is told.
             return Found(shared=shared)
         change = self._compare(path, now, before)

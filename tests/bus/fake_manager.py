@@ -23,6 +23,7 @@ from sessiond.errors import (
 from sessiond.session import model
 from sessiond.session.model import (
     ChangeSummary,
+    LargeFile,
     LayerNumber,
     Operation,
     SessionId,
@@ -95,7 +96,14 @@ class FakeSession:
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
-        self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
+        self.summary = ChangeSummary(
+            added=1,
+            changed=2,
+            deleted=3,
+            bytes=1 << 40,
+            renamed=4,
+            largest=(LargeFile("/film", "added", 1 << 39),),
+        )
         self.diff_body: Callable[[int], object] = lambda target: None
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'

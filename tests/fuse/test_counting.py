@@ -19,7 +19,7 @@ from sessiond.overlay import syscalls, tally
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.session.model import ChangeSummary, DataPath
+from sessiond.session.model import ChangeSummary, DataPath, LargeFile
 from tests.fuse.conftest import Playground
 from tests.unit.overlay.conftest import new_file
 
@@ -38,14 +38,14 @@ async def listed(mount: FuseMount) -> ChangeSummary:
         *lines, _ = map(json.loads, file)
     kinds = Counter(line["kind"] for line in lines)
     added, deleted, renamed = (kinds.pop(kind, 0) for kind in ("added", "deleted", "renamed"))
-    files = [(line["path"], line["kind"], line["size"]) for line in lines if line["size"]]
+    files = [LargeFile(line["path"], line["kind"], line["size"]) for line in lines if line["size"]]
     return ChangeSummary(
         added,
         kinds.total(),
         deleted,
-        sum(size for *_, size in files),
+        sum(file.size for file in files),
         renamed,
-        tuple(sorted(files, key=lambda one: (-one[2], one[0]))[:10]),
+        tuple(sorted(files, key=lambda file: (-file.size, file.path))[:10]),
     )
 
 

@@ -85,9 +85,9 @@ async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
         "added": 1,
         "changed": 2,
         "deleted": 3,
-        "renamed": 0,
+        "renamed": 4,
         "bytes": 1 << 40,
-        "largest": [],
+        "largest": [{"path": "/film", "kind": "added", "size": 1 << 39}],
     }
     assert [snapshot["name"] for snapshot in told["snapshots"]] == ["good"]
     assert told["last_job"] is None
