@@ -77,7 +77,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    _console().print(table)
+    console().print(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
@@ -87,10 +87,11 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, Text(printable(value)))
-    _console().print(table)
+    console().print(table)
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Return where all is printed for people."""
     # Without highlighting and markup: the text is data. A pipe has no width, unlike a terminal.
     width = None if sys.stdout.isatty() else _ANY_WIDTH
     return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)

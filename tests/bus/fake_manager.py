@@ -108,6 +108,7 @@ class FakeSession:
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'
         self.compared = ("", "")
+        self.diff_reader: Uid | None = None
         self.verified: bool | None = None
         """What was asked for when it was to be persisted."""
         self.undo = True
@@ -200,8 +201,11 @@ class FakeSession:
         for name in filter(None, names):
             self._record(name)
 
-    async def diff(self, target: int, start: str = "", end: str = "") -> None:
+    async def diff(
+        self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
+    ) -> None:
         self.compared = (start, end)
+        self.diff_reader = reader
         result = self.diff_body(target)
         if hasattr(result, "__await__"):
             await result

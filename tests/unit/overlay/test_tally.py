@@ -139,6 +139,7 @@ class Session:
         self._swap((f"upper{self.uppers}", *self.layers))
 
     def reset(self, _: str, __: str) -> None:
+        self.forget("", "")
         self._swap(("image",))
 
     def _swap(self, layers: tuple[str, ...]) -> None:
