@@ -183,10 +183,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _levels(text: str) -> int:
-    levels = int(text)
-    if levels < 1:
-        raise ValueError
-    return levels
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("levels are a number, 1 or more")
+    return int(text)
 
 
 def _add_check(check: argparse.ArgumentParser) -> None:

@@ -11,16 +11,13 @@ from rich.text import Text
 from rich.tree import Tree
 
 from sessiond.bus.client import ChangeSummary, Difference
-from sessiond.cli.output import Json, console, print_json, print_line, printable, size
-
-DEPTH = 3
-"""Levels of the tree that are shown unless told otherwise."""
+from sessiond.cli.output import Json, print_json, print_line, printable, show, size
 
 _COLOURS = {"added": "green", "deleted": "red", "renamed": "cyan", "metadata": "dim"}
 _TOLD = {
     "binary": "Binary files differ",
     "large": "Too large to be shown",
-    "forbidden": "Not shown",
+    "forbidden": "Not shown, since you may not read it",
 }
 
 
@@ -91,7 +88,7 @@ async def print_tree(differences: AsyncIterable[Difference], depth: int) -> None
     async for one in differences:
         root.insert(one)
     if root.sums.kinds:
-        console().print(_tree(root, depth))
+        show(_tree(root, depth))
     print_line(str(root.sums))
 
 
