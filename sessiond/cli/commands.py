@@ -18,6 +18,7 @@ from sessiond.cli.output import (
     print_json,
     print_line,
     print_table,
+    size,
     used_of,
     when,
 )

@@ -89,6 +89,23 @@ async def test_files_that_are_opened_again_and_again(playground: Playground) -> 
             await assert_counts(mount, added=1, bytes=2 * number)
 
 
+async def test_the_largest_are_told(playground: Playground) -> None:
+    for number in range(8):
+        (playground.image / f"old{number}").write_bytes(b"x" * (100 + number))
+    async with playground.mounted(playground.stack()) as mount:
+        for number in range(8):
+            (playground.root / f"new{number}").write_bytes(b"x" * (200 + number))
+        (playground.root / "old0").rename(playground.root / "renamed0")
+        with open(playground.root / "old7", "ab") as file:
+            file.write(b"x" * 50)
+        counted = await mount.changes()
+        assert counted == await listed(mount)
+        assert counted.largest[-2:] == (
+            LargeFile("/old7", "contents", 157),
+            LargeFile("/renamed0", "renamed", 100),
+        )
+
+
 async def test_files_that_are_mapped_after_they_are_closed(playground: Playground) -> None:
     (playground.image / "file").write_bytes(bytes(4096))
     async with playground.mounted(playground.stack()) as mount:

@@ -158,7 +158,7 @@ class Session:
 
 
 def without_kinds(sums: Sums) -> object:
-    """A large file that was renamed is told as added."""
+    """Of two new names of a file with several, of which one is gone, it is open which was that."""
     return sums.kinds, sums.bytes, [(one.path, one.size) for one in sums.largest]
 
 
