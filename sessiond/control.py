@@ -105,6 +105,8 @@ class Diff(_Message):
     end: Lowers | None = None
     patience: float
     """Seconds for which the pipe may be full until the list is given up."""
+    reader: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    """Tell also the text that has changed, as far as the user with that uid may read it."""
 
 
 class Sync(_Message):

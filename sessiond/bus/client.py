@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import trio
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -28,7 +28,8 @@ from sessiond.bus.connection import CALL_TIMEOUT, Connection
 from sessiond.bus.signals import Match, Signals
 from sessiond.bus.wire import BusError, Variant, WireError
 from sessiond.errors import SessiondError
-from sessiond.session.model import ChangeSummary, SessionId, SnapshotName
+from sessiond.session.model import ChangeSummary as ChangeSummary
+from sessiond.session.model import SessionId, SnapshotName
 
 OPERATION_TIMEOUT = 300.0
 """Seconds that calls may take which mount, unmount, or walk through a session."""
@@ -79,6 +80,10 @@ class Difference:
     """The path before, if it is renamed."""
     changed: str | None = None
     """``contents`` or ``metadata``, if it is renamed and that differs, too."""
+    content: tuple[str, str] | str | None = None
+    """The text of a file, before and now, if it was asked for and has changed; or why it is not
+    told: ``binary``, ``large`` or ``forbidden``.
+    """
 
 
 class ManagerInfo(_Info):
@@ -223,6 +228,7 @@ class Differences:
             values.get("old_size", 0),
             values.get("from"),
             values.get("changed"),
+            _content(values.get("content")),
         )
 
     async def _line(self) -> bytes:
@@ -465,9 +471,12 @@ class Session(_Proxy):
             return _Summary.validate_python(summary)
 
     @asynccontextmanager
-    async def diff(self, *, start: str = "", end: str = "") -> AsyncIterator[Differences]:
-        """List the same while the context is open."""
-        (descriptor,) = await self._call("OpenDiff", "a{sv}", _states(start, end))
+    async def diff(
+        self, *, start: str = "", end: str = "", content: bool = False
+    ) -> AsyncIterator[Differences]:
+        """List the same while the context is open; with `content`, also what text has changed."""
+        options = _states(start, end) | ({"content": Variant("b", True)} if content else {})
+        (descriptor,) = await self._call("OpenDiff", "a{sv}", options)
         assert isinstance(descriptor, int)
         async with trio.lowlevel.FdStream(descriptor) as stream:
             yield Differences(stream)
@@ -543,6 +552,10 @@ async def connect(
     async with connection.connect(address) as connected:
         connected.interactive = interactive
         yield Client(connected)
+
+
+def _content(told: Any) -> tuple[str, str] | str | None:
+    return (told["old"], told["new"]) if isinstance(told, dict) else told
 
 
 def _states(start: str, end: str) -> dict[str, Variant]:

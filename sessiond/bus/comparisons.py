@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from sessiond.bus.limits import ROOT, Limit
 from sessiond.errors import SessiondError
 from sessiond.session.manager import Session
-from sessiond.session.model import ChangeSummary
+from sessiond.session.model import ChangeSummary, Uid
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,17 @@ class Comparisons:
             return await session.changes(*states)
 
     def open_list(
-        self, uid: int, session: Session, states: States, start: Callable[..., None]
+        self,
+        uid: int,
+        session: Session,
+        states: States,
+        start: Callable[..., None],
+        *,
+        content: bool,
     ) -> int:
         """Return a descriptor to read from, to be closed by whoever calls; `start` runs the writer.
 
+        `content`: list also the text that has changed, as far as the user may read it.
         Raises `BusError` beyond the limits, and `NoSuchSnapshot`.
         """
         session.require_snapshots(*states)
@@ -69,15 +76,21 @@ class Comparisons:
             shares.enter_context(self._shares(uid, session))
             reader, writer = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(writer, False)  # the reader's end is a matter of its own
-            start(self._write, session, states, writer, shares.pop_all())
+            reading = Uid(uid) if content else None
+            start(self._write, session, states, reading, writer, shares.pop_all())
             return reader
 
     async def _write(
-        self, session: Session, states: States, target: int, shares: ExitStack
+        self,
+        session: Session,
+        states: States,
+        reader: Uid | None,
+        target: int,
+        shares: ExitStack,
     ) -> None:
         with shares:
             try:
-                await session.diff(target, *states)
+                await session.diff(target, *states, reader=reader)
             except SessiondError as error:
                 log.warning("Session %s: the list of changes ends early: %s", session.id, error)
                 _write_error(target, str(error))

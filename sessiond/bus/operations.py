@@ -14,6 +14,7 @@ from sessiond.bus.interface import Caller
 from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
+    DiffOptions,
     NoOptions,
     PersistOptions,
     RestoreOptions,
@@ -91,9 +92,11 @@ class Operations:
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
         uid = await authorise(caller, Action.COMPARE, session)
-        asked = parse(CompareOptions, options)
+        asked = parse(DiffOptions, options)
         states = (asked.start, asked.end)
-        return self._comparisons.open_list(uid, session, states, caller.start_soon)
+        return self._comparisons.open_list(
+            uid, session, states, caller.start_soon, content=asked.content
+        )
 
     async def pending_files(
         self, caller: Caller, session: Session, options: Options

@@ -46,6 +46,12 @@ class CompareOptions(NoOptions):
     )
 
 
+class DiffOptions(CompareOptions):
+    """Options of OpenDiff."""
+
+    content: bool = Field(False, description="a boolean: whether to tell what text has changed")
+
+
 class PersistOptions(NoOptions):
     """Options of Persist and PersistSession."""
 

@@ -32,6 +32,9 @@ class Arguments(argparse.Namespace):
     """Snapshot to compare with; empty for the image."""
     end: str
     """Snapshot to be compared; empty for the state now."""
+    as_list: bool
+    content: bool
+    depth: int
     user: str
     profile: str
     id: str | None
@@ -153,6 +156,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SNAPSHOT",
         help="compare this, not the present state",
     )
+    shown = diff.add_mutually_exclusive_group()
+    shown.add_argument(
+        "--list",
+        dest="as_list",
+        action="store_true",
+        help="print a line for each path that differs",
+    )
+    shown.add_argument("--content", action="store_true", help="print how the text of files differs")
+    shown.add_argument(
+        "--depth",
+        type=_levels,
+        default=3,
+        metavar="LEVELS",
+        help="show directories down to this level (default: %(default)s)",
+    )
     command("cancel", "Cancel the job that runs on a session", one)
     command("close", "Unmount a session and drop its changes", one)
 
@@ -162,6 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(command("check", "Look for damage in sessions that are not in use", telling))
     command("monitor", "Print what happens to sessions, until interrupted", telling)
     return parser
+
+
+def _levels(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("levels are a number, 1 or more")
+    return int(text)
 
 
 def _add_check(check: argparse.ArgumentParser) -> None:

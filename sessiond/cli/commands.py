@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 
 from sessiond.bus.client import (
+    ChangeSummary,
     Client,
     Event,
     JobInfo,
@@ -17,6 +18,7 @@ from sessiond.bus.client import (
     SessionInfo,
     SnapshotInfo,
 )
+from sessiond.cli import differences
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.output import (
     Json,
@@ -64,7 +66,7 @@ async def status(client: Client, asked: Arguments) -> None:
         told["last_job"] = None if job is None else _job_json(job)
         told["snapshots"] = [_snapshot_json(snapshot) for snapshot in snapshots]
         told["pending_files"] = [dataclasses.asdict(file) for file in pending]
-        told["changes"] = None if changes is None else dataclasses.asdict(changes)
+        told["changes"] = None if changes is None else _changes_json(changes)
         print_json(told)
         return
     facts = [
@@ -88,9 +90,7 @@ async def status(client: Client, asked: Arguments) -> None:
         facts.append(("In RAM still", f"what is written to {info.pending} files that are open"))
     facts += [("", _pending_line(file)) for file in pending]
     if changes is not None:
-        facts.append(
-            ("Changes", _counts(changes.added, changes.changed, changes.deleted, changes.bytes))
-        )
+        facts.append(("Changes", differences.counts(changes)))
     print_facts(facts)
 
 
@@ -197,22 +197,17 @@ async def close(client: Client, asked: Arguments) -> None:
 
 
 async def diff(client: Client, asked: Arguments) -> None:
-    """Print how a session differs, while the daemon finds it out."""
+    """Print how a session differs."""
     session = await client.session(asked.session)
-    added = changed = deleted = total = 0
-    async with session.diff(start=asked.start, end=asked.end) as differences:
-        async for one in differences:
-            if asked.json:
-                print_json(dataclasses.asdict(one))
-                continue
-            added += one.kind == "added"
-            deleted += one.kind == "deleted"
-            changed += one.kind not in ("added", "deleted")
-            shown = size(one.size) if one.type == "file" and one.kind != "deleted" else ""
-            total += one.size if shown else 0
-            print_line(f"{one.kind:<8}  {one.type:<9}  {shown:>10}  {one.path}")
-    if not asked.json:
-        print_line(_counts(added, changed, deleted, total))
+    async with session.diff(start=asked.start, end=asked.end, content=asked.content) as found:
+        if asked.json:
+            await differences.print_as_json(found)
+        elif asked.content:
+            await differences.print_content(found)
+        elif asked.as_list:
+            await differences.print_list(found)
+        else:
+            await differences.print_tree(found, asked.depth)
 
 
 async def monitor(client: Client, asked: Arguments) -> None:
@@ -253,14 +248,13 @@ def _used(session: SessionInfo) -> str:
     return used_of(session.bytes_used, session.bytes_limit)
 
 
-def _counts(added: int, changed: int, deleted: int, total: int) -> str:
-    if added == changed == deleted == 0:
-        return "None: nothing differs."
-    return f"{added} added, {changed} changed, {deleted} deleted; {size(total)} in files"
-
-
 def _session_json(session: SessionInfo) -> dict[str, Json]:
     return session.model_dump(mode="json", exclude={"snapshots", "last_job"})
+
+
+def _changes_json(changes: ChangeSummary) -> dict[str, Json]:
+    largest = [file._asdict() for file in changes.largest]
+    return dataclasses.asdict(changes) | {"largest": largest}
 
 
 def _job_json(job: JobInfo) -> dict[str, Json]:

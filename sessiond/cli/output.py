@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TypeAlias
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -77,7 +77,7 @@ def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    _console().print(table)
+    show(table)
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
@@ -87,10 +87,14 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in facts:
         table.add_row(name, Text(printable(value)))
-    _console().print(table)
+    show(table)
 
 
-def _console() -> Console:
+def show(what: RenderableType) -> None:
+    """Print what rich draws. Raises `BrokenPipeError`, upon which rich itself would exit."""
     # Without highlighting and markup: the text is data. A pipe has no width, unlike a terminal.
     width = None if sys.stdout.isatty() else _ANY_WIDTH
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    with console.capture() as drawn:
+        console.print(what)
+    sys.stdout.write(drawn.get())

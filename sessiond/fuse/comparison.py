@@ -12,6 +12,7 @@ import stat as modes
 from contextlib import suppress
 
 from sessiond.control import ChangeCounts, LargeFile
+from sessiond.fuse.contents import Contents
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.tally import Sums, sums_of
@@ -48,16 +49,20 @@ def told(sums: Sums) -> ChangeCounts:
     )
 
 
-def write_list(stack: Stack, base: Stack, target: int, patience: float) -> None:
+def write_list(
+    stack: Stack, base: Stack, target: int, patience: float, reader: int | None = None
+) -> None:
     """Write the changes from `base` to `stack` as JSON lines, then that this was all; close all.
 
+    `reader`: with the text that has changed, as far as the user with that uid may read it.
     `target`: the end of a pipe that does not block. A reader that hangs up ends the list. Raises
     `TimeoutError` when there was no room for more for `patience` seconds, `OSError`.
     """
     try:
         lines = bytearray()
+        contents = None if reader is None else Contents(stack, base, reader)
         for change in changes(stack, base):
-            lines += _line(change)
+            lines += _line(change, contents)
             if len(lines) >= _BUFFER:
                 _write(target, lines, patience)
                 lines.clear()
@@ -83,8 +88,8 @@ def _write(target: int, lines: bytearray, patience: float) -> None:
             written += os.write(target, lines[written:])
 
 
-def _line(change: Change) -> bytes:
-    fields: dict[str, str | int] = {
+def _line(change: Change, contents: Contents | None) -> bytes:
+    fields: dict[str, str | int | dict[str, str]] = {
         "path": _text(change.path),
         "kind": change.kind.value,
         "type": _TYPES.get(modes.S_IFMT(change.mode), "other"),
@@ -95,6 +100,8 @@ def _line(change: Change) -> bytes:
         fields["from"] = _text(change.source)
     if change.also is not None:
         fields["changed"] = change.also.value
+    if contents is not None and (text := contents.of(change)) is not None:
+        fields["content"] = text
     return json.dumps(fields).encode() + b"\n"
 
 

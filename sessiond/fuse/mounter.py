@@ -29,11 +29,13 @@ from sessiond.session.model import (
     WHOLE,
     ChangeSummary,
     DataPath,
+    LargeFile,
     Lowers,
     PendingWrites,
     SessionId,
     Span,
     Stack,
+    Uid,
 )
 from sessiond.session.mounter import VIEW_TYPE, MountRequest
 
@@ -411,13 +413,16 @@ class FuseMount:
             counts.deleted,
             counts.bytes,
             counts.renamed,
-            tuple((file.path, file.change, file.size) for file in counts.largest),
+            tuple(LargeFile(file.path, file.change, file.size) for file in counts.largest),
         )
 
-    async def diff(self, target: int, span: Span = WHOLE) -> None:
+    async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:
         """See `Mount.diff`."""
         request = control.Diff(
-            start=_lowers(span.start), end=_lowers(span.end), patience=READER_PATIENCE
+            start=_lowers(span.start),
+            end=_lowers(span.end),
+            patience=READER_PATIENCE,
+            reader=reader,
         )
         await self._ask_for_outcome(request, (target,))
 

@@ -446,7 +446,9 @@ class _Controlled:
             if isinstance(request, control.Diff):
                 target = os.dup(descriptors[1])
                 write = comparison.write_list
-                compare = self._in_thread(write, stack, base, target, request.patience)
+                compare = self._in_thread(
+                    write, stack, base, target, request.patience, request.reader
+                )
             else:
                 compare = self._in_thread(comparison.count, stack, base)
         self._nursery.start_soon(self._compare, compare, outcome)

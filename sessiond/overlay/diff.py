@@ -55,6 +55,8 @@ class Change(NamedTuple):
     """Where it was, if it is renamed."""
     also: ChangeKind | None = None
     """CONTENTS or METADATA, if it is renamed and differs."""
+    base_path: bytes = b""
+    """The path before of what is there under no other."""
 
     @property
     def is_deleted_file(self) -> bool:
@@ -82,8 +84,6 @@ class Found(NamedTuple):
     """A directory in which something may differ."""
     gone: Identity | None = None
     """Of what had the name before and is deleted, if that was no directory."""
-    gone_from: bytes = b""
-    """Its path."""
     displaced: Identity | None = None
     """Of a directory that had the name before, if that is not there; deleted, or elsewhere."""
     origin: Identity | None = None
@@ -115,7 +115,7 @@ def changes(stack: Stack, base: Stack) -> Iterator[Change]:
     comparison = Comparison(stack, base)
     comparison.find_moved()
     added: list[tuple[Change, Identity]] = []
-    deleted: list[tuple[Change, Identity, bytes]] = []
+    deleted: list[tuple[Change, Identity]] = []
     pending = [comparison.root()]
     while pending:
         pair = pending.pop()
@@ -127,7 +127,7 @@ def changes(stack: Stack, base: Stack) -> Iterator[Change]:
                 if found.origin is not None:
                     added.append((change, found.origin))
                 elif change.is_deleted_file and found.gone is not None:
-                    deleted.append((change, found.gone, found.gone_from))
+                    deleted.append((change, found.gone))
                 else:
                     yield change
     yield from comparison.pair_up(added, deleted)
@@ -150,7 +150,7 @@ class Comparison:
         self._base_places: _Places | None = None
 
     def root(self) -> Pair:
-        roots = _root(self._stack), _root(self._base)
+        roots = root_of(self._stack), root_of(self._base)
         return Pair(b"", roots[0], _ROOT, b"", roots[1], _ROOT)
 
     def names(self, pair: Pair) -> list[bytes]:
@@ -261,21 +261,19 @@ class Comparison:
         displaced = before.identity if before.is_directory else None
         if displaced in self.moved:
             before = ABSENT
-        shared = now.identity if now.positive and now.stat.st_nlink > 1 else None
-        if (
-            self._is_indexed(now)
-            and now.identity == before.identity
-            and not self._is_named(pair, path)
-        ):
+        indexed = self._is_indexed(now)
+        several = indexed or (now.positive and now.stat.st_nlink > 1)
+        shared = now.identity if several else None
+        if indexed and now.identity == before.identity and not self._is_named(pair, path):
             # Changed under another name, of which it is told.
             return Found(shared=shared)
-        change = self._compare(path, now, before)
+        change = self._compare(path, base_path, now, before)
         if change is None:
             return Found(displaced=displaced, shared=shared)
         gone = before.identity if change.is_deleted_file else None
         copied = change.kind is ChangeKind.ADDED and now.identity != _real(now)
         origin = now.identity if copied else None
-        return Found((change,), None, gone, base_path, displaced, origin, shared=shared)
+        return Found((change,), None, gone, displaced, origin, shared=shared)
 
     def _is_indexed(self, now: Entry) -> bool:
         """Say whether a hard link of a lower is shown as what it is under other names, too."""
@@ -291,7 +289,7 @@ class Comparison:
 
     def _compare_directory(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Found:
         if before.is_directory and before.identity == now.identity:
-            change = self._compare(path, now, before)
+            change = self._compare(path, base_path, now, before)
             below = self._descend(path, base_path, now, before)
             return Found((change,) if change else (), below)
         displaced = before.identity if before.is_directory else None
@@ -299,19 +297,19 @@ class Comparison:
             before = ABSENT
         source = self._source(now)
         if source is None:
-            change = self._compare(path, now, before)
+            change = self._compare(path, base_path, now, before)
             below = self._descend(path, base_path, now, before)
             return Found((change,) if change else (), below, displaced=displaced)
         found = [self._renamed(path, now, *source)]
         gone = None
-        if replaced := self._compare(path, ABSENT, before):
+        if replaced := self._compare(path, base_path, ABSENT, before):
             found.insert(0, replaced)
             gone = before.identity if replaced.is_deleted_file else None
         below = self._descend(path, source[0], now, source[1])
-        return Found(tuple(found), below, gone, base_path, displaced, moved=now.identity)
+        return Found(tuple(found), below, gone, displaced, moved=now.identity)
 
     def _renamed(self, path: bytes, now: Entry, source: bytes, before: Entry) -> Change:
-        also = self._compare(path, now, before)
+        also = self._compare(path, source, now, before)
         sizes = _size(now.stat), _size(before.stat)
         kind = also.kind if also else None
         return Change(path, ChangeKind.RENAMED, now.stat.st_mode, *sizes, source, kind)
@@ -329,25 +327,26 @@ class Comparison:
             return None
         return Pair(path, merged, now.identity, base_path, base, before.identity)
 
-    def _compare(self, path: bytes, now: Entry, before: Entry) -> Change | None:
+    def _compare(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Change | None:
         if not now.positive:
             if not before.positive:
                 return None
-            return Change(path, ChangeKind.DELETED, before.stat.st_mode, 0, _size(before.stat))
+            gone = before.stat.st_mode, 0, _size(before.stat)
+            return Change(path, ChangeKind.DELETED, *gone, base_path=base_path)
         mode, size = now.stat.st_mode, _size(now.stat)
         if not before.positive:
             return Change(path, ChangeKind.ADDED, mode, size)
-        old_size = _size(before.stat)
+        facts = mode, size, _size(before.stat)
         if modes.S_IFMT(mode) != modes.S_IFMT(before.stat.st_mode):
-            return Change(path, ChangeKind.TYPE, mode, size, old_size)
+            return Change(path, ChangeKind.TYPE, *facts, base_path=base_path)
         if _real(now) == _real(before):
             return None
         at, data = self._places(path, now)
         other, other_data = self._places(path, before)
         if not self._same_contents(data, now.stat, other_data, before.stat):
-            return Change(path, ChangeKind.CONTENTS, mode, size, old_size)
+            return Change(path, ChangeKind.CONTENTS, *facts, base_path=base_path)
         if not _same_metadata(self._stack, at, now.stat, other, before.stat):
-            return Change(path, ChangeKind.METADATA, mode, size, old_size)
+            return Change(path, ChangeKind.METADATA, *facts, base_path=base_path)
         return None
 
     def _places(self, path: bytes, entry: Entry) -> tuple[At, At]:
@@ -375,23 +374,23 @@ class Comparison:
         return _same_bytes(at, other)
 
     def pair_up(
-        self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity, bytes]]
+        self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity]]
     ) -> Iterator[Change]:
         """Find out which of those that are added are deleted ones under another name.
 
-        Each with its identity; deleted ones also with their path in the base.
+        Each with its identity.
         """
-        names: defaultdict[Identity, list[tuple[Change, bytes]]] = defaultdict(list)
-        for change, identity, source in deleted:
-            names[identity].append((change, source))
+        names: defaultdict[Identity, list[Change]] = defaultdict(list)
+        for change, identity in deleted:
+            names[identity].append(change)
         for change, identity in added:
             found = names.get(identity)
-            renamed = self._paired(change.path, found[-1][1]) if found else None
+            renamed = self._paired(change.path, found[-1].base_path) if found else None
             if found and renamed is not None:
                 found.pop()
             yield renamed or change
         for left in names.values():
-            yield from (change for change, _ in left)
+            yield from left
 
     def _paired(self, path: bytes, source: bytes) -> Change | None:
         """Return the change that the two are; None if something vanishes meanwhile."""
@@ -439,14 +438,15 @@ def _shared(stack: Stack, base: Stack) -> _Shared:
     return frozenset(layer.identity for layer, _ in same)
 
 
-def _root(stack: Stack) -> Directory:
+def root_of(stack: Stack) -> Directory:
+    """Return the root of a merged view."""
     upper = b"" if stack.upper is not None else None
     return Directory(upper, tuple(Lower(one, b"", one.may_hold_marks) for one in stack.lowers))
 
 
 def _find(stack: Stack, path: bytes) -> Entry:
     """Look a whole path up."""
-    directory, entry, walked = _root(stack), ABSENT, b""
+    directory, entry, walked = root_of(stack), ABSENT, b""
     for name in path.split(b"/"):
         entry = lookup.lookup(stack, directory, name)
         if not entry.positive:

@@ -202,12 +202,27 @@ class Tally:
             if len(largest) > 100 * LARGEST:
                 largest = _largest(largest)
             arrived += directory.origins.values()
+        largest = _largest(largest)
         if arrived:
-            renamed = (Counter(arrived) & Counter(self._deleted())).total()
+            deleted = Counter(self._deleted())
+            renamed = (Counter(arrived) & deleted).total()
+            largest = [
+                one._replace(kind=ChangeKind.RENAMED) if self._origin(one.path) in deleted else one
+                for one in largest
+            ]
             kinds[_KINDS.index(ChangeKind.ADDED)] -= renamed
             kinds[_DELETED] -= renamed
             kinds[_RENAMED] += renamed
-        return Sums(tuple(kinds), size, tuple(_largest(largest)))
+        return Sums(tuple(kinds), size, tuple(largest))
+
+    def _origin(self, path: bytes) -> int | None:
+        """Return the inode number in the image of what was copied up to be added there."""
+        *parents, name = path.split(b"/")
+        directory = self.root
+        for parent in parents:
+            assert directory is not None
+            directory = directory.below.get(parent)
+        return directory.origins.get(name) if directory is not None else None
 
     def _directories(self) -> Iterator[tuple[bytes, _Directory]]:
         pending = [(b"", self.root)] if self.root is not None else []

@@ -26,6 +26,7 @@ from sessiond.session.model import (
     SessionId,
     Span,
     Stack,
+    Uid,
 )
 from sessiond.session.mounter import MountRequest
 
@@ -74,7 +75,7 @@ class MemoryMount:
         self._compare(span)
         return self.summary
 
-    async def diff(self, target: int, span: Span = WHOLE) -> None:
+    async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:
         self._compare(span)
         for difference in (*self.differences, {"complete": True}):
             line = json.dumps(difference).encode() + b"\n"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NewType, Self
+from typing import Annotated, NamedTuple, NewType, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -386,6 +386,17 @@ WHOLE = Span()
 """All that was changed since the image."""
 
 
+class LargeFile(NamedTuple):
+    """A file that differs."""
+
+    path: str
+    """For people: bytes that are not UTF-8 are escaped."""
+    kind: str
+    """What has happened to it, as in the list of differences."""
+    size: int
+    """In bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChangeSummary:
     """How far one state of a session is from another: its merged view from its image, for one."""
@@ -396,5 +407,5 @@ class ChangeSummary:
     bytes: int
     """Apparent size of the added, changed and renamed regular files."""
     renamed: int = 0
-    largest: tuple[tuple[str, str, int], ...] = ()
-    """Of these files, the largest: path, for people, what has changed, and size."""
+    largest: tuple[LargeFile, ...] = ()
+    """Of these files, the largest, first of all."""

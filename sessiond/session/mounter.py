@@ -19,6 +19,7 @@ from sessiond.session.model import (
     SessionId,
     Span,
     Stack,
+    Uid,
 )
 
 VIEW_TYPE = "fuse.sessiond"
@@ -62,15 +63,14 @@ class Mount(Protocol):
     async def changes(self, span: Span = WHOLE) -> ChangeSummary:
         """Count how the end of `span` differs from its start; its layers must stay meanwhile."""
 
-    async def diff(self, target: int, span: Span = WHOLE) -> None:
+    async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:
         """Write the same differences to `target`, a pipe that does not block.
 
-        Lines of JSON: ``{"path": str, "kind": "added"|"contents"|"metadata"|"deleted"|"type",
-        "type": "file"|"directory"|"symlink"|"other", "size": int}``; a directory comes before what
-        is in it, bytes of a path that are not UTF-8 come as surrogate escapes. After the last comes
-        ``{"complete": true}``. The caller closes `target`. Returns when the list has ended, early
-        when the reader hangs up. Raises `Failed` when it cannot be completed: for one, because
-        nothing was read for long.
+        Lines of JSON, as docs/dbus.md has them; with the text that has changed, as far as the user
+        `reader` may read it, if there is one. A directory comes before what is in it. After the
+        last comes ``{"complete": true}``. The caller closes `target`. Returns when the list has
+        ended, early when the reader hangs up. Raises `Failed` when it cannot be completed: for one,
+        because nothing was read for long.
         """
 
     async def sync(self) -> None:

@@ -356,13 +356,15 @@ class Session:
         with self._comparing(start, end):
             return await self.require_mount().changes(await self._span(start, end))
 
-    async def diff(self, target: int, start: str = "", end: str = "") -> None:
-        """Write what differs to a descriptor; see `Mount.diff` for the format.
+    async def diff(
+        self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
+    ) -> None:
+        """Write what differs to a descriptor; see `Mount.diff`.
 
         States and failures are those of `changes`.
         """
         with self._comparing(start, end):
-            await self.require_mount().diff(target, await self._span(start, end))
+            await self.require_mount().diff(target, await self._span(start, end), reader)
 
     def require_snapshots(self, *names: str) -> None:
         """Raise `NoSuchSnapshot` unless there is a snapshot of each name that is not empty."""

@@ -23,6 +23,7 @@ from sessiond.errors import (
 from sessiond.session import model
 from sessiond.session.model import (
     ChangeSummary,
+    LargeFile,
     LayerNumber,
     Operation,
     PendingFile,
@@ -96,7 +97,14 @@ class FakeSession:
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
-        self.summary = ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
+        self.summary = ChangeSummary(
+            added=1,
+            changed=2,
+            deleted=3,
+            bytes=1 << 40,
+            renamed=4,
+            largest=(LargeFile("/film", "added", 1 << 39),),
+        )
         self.diff_body: Callable[[int], object] = lambda target: None
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'
@@ -104,6 +112,7 @@ class FakeSession:
         self.pending = 0
         self.files: list[PendingFile] = []
         """Those that are pending."""
+        self.diff_reader: Uid | None = None
         self.verified: bool | None = None
         """What was asked for when it was to be persisted."""
         self.undo = True
@@ -199,8 +208,11 @@ class FakeSession:
         for name in filter(None, names):
             self._record(name)
 
-    async def diff(self, target: int, start: str = "", end: str = "") -> None:
+    async def diff(
+        self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
+    ) -> None:
         self.compared = (start, end)
+        self.diff_reader = reader
         result = self.diff_body(target)
         if hasattr(result, "__await__"):
             await result

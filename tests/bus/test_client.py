@@ -23,7 +23,7 @@ from sessiond.errors import (
     NotAuthorized,
     Unreachable,
 )
-from sessiond.session.model import ChangeSummary, SessionId
+from sessiond.session.model import ChangeSummary, LargeFile, SessionId
 from tests.bus.fake_manager import EPOCH, FakeManager
 
 
@@ -43,7 +43,8 @@ async def test_a_session_from_creation_to_close(sessiond: Client, serving: FakeM
     session = await sessiond.create("alice", "live", session_id="a.1")
     assert session.id == "a.1"
     assert (await sessiond.session_of(65534)).id == "live"
-    assert await session.changes() == ChangeSummary(added=1, changed=2, deleted=3, bytes=1 << 40)
+    largest = (LargeFile("/film", "added", 1 << 39),)
+    assert await session.changes() == ChangeSummary(1, 2, 3, 1 << 40, 4, largest)
     snapshot = await session.snapshot("fresh", description="as it was")
     await session.changes(start="fresh")
     assert serving.sessions[SessionId(session.id)].compared == ("fresh", "")

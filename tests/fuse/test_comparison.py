@@ -19,7 +19,7 @@ from sessiond.errors import Failed, SessiondError
 from sessiond.fuse import mounter as mounter_module
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import ChangeSummary, DataPath, Lowers, Span
+from sessiond.session.model import ChangeSummary, DataPath, LargeFile, Lowers, Span
 from tests.fuse.conftest import Playground
 from tests.support.waiting import until
 
@@ -66,7 +66,7 @@ async def test_changes_and_diff(playground: Playground) -> None:
             deleted=1,
             renamed=1,
             bytes=6,
-            largest=(("/changed", "contents", 6),),
+            largest=(LargeFile("/changed", "contents", 6),),
         )
         read, write = pipe()
         await mount.diff(write)

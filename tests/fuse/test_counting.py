@@ -19,7 +19,7 @@ from sessiond.overlay import syscalls, tally
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.session.model import ChangeSummary, DataPath
+from sessiond.session.model import ChangeSummary, DataPath, LargeFile
 from tests.fuse.conftest import Playground
 from tests.unit.overlay.conftest import new_file
 
@@ -38,14 +38,14 @@ async def listed(mount: FuseMount) -> ChangeSummary:
         *lines, _ = map(json.loads, file)
     kinds = Counter(line["kind"] for line in lines)
     added, deleted, renamed = (kinds.pop(kind, 0) for kind in ("added", "deleted", "renamed"))
-    files = [(line["path"], line["kind"], line["size"]) for line in lines if line["size"]]
+    files = [LargeFile(line["path"], line["kind"], line["size"]) for line in lines if line["size"]]
     return ChangeSummary(
         added,
         kinds.total(),
         deleted,
-        sum(size for *_, size in files),
+        sum(file.size for file in files),
         renamed,
-        tuple(sorted(files, key=lambda one: (-one[2], one[0]))[:10]),
+        tuple(sorted(files, key=lambda file: (-file.size, file.path))[:10]),
     )
 
 
@@ -87,6 +87,23 @@ async def test_files_that_are_opened_again_and_again(playground: Playground) -> 
             with open(path, "ab") as file:
                 file.write(b"y")
             await assert_counts(mount, added=1, bytes=2 * number)
+
+
+async def test_the_largest_are_told(playground: Playground) -> None:
+    for number in range(8):
+        (playground.image / f"old{number}").write_bytes(b"x" * (100 + number))
+    async with playground.mounted(playground.stack()) as mount:
+        for number in range(8):
+            (playground.root / f"new{number}").write_bytes(b"x" * (200 + number))
+        (playground.root / "old0").rename(playground.root / "renamed0")
+        with open(playground.root / "old7", "ab") as file:
+            file.write(b"x" * 50)
+        counted = await mount.changes()
+        assert counted == await listed(mount)
+        assert counted.largest[-2:] == (
+            LargeFile("/old7", "contents", 157),
+            LargeFile("/renamed0", "renamed", 100),
+        )
 
 
 async def test_files_that_are_mapped_after_they_are_closed(playground: Playground) -> None:

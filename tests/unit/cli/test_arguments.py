@@ -24,6 +24,8 @@ def test_the_program_to_run_is_taken_as_it_is(program: list[str]) -> None:
         ([], "COMMAND"),
         (["explode"], "invalid choice: 'explode'"),
         (["status"], "SESSION"),
+        (["diff", "live", "--depth", "0"], "levels are a number, 1 or more"),
+        (["diff", "live", "--list", "--content"], "not allowed with"),
         (["snapshot", "live"], "SNAPSHOT"),
         (["reset", "live", "twice"], "unrecognized arguments: twice"),
         (["reset", "live", "--", "twice"], "unrecognized arguments: twice"),

@@ -79,16 +79,16 @@ async def test_status(manager: FakeManager, sessionctl: Sessionctl) -> None:
     assert facts["User"] == "nobody (65534)"
     assert facts["Inodes"] == "3 of 1000"
     assert facts["Snapshots"] == "good"
-    assert facts["Changes"] == "1 added, 2 changed, 3 deleted; 1.0 TiB in files"
+    assert facts["Changes"] == "1 added, 2 changed, 3 deleted, 4 renamed; 1.0 TiB in files"
     told = await sessionctl.json("status", "live")
     assert isinstance(told, dict)
     assert told["changes"] == {
         "added": 1,
         "changed": 2,
         "deleted": 3,
-        "renamed": 0,
+        "renamed": 4,
         "bytes": 1 << 40,
-        "largest": [],
+        "largest": [{"path": "/film", "kind": "added", "size": 1 << 39}],
     }
     assert [snapshot["name"] for snapshot in told["snapshots"]] == ["good"]
     assert told["last_job"] is None
@@ -276,25 +276,76 @@ async def test_what_is_noted_of_a_snapshot_is_edited(
     await sessionctl(*change, "--pin", code=ExitCode.NOT_FOUND)
 
 
-DIFFERENCES = (
-    {"path": "/new\udcff\n", "kind": "added", "type": "file", "size": 2048},
-    {"path": "/etc", "kind": "metadata", "type": "directory", "size": 4096},
-    {"path": "/etc/motd", "kind": "contents", "type": "file", "size": 1},
-    {"path": "/etc/group", "kind": "deleted", "type": "file", "size": 500},
+DIFFERENCES: tuple[dict[str, object], ...] = (
+    {"path": "/new\udcff\n", "kind": "added", "type": "file", "size": 2048, "old_size": 0},
+    {"path": "/etc", "kind": "metadata", "type": "directory", "size": 0, "old_size": 0},
+    {"path": "/etc/motd", "kind": "contents", "type": "file", "size": 1, "old_size": 12},
+    {"path": "/etc/group", "kind": "deleted", "type": "file", "size": 0, "old_size": 500},
+    {"path": "/etc/x/y/z", "kind": "type", "type": "symlink", "size": 0, "old_size": 3},
+    {
+        "path": "/b",
+        "kind": "renamed",
+        "type": "file",
+        "size": 2,
+        "old_size": 2,
+        "from": "/a",
+        "changed": "metadata",
+    },
 )
 
 
-async def test_diff(manager: FakeManager, sessionctl: Sessionctl) -> None:
-    body = b"".join(json.dumps(one).encode() + b"\n" for one in DIFFERENCES)
+def tell(manager: FakeManager, *told: dict[str, object]) -> bytes:
+    body = b"".join(json.dumps(one).encode() + b"\n" for one in told)
     manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(target, body)
-    assert await sessionctl.lines("diff", "live") == [
+    return body
+
+
+async def test_diff(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    body = tell(manager, *DIFFERENCES)
+    assert await sessionctl.lines("diff", "live", "--list") == [
         "added     file          2.0 KiB  /new\\xff\\n",
         "metadata  directory              /etc",
-        "contents  file              1 B  /etc/motd",
-        "deleted   file                   /etc/group",
-        "1 added, 2 changed, 1 deleted; 2.0 KiB in files",
+        "contents  file       12 B -> 1 B  /etc/motd",
+        "deleted   file            500 B  /etc/group",
+        "type      symlink                /etc/x/y/z",
+        "renamed   file              2 B  /b (from /a)",
+        "1 added, 3 changed, 1 deleted, 1 renamed; 2.0 KiB in files",
     ]
     assert (await sessionctl("diff", "live", "--json")).stdout == body
+
+
+async def test_diff_as_a_tree(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    tell(manager, *DIFFERENCES)
+    assert await sessionctl.lines("diff", "live", "--depth", "2") == [
+        "/  (1 added, 3 changed, 1 deleted, 1 renamed; 2.0 KiB in files)",
+        "├── b  renamed from /a, metadata, 2 B",
+        "├── etc/  metadata  (3 changed, 1 deleted; 1 B in files)",
+        "│   ├── group  deleted, 500 B",
+        "│   ├── motd  contents, 12 B -> 1 B",
+        "│   └── x/  (1 changed; 0 B in files)",
+        "└── new\\xff\\n  added, 2.0 KiB",
+        "1 added, 3 changed, 1 deleted, 1 renamed; 2.0 KiB in files",
+    ]
+
+
+async def test_diff_of_contents(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    motd, new, old, *_ = ({**one} for one in (DIFFERENCES[2], DIFFERENCES[0], DIFFERENCES[3]))
+    motd["content"] = {"old": "a\nb\n", "new": "a\n\x1b\n"}
+    new["content"] = "binary"
+    old["content"] = "forbidden"
+    tell(manager, motd, new, old, DIFFERENCES[1])
+    assert await sessionctl.lines("diff", "live", "--content") == [
+        "--- a/etc/motd",
+        "+++ b/etc/motd",
+        "@@ -1,2 +1,2 @@",
+        " a",
+        "-b",
+        "+\\x1b",
+        "Binary files differ: /new\\xff\\n",
+        "Not shown, since you may not read it: /etc/group",
+        "1 added, 2 changed, 1 deleted; 2.0 KiB in files",
+    ]
+    assert manager.sessions[next(iter(manager.sessions))].diff_reader == os.getuid()
 
 
 async def test_diff_of_a_pristine_session(manager: FakeManager, sessionctl: Sessionctl) -> None:
@@ -319,15 +370,17 @@ async def test_a_diff_that_breaks_off_is_a_failure(
     session = manager.sessions[next(iter(manager.sessions))]
     session.diff_body = lambda target: os.write(target, body)
     session.diff_end = b'{"path": "/half'
-    for options in ((), ("--json",)):
-        done = await sessionctl("diff", "live", *options, code=ExitCode.FAILED)
+    await sessionctl("diff", "live", code=ExitCode.FAILED)
+    for option in ("--list", "--json"):
+        done = await sessionctl("diff", "live", option, code=ExitCode.FAILED)
         assert b"The list of changes ends early" in done.stderr
         assert b"added" in done.stdout
         assert b"1 added" not in done.stdout
 
 
+@pytest.mark.parametrize("options", [(), ("--list",)])
 async def test_a_reader_that_has_seen_enough_is_no_failure(
-    manager: FakeManager, sessionctl: Sessionctl
+    manager: FakeManager, sessionctl: Sessionctl, options: tuple[str, ...]
 ) -> None:
     body = b"".join(json.dumps(one).encode() + b"\n" for one in DIFFERENCES * 50)
     manager.sessions[next(iter(manager.sessions))].diff_body = lambda target: os.write(target, body)
@@ -335,7 +388,7 @@ async def test_a_reader_that_has_seen_enough_is_no_failure(
     os.close(reader)
     with open(writer, "wb") as broken:
         done = await trio.run_process(
-            sessionctl.command("diff", "live"),
+            sessionctl.command("diff", "live", *options),
             stdout=broken,
             capture_stderr=True,
             check=False,

@@ -139,6 +139,7 @@ class Session:
         self._swap((f"upper{self.uppers}", *self.layers))
 
     def reset(self, _: str, __: str) -> None:
+        self.forget("", "")
         self._swap(("image",))
 
     def _swap(self, layers: tuple[str, ...]) -> None:
@@ -157,7 +158,7 @@ class Session:
 
 
 def without_kinds(sums: Sums) -> object:
-    """A large file that was renamed is told as added."""
+    """Of two new names of a file with several, of which one is gone, it is open which was that."""
     return sums.kinds, sums.bytes, [(one.path, one.size) for one in sums.largest]
 
 

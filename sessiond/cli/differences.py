@@ -1,0 +1,183 @@
+"""How `sessionctl diff` shows what differs: as a tree, a list, JSON, or text that has changed."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import AsyncIterable, Iterator
+from dataclasses import dataclass, field
+
+from rich.text import Text
+from rich.tree import Tree
+
+from sessiond.bus.client import ChangeSummary, Difference
+from sessiond.cli.output import Json, print_json, print_line, printable, show, size
+
+_COLOURS = {"added": "green", "deleted": "red", "renamed": "cyan", "metadata": "dim"}
+_TOLD = {
+    "binary": "Binary files differ",
+    "large": "Too large to be shown",
+    "forbidden": "Not shown, since you may not read it",
+}
+
+
+@dataclass
+class Sums:
+    """How much differs."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+
+    def add(self, one: Difference) -> None:
+        """Count one more."""
+        self.kinds[_counted_as(one.kind)] += 1
+        self.bytes += one.size if one.type == "file" else 0
+
+    def __str__(self) -> str:
+        counts = [f"{self.kinds[kind]} {kind}" for kind in _COUNTED if self.kinds[kind]]
+        if not counts:
+            return "None: nothing differs."
+        return f"{', '.join(counts)}; {size(self.bytes)} in files"
+
+
+_COUNTED = ("added", "changed", "deleted", "renamed")
+
+
+def counts(changes: ChangeSummary) -> str:
+    """Return in words how much differs."""
+    return str(Sums(Counter({kind: getattr(changes, kind) for kind in _COUNTED}), changes.bytes))
+
+
+def _counted_as(kind: str) -> str:
+    return kind if kind in _COUNTED else "changed"
+
+
+async def print_as_json(differences: AsyncIterable[Difference]) -> None:
+    """Print each as one line of JSON, as it is found."""
+    async for one in differences:
+        print_json(_as_json(one))
+
+
+def _as_json(one: Difference) -> dict[str, Json]:
+    told: dict[str, Json] = {
+        "path": one.path,
+        "kind": one.kind,
+        "type": one.type,
+        "size": one.size,
+        "old_size": one.old_size,
+    }
+    if one.source is not None:
+        told["from"] = one.source
+    if one.changed is not None:
+        told["changed"] = one.changed
+    return told
+
+
+async def print_list(differences: AsyncIterable[Difference]) -> None:
+    """Print each on a line, as it is found; then how many there are."""
+    sums = Sums()
+    async for one in differences:
+        sums.add(one)
+        print_line(f"{one.kind:<8}  {one.type:<9}  {_size(one):>10}  {_name(one, one.path)}")
+    print_line(str(sums))
+
+
+async def print_tree(differences: AsyncIterable[Difference], depth: int) -> None:
+    """Print directories with what differs in them, sorted; below `depth` only sums."""
+    root = _Node()
+    async for one in differences:
+        root.insert(one)
+    if root.sums.kinds:
+        show(_tree(root, depth))
+    print_line(str(root.sums))
+
+
+async def print_content(differences: AsyncIterable[Difference]) -> None:
+    """Print how the text of files differs, as `diff -u` does."""
+    sums = Sums()
+    async for one in differences:
+        sums.add(one)
+        for line in _unified(one):
+            print_line(line)
+    print_line(str(sums))
+
+
+def _unified(one: Difference) -> Iterator[str]:
+    if one.content is None:
+        return
+    if isinstance(one.content, str):
+        yield f"{_TOLD.get(one.content, one.content)}: {one.path}"
+        return
+    old, new = one.content
+    yield from difflib.unified_diff(
+        old.splitlines(),
+        new.splitlines(),
+        "/dev/null" if one.kind == "added" else f"a{one.source or one.path}",
+        "/dev/null" if one.kind == "deleted" else f"b{one.path}",
+        lineterm="",
+    )
+
+
+class _Node:
+    """A directory of the tree, or what is in one."""
+
+    def __init__(self) -> None:
+        self.changes: list[Difference] = []
+        self.below: dict[str, _Node] = {}
+        self.sums = Sums()
+        """Of all that is below, and of itself."""
+
+    def insert(self, one: Difference) -> None:
+        node = self
+        node.sums.add(one)
+        for name in filter(None, one.path.split("/")):
+            node = node.below.setdefault(name, _Node())
+            node.sums.add(one)
+        node.changes.append(one)
+
+
+def _tree(root: _Node, depth: int) -> Tree:
+    top = Tree(_label("/", root))
+    pending = [(top, root, 1)]
+    while pending:
+        shown, node, level = pending.pop()
+        if level > depth:
+            continue
+        for name, below in sorted(node.below.items()):
+            pending.append((shown.add(_label(name, below)), below, level + 1))
+    return top
+
+
+def _label(name: str, node: _Node) -> Text:
+    label = Text(printable(name))
+    if node.below and name != "/":
+        label.append("/")
+    for one in node.changes:
+        label.append(f"  {printable(_what(one))}", _COLOURS.get(one.kind, "yellow"))
+    if node.below:
+        label.append(f"  ({node.sums})", "dim")
+    return label
+
+
+def _what(one: Difference) -> str:
+    text = one.kind if one.kind != "type" else f"now a {one.type}"
+    if one.source is not None:
+        text += f" from {one.source}"
+    if one.changed is not None:
+        text += f", {one.changed}"
+    return f"{text}, {_size(one)}" if _size(one) else text
+
+
+def _name(one: Difference, path: str) -> str:
+    return path if one.source is None else f"{path} (from {one.source})"
+
+
+def _size(one: Difference) -> str:
+    """Return the size in words; also the one before, if that was another."""
+    if one.type != "file":
+        return ""
+    if one.kind == "deleted":
+        return size(one.old_size)
+    if one.kind in {"contents", "renamed"} and one.size != one.old_size:
+        return f"{size(one.old_size)} -> {size(one.size)}"
+    return size(one.size)
