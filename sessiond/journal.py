@@ -22,6 +22,9 @@ SOCKET = Path("/run/systemd/journal/socket")
 _FIELD_LIMIT = 64 << 10
 """Longest value of a field, in bytes: a message has to fit into a datagram."""
 
+_PATIENCE = 1.0
+"""Seconds that the journal may be too busy to take a message; the daemon stands still meanwhile."""
+
 _PRIORITIES = {
     logging.CRITICAL: 2,
     logging.ERROR: 3,
@@ -62,6 +65,7 @@ class JournalHandler(logging.Handler):
         self._fallback = fallback
         self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_PATIENCE)
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""
