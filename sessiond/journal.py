@@ -22,6 +22,9 @@ SOCKET = Path("/run/systemd/journal/socket")
 _FIELD_LIMIT = 64 << 10
 """Longest value of a field, in bytes: a message has to fit into a datagram."""
 
+_PATIENCE = 1.0
+"""Seconds that the journal may be too busy to take a message; the daemon stands still meanwhile."""
+
 _PRIORITIES = {
     logging.CRITICAL: 2,
     logging.ERROR: 3,
@@ -40,6 +43,8 @@ class Event(StrEnum):
     JOB_ENDED = "c95b4421f61f4229a9ce6f8e7dd4c8fc"
     SESSION_STARTED = "d51c7765c02445a08f70fb76445fb7cd"
     SESSION_ENDED = "74e862088b394b318dcb364a12114101"
+    SNAPSHOT_MADE = "2759f08bdcfc4f43baee857c5b685593"
+    SNAPSHOT_DELETED = "9a5c9947b72f4de699226ca859f04da6"
     WORKER_DIED = "af0b1e139e3d42b4a31ce35f17bf7ae7"
 
 
@@ -62,6 +67,7 @@ class JournalHandler(logging.Handler):
         self._fallback = fallback
         self._pid = os.getpid()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_PATIENCE)
 
     def emit(self, record: logging.LogRecord) -> None:
         """See `logging.Handler`."""

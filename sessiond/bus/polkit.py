@@ -17,7 +17,6 @@ import trio
 from sessiond.bus import names
 from sessiond.bus.connection import CALL_TIMEOUT, Connection
 from sessiond.bus.limits import Limit
-from sessiond.bus.signals import Match, Signals
 from sessiond.bus.wire import BusError, Variant, WireError
 from sessiond.errors import Unreachable
 
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 PATIENCE = 300.0
 """Seconds that a person has to answer a question."""
 QUESTIONS_OF_USER = 4
-"""At once; each may be a window on the user's screen, and takes two match rules of the bus."""
+"""At once; each may be a window on the user's screen."""
 QUESTIONS_IN_ALL = 64
 
 _BUS = "org.freedesktop.PolicyKit1"
@@ -111,21 +110,16 @@ class Polkit:
         return verdict
 
     async def _ask_person(self, question: _Question, cancellation: str) -> Verdict:
-        """The same with a dialogue, which goes away when the caller does, or nobody answers."""
+        """The same with a dialogue. Once the caller has left the bus, polkit itself ends that."""
         verdict: Verdict | None = None
         try:
-            # A caller who has left before this is found out by polkit.
-            async with question.connection.signals(question.leaving) as signals:
-                with trio.move_on_after(PATIENCE):
-                    async with trio.open_nursery() as nursery:
-                        nursery.start_soon(question.wait_left, signals, nursery.cancel_scope)
-                        verdict = await self._ask(
-                            question,
-                            flags=_ALLOW_USER_INTERACTION,
-                            cancellation=cancellation,
-                            timeout=2 * PATIENCE,
-                        )
-                        nursery.cancel_scope.cancel()
+            with trio.move_on_after(PATIENCE):
+                verdict = await self._ask(
+                    question,
+                    flags=_ALLOW_USER_INTERACTION,
+                    cancellation=cancellation,
+                    timeout=2 * PATIENCE,
+                )
         finally:
             if verdict is None:
                 question.withdraw(cancellation)
@@ -140,12 +134,6 @@ class _Question:
     caller: str
     action: str
     details: dict[str, str]
-
-    @property
-    def leaving(self) -> Match:
-        """What the bus says when the caller leaves it."""
-        member = "NameOwnerChanged"
-        return Match(names.DBUS, interface=names.DBUS, member=member, arg0=self.caller)
 
     async def ask(self, flags: int, cancellation: str, timeout: float) -> Verdict:
         subject = ("system-bus-name", {"name": Variant("s", self.caller)})
@@ -172,14 +160,3 @@ class _Question:
         self.connection.call_unanswered(
             _BUS, _PATH, _AUTHORITY, "CancelCheckAuthorization", "s", cancellation
         )
-
-    async def wait_left(self, signals: Signals, asking: trio.CancelScope) -> None:
-        """Cancel `asking` once the caller has left the bus."""
-        try:
-            async for message in signals:
-                name, _old, new_owner = message.values()
-                if name == self.caller and not new_owner:
-                    break
-        except Unreachable:
-            pass  # nobody can tell any more; a dialogue must not stay for ever
-        asking.cancel()

@@ -36,7 +36,7 @@ class Removal(NamedTuple):
     def log(self, session: SessionId) -> None:
         """Say so."""
         log.info(
-            "Snapshot %s of session %s is deleted: %s.", self.snapshot.name, session, self.reason
+            "Snapshot %s of session %s is not kept: %s.", self.snapshot.name, session, self.reason
         )
 
 

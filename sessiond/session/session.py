@@ -345,6 +345,13 @@ class Session:
             for snapshot in snapshots:
                 observer.snapshot_removed(self, snapshot)
 
+        for snapshot in snapshots:
+            log.info(
+                "Snapshot %s of session %s is deleted.",
+                snapshot.name,
+                self.id,
+                extra=self._event(Event.SNAPSHOT_DELETED, snapshot=snapshot.name),
+            )
         self._tell(tell)
 
     async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
@@ -644,6 +651,12 @@ class Session:
         removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
         gone = [one.snapshot for one in removals]
         await self.switch(kept.without_snapshots(gone))
+        log.info(
+            "Snapshot %s of session %s is made.",
+            snapshot.name,
+            self.id,
+            extra=self._event(Event.SNAPSHOT_MADE, snapshot=snapshot.name),
+        )
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
         for one in removals:
             one.log(self.id)

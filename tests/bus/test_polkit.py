@@ -16,9 +16,10 @@ import pytest
 import trio
 
 from sessiond.bus import connection, names, service
+from sessiond.bus import polkit as polkit_module
 from sessiond.bus.polkit import QUESTIONS_OF_USER
 from sessiond.bus.transport import ADDRESS_VARIABLE
-from sessiond.bus.wire import Variant
+from sessiond.bus.wire import Message, Variant
 from sessiond.errors import NotAuthorized
 from tests.bus.fake_manager import FakeManager
 from tests.bus.test_authorisation import (
@@ -33,7 +34,7 @@ from tests.bus.test_authorisation import (
 )
 from tests.support.bus import start_private_bus
 from tests.support.polkit import BUS_POLICY, start_polkit
-from tests.support.waiting import BOUND
+from tests.support.waiting import BOUND, until
 
 pytestmark = pytest.mark.root
 
@@ -362,3 +363,57 @@ async def test_sessionctl_asks_at_its_terminal(
             assert await process.wait() == 128 + signal.SIGINT, shown
     assert b"Authentication is required to reset the session live." in shown
     assert not guarded.jobs
+
+
+class Undecided:
+    """What calls itself polkit, and gives no answer until the question is withdrawn."""
+
+    def __init__(self) -> None:
+        self.withdrawn = ""
+        self._gone = trio.Event()
+
+    async def handle(
+        self, _connection: connection.Connection, message: Message
+    ) -> connection.Reply:
+        values = message.values()
+        if message.member == "CancelCheckAuthorization":
+            self.withdrawn = str(values[0])
+            self._gone.set()
+            return "", ()
+        *_, flags, cancellation = values
+        if flags:
+            await self._gone.wait()
+            assert self.withdrawn == cancellation
+        return "(bba{ss})", [(False, True, {})]
+
+
+async def test_a_question_that_nobody_answers_is_withdrawn(
+    serving: FakeManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(polkit_module, "PATIENCE", 0.01)
+    undecided = Undecided()
+    async with connection.connect(handler=undecided.handle) as authority:
+        await authority.request_name("org.freedesktop.PolicyKit1")
+        code, said = await call(OWNER, *RESET)
+        assert code != 0
+        assert "polkit refuses org.sessiond.overlay1.reset-own" in said
+        await until(lambda: undecided.withdrawn)
+    assert not serving.jobs
+
+
+async def test_polkit_that_fails_is_no_polkit_that_is_missing(
+    serving: FakeManager, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connection.connect() as authority:  # it has no such object
+        await authority.request_name("org.freedesktop.PolicyKit1")
+        for _ in range(2):
+            code, said = await call(OWNER, *RESET)
+            assert code != 0
+            assert "polkit does not answer for org.sessiond.overlay1.reset-own" in said
+    told = [record.message for record in caplog.records if "does not answer" in record.message]
+    assert told == [
+        "polkit does not answer: There is no object /org/freedesktop/PolicyKit1/Authority."
+    ]
+    code, said = await call(OWNER, *RESET)
+    assert code == 0, said
+    assert len(serving.jobs) == 1

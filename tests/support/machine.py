@@ -145,6 +145,8 @@ def _install(root: Path) -> None:
         CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.conf", root / "etc/dbus-1/system.d"
     )
     shutil.copy(CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.service", services)
+    actions = root / "usr/share/polkit-1/actions"
+    shutil.copy(CHECKOUT / "packaging/polkit/org.sessiond.overlay1.policy", actions)
     for name, module in _PROGRAMS.items():
         program = root / "usr/local/bin" / name
         program.write_text(f'#!/bin/sh\nexec {PYTHON} -m {module} "$@"\n')

@@ -19,7 +19,7 @@ IMAGE: trees.Tree = {
     "srv": {"data": {f"file{number}": b"x" * number for number in range(50)}},
 }
 
-_PACKAGES = "systemd-sysv,dbus,procps,python3,fuse3"
+_PACKAGES = "systemd-sysv,dbus,fuse3,libpam-systemd,polkitd,procps,python3"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,7 +63,7 @@ def daemon(idle_daemon: Daemon) -> Daemon:
 def debian(request: pytest.FixtureRequest) -> Path:
     """A squashfs of a Debian root that can be booted; made once, and kept with pytest's cache."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    image = Path(request.config.cache.mkdir("images")) / f"{suite}-booting.squashfs"
+    image = Path(request.config.cache.mkdir("images")) / f"{suite}-polkit.squashfs"
     if not image.exists():
         archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
         make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={_PACKAGES}"]

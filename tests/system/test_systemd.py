@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from sessiond.journal import Event
 from tests.support.machine import PYTHON, CannotBoot, Machine, booted
 
 CONFIGURATION = """\
@@ -192,6 +194,44 @@ def test_a_mistake_in_the_configuration_costs_no_session(
     assert_serves_on(service)
     if int(service.run("systemctl --version").split()[1]) >= 254:  # FileDescriptorStorePreserve=
         bystander()
+
+
+def in_a_session(machine: Machine, command: str, *, code: int = 0, seat: str = "") -> str:
+    """Run a command as alice, logged in anew: at a seat of the machine, or from elsewhere."""
+    login = "--quiet --wait --pipe --property=PAMName=login --property=User=alice"
+    where = f"--setenv=XDG_SEAT={seat} --setenv=XDG_SESSION_TYPE=tty" if seat else ""
+    return machine.run(f"systemd-run {login} {where} {command}", code=code)
+
+
+def journal(machine: Machine, *matches: str) -> list[dict[str, str]]:
+    """Return the fields of the lines that match, those of the journal's own among them."""
+    lines = machine.run(f"journalctl --sync; journalctl --output=json {' '.join(matches)}")
+    return [json.loads(line) for line in lines.splitlines()]
+
+
+def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
+    service.run("useradd --create-home alice; sessionctl create alice guest --id hers")
+    reset, uid = "sessionctl reset", service.run("id --user alice").strip()
+    in_a_session(service, f"{reset} hers", seat="seat0")
+    said = in_a_session(service, f"{reset} hers", code=4)
+    assert "after authentication only (org.sessiond.overlay1.reset-own)" in said
+    said = in_a_session(service, f"{reset} kiosk", code=4, seat="seat0")
+    assert "after authentication only (org.sessiond.overlay1.reset-other)" in said
+    service.run("cat /run/sessiond/sessions/kiosk/root/note")
+
+    requests = journal(service, f"MESSAGE_ID={Event.REQUEST}", f"SESSIOND_CALLER_UID={uid}")
+    assert [
+        (one["SESSIOND_SESSION"], one["SESSIOND_USER"], one["SESSIOND_OPERATION"])
+        for one in requests
+    ] == [("hers", "alice", "reset")] * 2 + [("kiosk", "root", "reset")]
+    outcomes = [one["SESSIOND_OUTCOME"] for one in requests]
+    assert outcomes == ["started", "refused", "refused"]
+    assert {one["_SYSTEMD_UNIT"] for one in requests} == {"sessiond.service"}
+    (ended,) = journal(service, f"MESSAGE_ID={Event.JOB_ENDED}", f"SESSIOND_CALLER_UID={uid}")
+    assert (ended["SESSIOND_JOB"], ended["SESSIOND_OUTCOME"]) == (
+        requests[0]["SESSIOND_JOB"],
+        "succeeded",
+    )
 
 
 def test_descriptors_outlive_the_process(machine: Machine) -> None:

@@ -87,6 +87,18 @@ def test_a_journal_that_is_away_is_not_missed(
     assert stderr.getvalue() == "one\nthree\n"
 
 
+def test_a_journal_that_hangs_holds_nobody_up(
+    journal: Journal,
+    log: logging.Logger,
+    stderr: io.StringIO,
+) -> None:
+    (handler,) = log.handlers
+    assert isinstance(handler, JournalHandler)
+    handler._socket.settimeout(0)
+    while not stderr.getvalue():
+        log.info("x" * 10_000)
+
+
 def test_children_write_to_stderr(
     journal: Journal, log: logging.Logger, stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
