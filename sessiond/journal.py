@@ -41,6 +41,10 @@ class Event(StrEnum):
     SESSION_STARTED = "d51c7765c02445a08f70fb76445fb7cd"
     SESSION_ENDED = "74e862088b394b318dcb364a12114101"
     WORKER_DIED = "af0b1e139e3d42b4a31ce35f17bf7ae7"
+    SNAPSHOT_MADE = "aceed023ec9844cba82517e3aa52faf2"
+    """By sessiond itself."""
+    SNAPSHOT_DELETED = "a43b560c2e1a4b4ca8d725382535a79b"
+    """By sessiond itself."""
 
 
 def event(kind: Event, **facts: str | int | None) -> dict[str, object]:

@@ -332,8 +332,7 @@ class Session:
         if removals and not self._closing:
             with self._operating("snapshots are being thinned out"):
                 await self.forget_snapshots([one.snapshot for one in removals])
-                for one in removals:
-                    one.log(self.id)
+                self._log_removals(removals)
 
     def sizes_changed(self) -> None:
         """Tell observers that more is known of what snapshots take."""
@@ -641,10 +640,26 @@ class Session:
         removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
         gone = [one.snapshot for one in removals]
         await self.switch(kept.without_snapshots(gone))
+        if snapshot.automatic:
+            log.info(
+                "Snapshot %s of session %s is made.",
+                snapshot.name,
+                self.id,
+                extra=self._event(Event.SNAPSHOT_MADE, snapshot=snapshot.name),
+            )
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
-        for one in removals:
-            one.log(self.id)
+        self._log_removals(removals)
         self._tell_gone(gone)
+
+    def _log_removals(self, removals: Iterable[Removal]) -> None:
+        for snapshot, reason in removals:
+            log.info(
+                "Snapshot %s of session %s is deleted: %s.",
+                snapshot.name,
+                self.id,
+                reason,
+                extra=self._event(Event.SNAPSHOT_DELETED, snapshot=snapshot.name, reason=reason),
+            )
 
     async def below(self, record: SessionRecord) -> Path:
         """Return the tree just below the upper of `record`. Raises `ImageUnavailable`."""
