@@ -9,7 +9,8 @@ that before, with the frozen layer in the stack.
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from itertools import count
 from typing import TYPE_CHECKING
@@ -51,30 +52,38 @@ async def restore(session: Session, target: SnapshotRecord, *, undo: bool) -> No
 
 async def _restore_held(session: Session, target: SnapshotRecord, *, mounted: bool) -> None:
     before = session.record
-    snapshot = None
-    try:
+    with _explaining():
         changed = await is_changed(session)
-        replaced = before.committed() if changed else before
-        if changed or not _is_kept(before):
-            snapshot = _automatic(replaced, target)
-        if snapshot is not None and changed and mounted:
-            begun = replaced.model_copy(update={"restoring": snapshot.name})
-            await session.switch_and_keep(begun, snapshot, besides=target)
+    if not changed and _is_kept(before):
+        await session.switch(before.with_new_upper(target.layers))
+        return
+    replaced = before.committed() if changed else before
+    snapshot = _automatic(replaced, target)
+    if not (changed and mounted):  # nobody has a file of the upper open
+        with _explaining():
+            after = before.with_new_upper(target.layers)
+            await session.switch_and_keep(after, snapshot, besides=target)
+        return
+    begun = replaced.with_snapshots((*replaced.snapshots, snapshot))
+    with _explaining():
+        await session.switch(begun.model_copy(update={"restoring": snapshot.name}))
+    try:
+        after = session.record.with_new_upper(target.layers).with_snapshots(before.snapshots)
+        await session.switch_and_keep(after, snapshot, besides=target)
+    except BaseException:
+        await _undo(session)
+        raise
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Say of a failure what it keeps from being done, and what to do."""
+    try:
+        yield
     except (NoSpace, Failed) as error:
         raise type(error)(
             f"What is replaced cannot be kept as a snapshot. {error} {_GIVE_UP}"
         ) from error
-    after = session.record.with_new_upper(target.layers)
-    if snapshot is None:
-        await session.switch(after)
-    elif session.record is before:  # nobody has a file of the upper open
-        await session.switch_and_keep(after, snapshot, besides=target)
-    else:
-        try:
-            await session.switch(after)
-        except BaseException:
-            await _undo(session)
-            raise
 
 
 async def is_changed(session: Session) -> bool:

@@ -6,7 +6,6 @@ snapshot is but a name less: what the merged view is built on stays in any case.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date
@@ -15,12 +14,9 @@ from typing import NamedTuple
 
 from sessiond.session.model import (
     LayerNumber,
-    SessionId,
     SessionRecord,
     SnapshotRecord,
 )
-
-log = logging.getLogger(__name__)
 
 AUTOMATIC_LIMIT = 8
 """Automatic snapshots that are kept where no rule says how many."""
@@ -31,13 +27,7 @@ class Removal(NamedTuple):
 
     snapshot: SnapshotRecord
     reason: str
-    """A clause for the log."""
-
-    def log(self, session: SessionId) -> None:
-        """Say so."""
-        log.info(
-            "Snapshot %s of session %s is not kept: %s.", self.snapshot.name, session, self.reason
-        )
+    """A clause for the log; empty if somebody has asked for it."""
 
 
 def outdated(record: SessionRecord) -> list[Removal]:

@@ -273,7 +273,7 @@ class Session:
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
         with self._operating("a snapshot is being deleted"):
-            await self.forget_snapshots([self.record.snapshot(name)])
+            await self._forget_snapshots([Removal(self.record.snapshot(name), "")])
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
         """Give a snapshot another name.
@@ -312,16 +312,15 @@ class Session:
         await self._write(self.record.with_snapshots(snapshots))
         return new
 
-    async def forget_snapshots(self, gone: Collection[SnapshotRecord]) -> None:
-        """Delete snapshots, within an operation."""
-        await self._write(self.record.without_snapshots(gone))
-        self._tell_gone(gone)
+    async def _forget_snapshots(self, removals: Collection[Removal]) -> None:
+        await self._write(self.record.without_snapshots([one.snapshot for one in removals]))
+        self._tell_gone(removals)
 
     async def undo_restore(self) -> None:
         """Forget what a restore that has failed has kept; within an operation."""
         gone = [one for one in self.record.snapshots if one.name == self.record.restoring]
         await self._write(self.record.with_restore_undone())
-        self._tell_gone(gone)
+        self._tell_gone([Removal(one, "the restore has failed") for one in gone])
 
     async def prune(self, choose: Callable[[SessionRecord], list[Removal]]) -> None:
         """Delete the snapshots that `choose` then returns, once no operation runs.
@@ -332,27 +331,28 @@ class Session:
         removals = choose(self.record)
         if removals and not self._closing:
             with self._operating("snapshots are being thinned out"):
-                await self.forget_snapshots([one.snapshot for one in removals])
-                for one in removals:
-                    one.log(self.id)
+                await self._forget_snapshots(removals)
 
     def sizes_changed(self) -> None:
         """Tell observers that more is known of what snapshots take."""
         self._tell(lambda observer: observer.session_changed(self))
 
-    def _tell_gone(self, snapshots: Collection[SnapshotRecord]) -> None:
+    def _tell_gone(self, removals: Collection[Removal]) -> None:
         def tell(observer: Observer) -> None:
-            for snapshot in snapshots:
-                observer.snapshot_removed(self, snapshot)
+            for removal in removals:
+                observer.snapshot_removed(self, removal.snapshot)
 
-        for snapshot in snapshots:
+        self._tell(tell)
+        for snapshot, reason in removals:
             log.info(
-                "Snapshot %s of session %s is deleted.",
+                "Snapshot %s of session %s is deleted%s.",
                 snapshot.name,
                 self.id,
-                extra=self._event(Event.SNAPSHOT_DELETED, snapshot=snapshot.name),
+                f": {reason}" if reason else "",
+                extra=self._event(
+                    Event.SNAPSHOT_DELETED, snapshot=snapshot.name, reason=reason or None
+                ),
             )
-        self._tell(tell)
 
     async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
         """Count what differs between two states: from a snapshot, or the image where `start` is
@@ -536,7 +536,7 @@ class Session:
             self.state = state
             self._tell(lambda observer: observer.session_changed(self))
 
-    def _event(self, kind: Event, **facts: str) -> dict[str, object]:
+    def _event(self, kind: Event, **facts: str | None) -> dict[str, object]:
         """Return the `extra` of a line of the log about this session."""
         known = {"session": self.id, "user": self.user, "profile": self.profile}
         return event(kind, **known, **facts)
@@ -658,9 +658,7 @@ class Session:
             extra=self._event(Event.SNAPSHOT_MADE, snapshot=snapshot.name),
         )
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
-        for one in removals:
-            one.log(self.id)
-        self._tell_gone(gone)
+        self._tell_gone(removals)
 
     async def below(self, record: SessionRecord) -> Path:
         """Return the tree just below the upper of `record`. Raises `ImageUnavailable`."""

@@ -75,10 +75,11 @@ class Upkeep:
         return self._table[name]
 
     def _known(self, record: SessionRecord) -> dict[LayerNumber, int]:
+        layers = record.all_layers
         return {
             number: size
             for (storage, number), size in self._sizes.items()
-            if storage is record.storage and number in record.all_layers
+            if storage is record.storage and number in layers
         }
 
     async def run(self) -> None:
@@ -134,6 +135,8 @@ class Upkeep:
                 continue
             self._sizes[record.storage, number] = size
         if missing:
+            known = self._known(self._session.record)
+            self._sizes = {(self._session.storage, number): size for number, size in known.items()}
             self._table_of = None
             self._session.sizes_changed()
 

@@ -107,7 +107,9 @@ async def _is_served(world: World, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     async with world.manager() as manager:
         assert manager.get("good").state == "active"
-        wire.pack("a{oa{sa{sv}}}", [Service(manager).tree.managed()])
+        wire.pack(
+            "a{oa{sa{sv}}}", [Service(manager, lambda operation, outcome: None).tree.managed()]
+        )
     faults = [entry for entry in caplog.records if entry.exc_info is not None]
     assert faults == []
 

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from sessiond.config import Config
 from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import SessionState, SnapshotRecord
@@ -145,8 +146,11 @@ async def test_without_room_for_it_the_restore_is_refused_with_what_to_do(
 async def test_when_a_swap_fails_nothing_is_kept_and_nothing_lost(
     world: World, swap: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world.manager() as manager:
+    tables = world.config().model_dump(mode="json", exclude_unset=True)
+    tables["profile"]["volatile"]["snapshots"] = {"count": 2}
+    async with world.manager(Config.model_validate(tables)) as manager:
         session = await create(world, manager)
+        await session.snapshot("two")
         await world.mount("s").write("new", b"")
         snapshots = session.snapshots
         swaps: list[object] = []

@@ -91,7 +91,7 @@ async def test_count_is_kept_to_with_each_new_snapshot(
         assert list(session.snapshots) == ["two", "three"]
         assert "no snapshot s one" in world.recorder.events
         expect_log(
-            "Snapshot one of session s is not kept: it is not among those that count = 2 keeps."
+            "Snapshot one of session s is deleted: it is not among those that count = 2 keeps."
         )
         await session.pin_snapshot("two", True)
         await snapshot(world, session, "four", 1)
