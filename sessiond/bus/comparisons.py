@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from sessiond.bus.limits import ROOT, Limit
@@ -58,26 +58,34 @@ class Comparisons:
             return await session.changes(*states)
 
     def open_list(
-        self, uid: int, session: Session, states: States, start: Callable[..., None]
+        self,
+        uid: int,
+        session: Session,
+        write: Callable[[int], Awaitable[None]],
+        start: Callable[..., None],
     ) -> int:
-        """Return a descriptor to read from, to be closed by whoever calls; `start` runs the writer.
+        """Return a descriptor to read from, to be closed by whoever calls; `start` runs `write`,
+        which is given the other end.
 
-        Raises `BusError` beyond the limits, and `NoSuchSnapshot`.
+        Raises `BusError` beyond the limits.
         """
-        session.require_snapshots(*states)
         with ExitStack() as shares:
             shares.enter_context(self._shares(uid, session))
             reader, writer = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(writer, False)  # the reader's end is a matter of its own
-            start(self._write, session, states, writer, shares.pop_all())
+            start(self._write, session, write, writer, shares.pop_all())
             return reader
 
     async def _write(
-        self, session: Session, states: States, target: int, shares: ExitStack
+        self,
+        session: Session,
+        write: Callable[[int], Awaitable[None]],
+        target: int,
+        shares: ExitStack,
     ) -> None:
         with shares:
             try:
-                await session.diff(target, *states)
+                await write(target)
             except SessiondError as error:
                 log.warning("Session %s: the list of changes ends early: %s", session.id, error)
                 _write_error(target, str(error))
