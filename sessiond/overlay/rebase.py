@@ -362,6 +362,8 @@ class _Walk:
     ) -> Iterator[Shadowed]:
         at, path = At(level.fd, b""), self._path()
         opaque = own.get(b"opaque") == b"y"
+        if opaque and b"redirect" in own:  # of no effect, and it must have none later
+            self._remove(at, self._xattrs.redirect)
         if level is not parent and parent.image is not None:
             yield from self._shadowing_directory(parent, level, at, path, own)
         if b"redirect" in own and not opaque and not level.lowers:
