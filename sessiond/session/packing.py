@@ -44,25 +44,31 @@ class Packer:
             command = [self.program, *self.options, *map(str, paths)]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_watch, target, report)
-            done = await trio.run_process(
-                command,
-                capture_stdout=True,
-                stderr=subprocess.STDOUT,
-                check=False,
-                env={**os.environ, "LC_ALL": "C.UTF-8"},
-            )
+            code, said = await _run(command)
             nursery.cancel_scope.cancel()
-        if done.returncode == 0:
-            return
-        said = done.stdout.decode(errors="replace").split("\n")
-        reason = next(
-            (line.strip() for line in reversed(said) if line.strip()), "it did not say why"
-        )
-        if "No space left" in done.stdout.decode(errors="replace"):
+        if "No space left" in said:
             raise NoSpace(
                 f"There is no space for the new image in {target.parent}; make room on that disk."
             )
-        raise Failed(f"{self.program} could not make the image: {reason}.")
+        if code != 0:
+            lines = [line.strip().rstrip(".") for line in said.splitlines() if line.strip()]
+            reason = lines[-1] if lines else f"it ended with status {code}"
+            raise Failed(f"{self.program} could not make the image: {reason}.")
+
+
+async def _run(command: list[str]) -> tuple[int, str]:
+    """Run a program; return its exit status and all that it said."""
+    try:
+        done = await trio.run_process(
+            command,
+            capture_stdout=True,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env={**os.environ, "LC_ALL": "C.UTF-8"},
+        )
+    except OSError as error:
+        return 127, f"it cannot be run: {error.strerror}"
+    return done.returncode, done.stdout.decode(errors="replace")
 
 
 async def _watch(target: Path, report: Callable[[int], None]) -> None:

@@ -231,12 +231,16 @@ class _Work:
 
     def write_list(self, conflicts: Conflicts) -> None:
         new = self._storage / f"{_LIST}.new"
-        with open(new, "wb", opener=_private) as file:
-            file.writelines(self.lines(conflicts))
-            file.write(_COMPLETE)
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(self.list)
+        try:
+            with open(new, "wb", opener=_private) as file:
+                file.writelines(self.lines(conflicts))
+                file.write(_COMPLETE)
+                file.flush()
+                os.fsync(file.fileno())
+            new.rename(self.list)
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
         fsync_directory(self._storage)
 
     def apply(self, conflicts: Conflicts) -> None:

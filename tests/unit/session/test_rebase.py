@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
-from sessiond.errors import Failed, ImageUnavailable, NotSupported
+from sessiond.errors import Failed, ImageUnavailable, NoSpace, NotSupported
 from sessiond.overlay.rebase import Conflicts
 from sessiond.session import rebase
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import SessionState, StorageKind, Uid
-from tests.support.rebasing import NEW, OLD, Machine
-from tests.support.sessions import UID
+from tests.support.rebasing import NEW, NEWER, OLD, Machine
+from tests.support.sessions import UID, USER
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.root
@@ -171,6 +172,30 @@ async def test_a_rebase_that_cannot_begin_leaves_the_session_as_it_was(machine: 
         assert session.record == before
         assert session.state is SessionState.ACTIVE
         assert machine.mounter.mounts[session.id].mounted
+
+
+async def test_without_space_a_rebase_does_not_begin(machine: Machine) -> None:
+    async with machine.manager(storage="tmpfs", size="1M") as manager:
+        session = await manager.create(USER, "p", session_id="s")
+        upper = machine.directory / "run/sessions/s/storage/layers/1/fs"
+        for number in range(300):  # more than fit into the block that the list may still get
+            (upper / f"{number}".rjust(200, "x")).symlink_to("nowhere")
+        before = session.record
+        machine.pack({f"{number}".rjust(200, "x"): NEWER for number in range(300)})
+        with open(upper / "filler", "wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        source = manager.source_of(session)
+        with pytest.raises(NoSpace):
+            await session.rebase(source, remount=True, started_by=Uid(UID)).wait()
+        assert session.record == before
+        assert machine.mounter.mounts[session.id].mounted
+        assert not list(machine.directory.glob("run/sessions/s/storage/shadowed.*"))
+        (upper / "filler").unlink()
+        await session.rebase(source, remount=True, started_by=Uid(UID)).wait()
+        assert session.image != before.image
+        stored = machine.directory / "run/sessions/s/storage/shadowed.jsonl"
+        assert len(stored.read_bytes().splitlines()) == 301
 
 
 @pytest.mark.parametrize("old_returns", [False, True])
