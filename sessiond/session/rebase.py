@@ -24,6 +24,7 @@ import trio
 
 from sessiond.errors import Failed, ImageUnavailable, NotSupported
 from sessiond.overlay.rebase import Conflicts, Shadowed, Target, rebase, tidy
+from sessiond.session import layer_size
 from sessiond.session.faults import explained
 from sessiond.session.images import Image
 from sessiond.session.model import ImageChange, ImageSource, LayerNumber, SessionRecord
@@ -147,6 +148,7 @@ async def _rebase(session: Session, source: ImageSource, conflicts: Conflicts) -
         with trio.CancelScope(shield=True):
             await images.release(image)
         raise
+    session.recount()
     log.info("Session %s is rebased: it goes on over image %s.", session.id, image.digest)
     await session.exchange_image(image)
 
@@ -251,6 +253,8 @@ class _Work:
                 pass
         for _, target in reversed(targets):
             tidy(target, check=_check)
+        for number, _ in targets:
+            layer_size.forget(self._store.layer(self._record, number))
         sync_file_system(self._storage)
 
 

@@ -756,6 +756,10 @@ class Session:
         else:
             await self.mount.swap(self._stack(record, image), moved=moved)
 
+    def recount(self) -> None:
+        """Find out anew what snapshots take: their layers were changed."""
+        self._upkeep.recount()
+
     async def served(self) -> Stack:
         """Return the layers that are served. Only within an operation."""
         return self._stack(self.record, await self._require_image())

@@ -15,7 +15,7 @@ from sessiond.errors import Failed, ImageUnavailable, NoSpace, NotSupported
 from sessiond.overlay.rebase import Conflicts
 from sessiond.session import rebase
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState, StorageKind, Uid
+from sessiond.session.model import SessionState, SnapshotName, StorageKind, Uid
 from tests.support.rebasing import NEW, NEWER, OLD, Machine
 from tests.support.sessions import UID, USER
 from tests.support.waiting import until
@@ -59,6 +59,8 @@ async def test_refuse_and_rebase_on_demand(machine: Machine, expect_log: ExpectL
         assert "is not the one" in session.failure
         # The old image is gone: all that is younger than it may have changed.
         assert await listed(manager, session) == [is_shadowed("kept")]
+        one = SnapshotName("one")
+        os.setxattr(machine.layer(1), "trusted.sessiond.bytes", b"1 999999")
         before = session.image
         source = manager.source_of(session)
         job = session.rebase(source, conflicts=Conflicts.SAVE, started_by=Uid(UID))
@@ -70,6 +72,9 @@ async def test_refuse_and_rebase_on_demand(machine: Machine, expect_log: ExpectL
         saved = is_shadowed("saved", saved_as="/etc/a.sessiond-old")
         assert await listed(manager, session) == [saved]
         assert sorted(os.listdir(machine.layer(1) / "fs/etc")) == ["a.sessiond-old"]
+        # What it takes is counted anew.
+        await until(lambda: session.snapshot_size(one).known)
+        assert session.snapshot_size(one).bytes != 999_999
         # Nothing is to be done now.
         await session.rebase(source, started_by=Uid(UID)).wait()
     async with machine.manager() as manager:
