@@ -109,6 +109,10 @@ class Profile(_Table):
     verity_root_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){16,64}$")] | None = None
     verity_hash_device: AbsolutePath | None = None
     """Where the hash tree is; the image file itself if not given."""
+    image_changed: Literal["refuse", "discard", "rebase"] = "refuse"
+    """See `sessiond.session.model.ImageChange`."""
+    rebase_conflicts: Literal["keep", "drop", "save"] = "keep"
+    """See `sessiond.overlay.rebase.Conflicts`."""
     storage: Literal["tmpfs", "persistent"] = "tmpfs"
     size: Annotated[str, Field(pattern=rf"^({_BYTES}|([1-9][0-9]?|100)%)$")] = "25%"
     """Limit of a tmpfs: bytes with a suffix, or a part of RAM."""

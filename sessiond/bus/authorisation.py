@@ -27,11 +27,13 @@ class Action(StrEnum):
     """
 
     CREATE = "create sessions"
+    MAINTAIN = "maintain images"
     RESET = "reset this session"
     SNAPSHOT = "take a snapshot of this session"
     RESTORE = "restore this session"
     EDIT_SNAPSHOT = "change or delete a snapshot of this session"
     PERSIST = "make this session persistent"
+    REBASE = "rebase this session"
     CLOSE = "close this session"
     COMPARE = "see what has changed in this session"
     CANCEL = "cancel a job of this session"

@@ -86,6 +86,22 @@ class Difference:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class ShadowedFile:
+    """One path that both a session and its image have changed; paths as in `Difference`."""
+
+    path: str
+    type: str
+    """``file``, ``directory``, ``symlink``, ``other``, or ``none`` if the session removed it."""
+    outcome: str
+    """``kept``, ``dropped`` or ``saved``: what a rebase did, or would do."""
+    now: bool
+    """Whether that is in the session as it is now."""
+    snapshots: tuple[str, ...]
+    """In which snapshots it is."""
+    saved_as: str
+
+
 class ManagerInfo(_Info):
     """Properties of the manager."""
 
@@ -93,6 +109,11 @@ class ManagerInfo(_Info):
     features: tuple[str, ...]
     profiles: tuple[str, ...]
     images: tuple[str, ...]
+    maintenance: str
+    """The profile whose image is being maintained; empty if none is."""
+    maintenance_message: str
+    maintenance_session: Annotated[str, BeforeValidator(names.session_of)]
+    """Id of the session in which that is done."""
 
 
 class SessionInfo(_Info):
@@ -200,17 +221,14 @@ class Events:
         )
 
 
-class Differences:
-    """Iterates over a list of differences. Raises `Failed` when it ends without being complete."""
+class _Lines:
+    """Reads a list from a pipe. Raises `Failed` when it ends without being complete."""
 
     def __init__(self, stream: trio.lowlevel.FdStream) -> None:
         self._stream = stream
         self._unread = bytearray()
 
-    def __aiter__(self) -> Differences:
-        return self
-
-    async def __anext__(self) -> Difference:
+    async def _values(self) -> dict[str, Any]:
         line = await self._line()
         try:
             values = json.loads(line)
@@ -220,16 +238,8 @@ class Differences:
             raise StopAsyncIteration
         if "error" in values:
             raise errors.Failed(f"The list of changes ends early: {values['error']}")
-        return Difference(
-            values["path"],
-            values["kind"],
-            values["type"],
-            values["size"],
-            values.get("old_size", 0),
-            values.get("from"),
-            values.get("changed"),
-            _content(values.get("content")),
-        )
+        assert isinstance(values, dict)
+        return values
 
     async def _line(self) -> bytes:
         while b"\n" not in self._unread:
@@ -243,6 +253,44 @@ class Differences:
     def _early(self) -> SessiondError:
         return errors.Failed(
             "The list of changes ends early; the log of sessiond says why. List them again."
+        )
+
+
+class Differences(_Lines):
+    """Iterates over a list of differences. Raises `Failed` when it ends without being complete."""
+
+    def __aiter__(self) -> Differences:
+        return self
+
+    async def __anext__(self) -> Difference:
+        values = await self._values()
+        return Difference(
+            values["path"],
+            values["kind"],
+            values["type"],
+            values["size"],
+            values.get("old_size", 0),
+            values.get("from"),
+            values.get("changed"),
+            _content(values.get("content")),
+        )
+
+
+class ShadowedFiles(_Lines):
+    """Iterates over a list of what is shadowed. Raises `Failed` as `Differences` does."""
+
+    def __aiter__(self) -> ShadowedFiles:
+        return self
+
+    async def __anext__(self) -> ShadowedFile:
+        values = await self._values()
+        return ShadowedFile(
+            values["path"],
+            values["type"],
+            values["outcome"],
+            values["now"],
+            tuple(values["snapshots"]),
+            values.get("saved_as", ""),
         )
 
 
@@ -414,6 +462,13 @@ class Session(_Proxy):
         with _translated(self._gone):
             return [PendingFile(*file) for file in _PendingFiles.validate_python(files)]
 
+    async def rebase(self, *, conflicts: str | None = None, remount: bool = False) -> Job:
+        """Start to put it over the image that there is now."""
+        options = {} if conflicts is None else {"conflicts": Variant("s", conflicts)}
+        if remount:
+            options["remount"] = Variant("b", True)
+        return await self._start("Rebase", "a{sv}", options)
+
     async def last_job(self) -> JobInfo | None:
         """Return the job that runs, or else ran last, also before a restart; None if none did."""
         path = (await self.info()).last_job
@@ -481,6 +536,14 @@ class Session(_Proxy):
         async with trio.lowlevel.FdStream(descriptor) as stream:
             yield Differences(stream)
 
+    @asynccontextmanager
+    async def shadowed(self) -> AsyncIterator[ShadowedFiles]:
+        """List what both it and its image have changed while the context is open."""
+        (descriptor,) = await self._call("OpenShadowed", "a{sv}", {})
+        assert isinstance(descriptor, int)
+        async with trio.lowlevel.FdStream(descriptor) as stream:
+            yield ShadowedFiles(stream)
+
     async def close(self) -> None:
         """End it: unmount, and forget its changes."""
         await self._call("Close", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
@@ -525,6 +588,25 @@ class Client(_Proxy):
         """Return the session of a user."""
         (path,) = await self._call("GetSessionByUser", "u", uid)
         return Session(self._connection, names.session_of(str(path)))
+
+    async def begin_maintenance(
+        self, profile: str, message: str, *, session_id: str | None = None
+    ) -> Session:
+        """Make a session in which a profile's image is maintained, and no others meanwhile."""
+        options = {} if session_id is None else {"id": Variant("s", session_id)}
+        (path,) = await self._call(
+            "BeginMaintenance", "ssa{sv}", profile, message, options, timeout=OPERATION_TIMEOUT
+        )
+        return Session(self._connection, names.session_of(str(path)))
+
+    async def finish_maintenance(self) -> Job:
+        """Start to make a new image; when that is done, the maintenance has ended."""
+        (path,) = await self._call("FinishMaintenance", "a{sv}", {})
+        return Job(self._connection, str(path))
+
+    async def cancel_maintenance(self) -> None:
+        """End the maintenance without a new image."""
+        await self._call("CancelMaintenance", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[Events]:

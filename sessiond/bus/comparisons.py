@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 from sessiond.bus.limits import ROOT, Limit
 from sessiond.errors import SessiondError
 from sessiond.session.manager import Session
-from sessiond.session.model import ChangeSummary, Uid
+from sessiond.session.model import ChangeSummary
 
 log = logging.getLogger(__name__)
 
@@ -61,36 +61,31 @@ class Comparisons:
         self,
         uid: int,
         session: Session,
-        states: States,
+        write: Callable[[int], Awaitable[None]],
         start: Callable[..., None],
-        *,
-        content: bool,
     ) -> int:
-        """Return a descriptor to read from, to be closed by whoever calls; `start` runs the writer.
+        """Return a descriptor to read from, to be closed by whoever calls; `start` runs `write`,
+        which is given the other end.
 
-        `content`: list also the text that has changed, as far as the user may read it.
-        Raises `BusError` beyond the limits, and `NoSuchSnapshot`.
+        Raises `BusError` beyond the limits.
         """
-        session.require_snapshots(*states)
         with ExitStack() as shares:
             shares.enter_context(self._shares(uid, session))
             reader, writer = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(writer, False)  # the reader's end is a matter of its own
-            reading = Uid(uid) if content else None
-            start(self._write, session, states, reading, writer, shares.pop_all())
+            start(self._write, session, write, writer, shares.pop_all())
             return reader
 
     async def _write(
         self,
         session: Session,
-        states: States,
-        reader: Uid | None,
+        write: Callable[[int], Awaitable[None]],
         target: int,
         shares: ExitStack,
     ) -> None:
         with shares:
             try:
-                await session.diff(target, *states, reader=reader)
+                await write(target)
             except SessiondError as error:
                 log.warning("Session %s: the list of changes ends early: %s", session.id, error)
                 _write_error(target, str(error))

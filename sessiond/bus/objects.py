@@ -18,6 +18,7 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 
 SESSION_NEW = signal("SessionNew", "s id, o session")
 SESSION_REMOVED = signal("SessionRemoved", "s id, o session")
+MAINTENANCE_ANNOUNCED = signal("MaintenanceAnnounced", "s profile, s message")
 RESET_DONE = signal("ResetDone")
 SPACE_LOW = signal("SpaceLow", "s level, t used, t limit")
 COMPLETED = signal("Completed", "b success, s error")
@@ -37,19 +38,26 @@ class ManagerObject(Interface):
         Property("Features", "as"),
         Property("Profiles", "as", Change.SILENT),
         Property("Images", "as"),
+        Property("Maintenance", "s"),
+        Property("MaintenanceMessage", "s"),
+        Property("MaintenanceSession", "o"),
     )
-    signals = (SESSION_NEW, SESSION_REMOVED)
+    signals = (SESSION_NEW, SESSION_REMOVED, MAINTENANCE_ANNOUNCED)
 
     def __init__(self, manager: Manager, operations: Operations) -> None:
         self._manager = manager
         self._operations = operations
 
     def property_values(self) -> dict[str, object]:
+        maintenance = self._manager.maintenance
         return {
             "Version": sessiond.__version__,
             "Features": [shown(feature) for feature in self._manager.features],
             "Profiles": [shown(profile) for profile in self._manager.profiles],
             "Images": [shown(image) for image in self._manager.images],
+            "Maintenance": shown(maintenance.profile) if maintenance else "",
+            "MaintenanceMessage": shown(maintenance.message) if maintenance else "",
+            "MaintenanceSession": names.session_path(maintenance.session) if maintenance else "/",
         }
 
     @method("CreateSession", "s user, s profile, a{sv} options", "o session")
@@ -87,6 +95,20 @@ class ManagerObject(Interface):
     @method("PersistSession", "s id, a{sv} options", "o job")
     async def persist_session(self, caller: Caller, session_id: str, options: Options) -> str:
         return await self._operations.persist(caller, self._manager.get(session_id), options)
+
+    @method("BeginMaintenance", "s profile, s message, a{sv} options", "o session")
+    async def begin_maintenance(
+        self, caller: Caller, profile: str, message: str, options: Options
+    ) -> str:
+        return await self._operations.begin_maintenance(caller, profile, message, options)
+
+    @method("FinishMaintenance", "a{sv} options", "o job")
+    async def finish_maintenance(self, caller: Caller, options: Options) -> str:
+        return await self._operations.finish_maintenance(caller, options)
+
+    @method("CancelMaintenance", "a{sv} options")
+    async def cancel_maintenance(self, caller: Caller, options: Options) -> None:
+        await self._operations.cancel_maintenance(caller, options)
 
     @method("CloseSession", "s id, a{sv} options")
     async def close_session(self, caller: Caller, session_id: str, options: Options) -> None:
@@ -165,6 +187,10 @@ class SessionObject(Interface):
     async def persist(self, caller: Caller, options: Options) -> str:
         return await self._operations.persist(caller, self._session, options)
 
+    @method("Rebase", "a{sv} options", "o job")
+    async def rebase(self, caller: Caller, options: Options) -> str:
+        return await self._operations.rebase(caller, self._session, options)
+
     @method("Close", "a{sv} options")
     async def close(self, caller: Caller, options: Options) -> None:
         await self._operations.close(caller, self._session, options)
@@ -180,6 +206,10 @@ class SessionObject(Interface):
     @method("PendingFiles", "a{sv} options", "a(sas) files")
     async def pending_files(self, caller: Caller, options: Options) -> list[tuple[str, list[str]]]:
         return await self._operations.pending_files(caller, self._session, options)
+
+    @method("OpenShadowed", "a{sv} options", "h stream")
+    async def open_shadowed(self, caller: Caller, options: Options) -> int:
+        return await self._operations.open_shadowed(caller, self._session, options)
 
 
 class SnapshotObject(Interface):

@@ -6,6 +6,7 @@ Sessions are called on by their own objects and, by id, by the manager's; both e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from sessiond.bus import names
 from sessiond.bus.authorisation import Action, NewSession, authorise
@@ -17,6 +18,7 @@ from sessiond.bus.options import (
     DiffOptions,
     NoOptions,
     PersistOptions,
+    RebaseOptions,
     RestoreOptions,
     SnapshotOptions,
     parse,
@@ -25,6 +27,7 @@ from sessiond.bus.wire import Variant, shown
 from sessiond.errors import NoSuchSession
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
+from sessiond.session.model import Conflicts
 
 Options = Mapping[str, object]
 
@@ -46,6 +49,26 @@ class Operations:
         session = await self._manager.create(user, profile, session_id=chosen.id)
         return names.session_path(session.id)
 
+    async def begin_maintenance(
+        self, caller: Caller, profile: str, message: str, options: Options
+    ) -> str:
+        uid = await authorise(caller, Action.MAINTAIN)
+        chosen = parse(CreateOptions, options)
+        session = await self._manager.begin_maintenance(
+            profile, message, session_id=chosen.id, started_by=uid
+        )
+        return names.session_path(session.id)
+
+    async def finish_maintenance(self, caller: Caller, options: Options) -> str:
+        uid = await authorise(caller, Action.MAINTAIN)
+        parse(NoOptions, options)
+        return self._publish(self._manager.finish_maintenance(started_by=uid))
+
+    async def cancel_maintenance(self, caller: Caller, options: Options) -> None:
+        await authorise(caller, Action.MAINTAIN)
+        parse(NoOptions, options)
+        await self._manager.cancel_maintenance()
+
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.RESET, session)
         parse(NoOptions, options)
@@ -66,6 +89,15 @@ class Operations:
         uid = await authorise(caller, Action.PERSIST, session)
         chosen = parse(PersistOptions, options)
         return self._publish(session.persist(started_by=uid, verify=chosen.verify))
+
+    async def rebase(self, caller: Caller, session: Session, options: Options) -> str:
+        uid = await authorise(caller, Action.REBASE, session)
+        chosen = parse(RebaseOptions, options)
+        conflicts = None if chosen.conflicts is None else Conflicts(chosen.conflicts)
+        source = self._manager.source_of(session)
+        return self._publish(
+            session.rebase(source, conflicts=conflicts, remount=chosen.remount, started_by=uid)
+        )
 
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
         await authorise(caller, Action.CLOSE, session)
@@ -93,10 +125,10 @@ class Operations:
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
         uid = await authorise(caller, Action.COMPARE, session)
         asked = parse(DiffOptions, options)
-        states = (asked.start, asked.end)
-        return self._comparisons.open_list(
-            uid, session, states, caller.start_soon, content=asked.content
-        )
+        session.require_snapshots(asked.start, asked.end)
+        reader = uid if asked.content else None
+        write = partial(session.diff, start=asked.start, end=asked.end, reader=reader)
+        return self._comparisons.open_list(uid, session, write, caller.start_soon)
 
     async def pending_files(
         self, caller: Caller, session: Session, options: Options
@@ -107,6 +139,12 @@ class Operations:
             (shown(file.path), [shown(program) for program in file.programs])
             for file in await session.pending_files()
         ]
+
+    async def open_shadowed(self, caller: Caller, session: Session, options: Options) -> int:
+        uid = await authorise(caller, Action.COMPARE, session)
+        parse(NoOptions, options)
+        write = partial(session.shadowed, self._manager.source_of(session))
+        return self._comparisons.open_list(uid, session, write, caller.start_soon)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -56,6 +56,17 @@ class PersistOptions(NoOptions):
     """Options of Persist and PersistSession."""
 
     verify: bool = Field(True, description="a boolean: whether to read back what was written")
+
+
+class RebaseOptions(NoOptions):
+    """Options of Rebase."""
+
+    conflicts: Literal["keep", "drop", "save"] | None = Field(
+        None, description="'keep', 'drop' or 'save': what becomes of files that are shadowed"
+    )
+    remount: bool = Field(
+        False, description="a boolean: unmount the session for it, if it is mounted"
+    )
 
 
 _O = TypeVar("_O", bound=NoOptions)

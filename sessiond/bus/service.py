@@ -12,6 +12,7 @@ from sessiond.bus.audit import Attempt, Audit
 from sessiond.bus.connection import Connection, connect
 from sessiond.bus.objects import (
     COMPLETED,
+    MAINTENANCE_ANNOUNCED,
     RESET_DONE,
     SESSION_NEW,
     SESSION_REMOVED,
@@ -96,6 +97,13 @@ class Service:
 
     def job_changed(self, job: Job) -> None:
         self.tree.changed(names.job_path(job.id))
+
+    def maintenance_changed(self, *, begun: bool) -> None:
+        self.tree.changed(names.ROOT_PATH)
+        record = self._manager.maintenance
+        if begun and record is not None:
+            announced = (shown(record.profile), shown(record.message))
+            self.tree.emit(names.ROOT_PATH, MAINTENANCE_ANNOUNCED, *announced)
 
     def job_completed(self, job: Job) -> None:
         path = names.job_path(job.id)

@@ -39,6 +39,13 @@ class Arguments(argparse.Namespace):
     profile: str
     id: str | None
     program: list[str]
+    step: str
+    """Of a maintenance."""
+    maintained: str | None
+    """The profile whose image that is about."""
+    message: str
+    conflicts: str | None
+    remount: bool
     checked: str | None
     """The only session to be checked."""
     repair: bool
@@ -67,6 +74,8 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
         parser.error("write '--' before the command: sessionctl run SESSION -- COMMAND")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if parsed.command == "maintenance" and (parsed.step == "begin") is (parsed.maintained is None):
+        parser.error("a profile is given to 'maintenance begin', and only to that")
     if parsed.command == "check" and (wrong := _wrong_with_check(parsed)):
         parser.error(wrong)
     return parsed
@@ -141,6 +150,19 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="do not read back what was written",
     )
+    rebase = command("rebase", "Put a session over the image that there is now", one)
+    rebase.add_argument(
+        "--conflicts",
+        choices=("keep", "drop", "save"),
+        help="keep what both have changed as the session has it, drop that, or save it beside the "
+        "image's (as its profile says if not given)",
+    )
+    rebase.add_argument(
+        "--remount",
+        action="store_true",
+        help="also if it is in use: programs lose what they have open in it",
+    )
+    command("shadowed", "List what both a session and its image have changed", telling, one)
     diff = command("diff", "List what differs from the image, or from a snapshot", telling, one)
     diff.add_argument(
         "--from",
@@ -173,6 +195,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("cancel", "Cancel the job that runs on a session", one)
     command("close", "Unmount a session and drop its changes", one)
+
+    maintenance = command("maintenance", "Make a new image in a session of root's", telling)
+    maintenance.usage = (
+        "sessionctl maintenance begin [--message TEXT] [--id ID] [--json] PROFILE\n"
+        "       sessionctl maintenance finish|cancel|status [--json]"
+    )
+    maintenance.add_argument("step", choices=("begin", "finish", "cancel", "status"))
+    maintenance.add_argument(
+        "maintained", metavar="PROFILE", nargs="?", help="the profile whose image it is about"
+    )
+    maintenance.add_argument(
+        "--message", default="", metavar="TEXT", help="what sessions are told, and who wants one"
+    )
+    maintenance.add_argument("--id", help="id of the session")
 
     run = command("run", "Run a command in a session's root, as its user", one)
     run.usage = "sessionctl run [-h] SESSION -- COMMAND [ARGUMENT ...]"

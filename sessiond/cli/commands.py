@@ -190,6 +190,72 @@ async def cancel(client: Client, asked: Arguments) -> None:
     await session.cancel()
 
 
+async def maintenance(client: Client, asked: Arguments) -> None:
+    """Begin or end the maintenance of an image, or print whether there is one."""
+    match asked.step:
+        case "begin":
+            assert asked.maintained is not None
+            session = await client.begin_maintenance(
+                asked.maintained, asked.message, session_id=asked.id
+            )
+            info = await session.info()
+            if asked.json:
+                print_json(_session_json(info))
+            else:
+                print_line(
+                    f"Session {info.id} is mounted at {info.mount_point}; no others are made until "
+                    "'sessionctl maintenance finish' or 'cancel'."
+                )
+        case "finish":
+            await carry_out(client.finish_maintenance(), "Making the new image")
+        case "cancel":
+            await client.cancel_maintenance()
+        case _:
+            await _maintenance_status(client, asked)
+
+
+async def _maintenance_status(client: Client, asked: Arguments) -> None:
+    info = await client.info()
+    if asked.json:
+        told = {
+            "profile": info.maintenance,
+            "session": info.maintenance_session,
+            "message": info.maintenance_message,
+        }
+        print_json(told if info.maintenance else None)
+    elif info.maintenance:
+        print_facts(
+            [
+                ("Profile", info.maintenance),
+                ("Session", info.maintenance_session),
+                ("Message", info.maintenance_message),
+            ]
+        )
+    else:
+        print_line("No maintenance is going on.")
+
+
+async def rebase(client: Client, asked: Arguments) -> None:
+    """Put a session over another image."""
+    session = await client.session(asked.session)
+    started = session.rebase(conflicts=asked.conflicts, remount=asked.remount)
+    await carry_out(started, f"Rebasing {asked.session}")
+
+
+async def shadowed(client: Client, asked: Arguments) -> None:
+    """Print what both a session and its image have changed, and what became or becomes of it."""
+    session = await client.session(asked.session)
+    async with session.shadowed() as files:
+        async for one in files:
+            if asked.json:
+                print_json(dataclasses.asdict(one))
+                continue
+            where = [*(["now"] if one.now else []), *one.snapshots]
+            saved = f" as {one.saved_as}" if one.saved_as else ""
+            kind = "removed" if one.type == "none" else one.type
+            print_line(f"{one.outcome:<7}  {kind:<9}  {one.path}{saved}  ({', '.join(where)})")
+
+
 async def close(client: Client, asked: Arguments) -> None:
     """End a session."""
     session = await client.session(asked.session)
@@ -233,6 +299,9 @@ COMMANDS: dict[str, Command] = {
     "edit-snapshot": edit_snapshot,
     "delete-snapshot": delete_snapshot,
     "persist": persist,
+    "maintenance": maintenance,
+    "rebase": rebase,
+    "shadowed": shadowed,
     "diff": diff,
     "cancel": cancel,
     "close": close,

@@ -362,6 +362,8 @@ class _Walk:
     ) -> Iterator[Shadowed]:
         at, path = At(level.fd, b""), self._path()
         opaque = own.get(b"opaque") == b"y"
+        if opaque and b"redirect" in own:  # of no effect, and it must have none later
+            self._remove(at, self._xattrs.redirect)
         if level is not parent and parent.image is not None:
             yield from self._shadowing_directory(parent, level, at, path, own)
         if b"redirect" in own and not opaque and not level.lowers:
@@ -392,7 +394,7 @@ class _Walk:
             opaque
             and theirs.is_directory
             and self._conflicts is not Conflicts.KEEP
-            and self._hides_image_only(parent, level.name)
+            and not self._hides_directory(parent, level.name)
         )
         outcome = Outcome.DROPPED if merge else Outcome.KEPT
         yield Shadowed(path, syscalls.stat(at).st_mode, outcome)
@@ -460,7 +462,7 @@ class _Walk:
         theirs = sameness.find(self._image, place)
         if theirs is None or self._is_renamed(place) or not self._changed(place, theirs):
             return
-        drop = self._conflicts is not Conflicts.KEEP and self._hides_image_only(level, name)
+        drop = self._conflicts is not Conflicts.KEEP and not self._hides_directory(level, name)
         outcome = Outcome.DROPPED if drop else Outcome.KEPT
         yield Shadowed(self._path(name), 0, outcome)
         if drop:
@@ -475,7 +477,7 @@ class _Walk:
         base = None if self._base is None else sameness.find(self._base, place)
         unlink = lambda: syscalls.unlink(ours.at)  # noqa: E731
         if base is not None and self._is_unchanged_copy(ours, base):
-            if theirs is None or self._hides_image_only(level, name):
+            if self._gives_way(level, name, base):
                 self._actions.append(unlink)
             return None
         if theirs is None or not self._changed(place, theirs):
@@ -541,11 +543,37 @@ class _Walk:
                     at = layer.at(below := join(path, name))
                     pending.append((below, Object(at, syscalls.stat(at))))
 
-    def _hides_image_only(self, level: _Level, name: bytes) -> bool:
-        """Say whether what the layer has at a name hides the image's, and no other layer's."""
+    def _hides_directory(self, level: _Level, name: bytes) -> bool:
+        """Say whether what the layer has at a name hides a directory of another layer.
+
+        That would show again. A file would not: what becomes of this becomes of that.
+        """
+        return any(
+            lower.layer is not self._image and modes.S_ISDIR(syscalls.stat(lower.at()).st_mode)
+            for lower in self._hidden(level, name)
+        )
+
+    def _gives_way(self, level: _Level, name: bytes, base: Object) -> bool:
+        """Say whether the image's shows when the layer's copy, which is that of `base`, has gone,
+        and so all other copies.
+        """
+        hidden = self._hidden(level, name)
+        if not hidden:
+            # If that is a whiteout, the file was brought back by hand.
+            return not any(
+                lower.layer is not self._image
+                and syscalls.stat_or_none(At(lower.layer.directory(lower.path), name)) is not None
+                for lower in level.lowers
+            )
+        at = hidden[0].at()
+        return hidden[0].layer is self._image or self._is_unchanged_copy(
+            Object(at, syscalls.stat(at)), base
+        )
+
+    def _hidden(self, level: _Level, name: bytes) -> tuple[Lower, ...]:
+        """Return what the layers below have at a name."""
         directory = Directory(None, level.lowers, level.marked)
-        lowers = lookup.lookup(self._stack, directory, name).lowers
-        return bool(lowers) and all(lower.layer is self._image for lower in lowers)
+        return lookup.lookup(self._stack, directory, name).lowers
 
     def _free_name(self, directory: int, below: Directory, name: bytes) -> bytes:
         """Return a name for what was `name`, which neither the layer nor those below have."""

@@ -8,8 +8,10 @@ import stat as modes
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sessiond.overlay import syscalls
+from sessiond.overlay import lookup, syscalls
 from sessiond.overlay.layer import Layer
+from sessiond.overlay.lookup import Directory, Entry, Lower
+from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.xattrs import OverlayXattrs
 
@@ -101,3 +103,54 @@ def _same_bytes(one: At, other: At, check: Check) -> bool:
 def same(one: Object, other: Object, xattrs: OverlayXattrs, check: Check) -> bool:
     """Compare contents and metadata; no times."""
     return same_metadata(one, other, xattrs) and same_contents(one, other, check)
+
+
+def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, str] | None:
+    """Compare the merged view of layers with a tree that was made of it.
+
+    Return the path of the first object that differs, and how, as part of a sentence; None if none
+    does. All is compared but times, and which names are links to one file. `stack` has lowers only;
+    nobody may write to them. Raises OSError.
+    """
+    roots = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
+    pending = [(b"", Directory(None, roots))]
+    while pending:
+        path, directory = pending.pop()
+        wanted = set(lookup.names(stack, directory))
+        present = {name for name, _ in syscalls.scan(tree.directory(path))}
+        for name in wanted - present:
+            return lookup.join(path, name), "is missing"
+        for name in present - wanted:
+            return lookup.join(path, name), "should not be there"
+        for name in wanted:
+            check()
+            entry = lookup.lookup(stack, directory, name)
+            below = lookup.join(path, name)
+            how = _difference(stack, entry, Object(at := tree.at(below), syscalls.stat(at)), check)
+            if how is not None:
+                return below, how
+            if entry.is_directory:
+                pending.append((below, Directory(None, entry.lowers)))
+    return None
+
+
+def _difference(stack: Stack, entry: Entry, other: Object, check: Check) -> str | None:
+    one = Object(entry.lowers[0].at(), entry.stat)
+    if one.stat.st_mode != other.stat.st_mode:
+        return "has another type or mode"
+    if (one.stat.st_uid, one.stat.st_gid) != (other.stat.st_uid, other.stat.st_gid):
+        return "has another owner"
+    if _shown(stack.xattrs, one.at) != _raw(other.at):
+        return "has other extended attributes or another ACL"
+    contents = Object(entry.lowers[-1].at(), one.stat) if entry.metacopy else one
+    return None if same_contents(contents, other, check) else "has other contents"
+
+
+def _shown(xattrs: OverlayXattrs, at: At) -> dict[bytes, bytes | None]:
+    """Return the extended attributes as the merged view shows them."""
+    names = xattrs.shown(syscalls.listxattr(at))
+    return {name: syscalls.getxattr(at, xattrs.stored(name)) for name in names}
+
+
+def _raw(at: At) -> dict[bytes, bytes | None]:
+    return {name: syscalls.getxattr(at, name) for name in syscalls.listxattr(at)}

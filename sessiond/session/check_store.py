@@ -373,7 +373,7 @@ class _StoreCheck:
     async def _image(self, record: SessionRecord) -> AsyncIterator[Path | None]:
         """Yield where the image is mounted; None, and a finding, if it cannot be had."""
         runtime = self._bases.get(StorageKind.TMPFS)
-        if runtime is not None:
+        if runtime is not None and not record.rebasing:
             mounted = runtime / "images" / record.image
             if self._mounts.file_system(mounted) is not None:
                 yield mounted
@@ -388,7 +388,10 @@ class _StoreCheck:
                 yield None
                 return
             try:
-                if image.digest == record.image or image.kind == "directory":
+                if record.rebasing:
+                    self._no_image(record, "the session is being rebased; start sessiond for that")
+                    yield None
+                elif image.digest == record.image or image.kind == "directory":
                     yield image.root
                 else:
                     self._no_image(record, f"not the one that it was, {record.image}")

@@ -257,6 +257,14 @@ def _inspect(source: ImageSource) -> _Found:
     return _Found(_digest(kind, *facts), kind, needed, moment)
 
 
+def digest_of(file: Path) -> str | None:
+    """Return the digest of the image in `file`; None if there is none that could be used."""
+    try:
+        return _inspect(ImageSource(path=file)).digest
+    except ImageUnavailable:
+        return None
+
+
 def _digest(kind: str, *facts: object) -> str:
     return f"{kind}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
 

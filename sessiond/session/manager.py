@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -21,8 +22,17 @@ from sessiond.session.accounts import Account, find_account, session_ids
 from sessiond.session.activity import ActivityWatch
 from sessiond.session.faults import explained, quoted
 from sessiond.session.images import Image, Images
+from sessiond.session.jobs import Job
+from sessiond.session.maintenance import (
+    DEFAULT_ID,
+    MAINTAINER,
+    Maintenance,
+    MaintenanceRecord,
+)
 from sessiond.session.model import (
+    Conflicts,
     DataPath,
+    ImageChange,
     ImageSource,
     Quota,
     SessionId,
@@ -106,6 +116,8 @@ class Manager:
         self._being_created: dict[SessionId, Path] = {}
         self._populated = trio.Event()
         self._activity = ActivityWatch()
+        state = config.daemon.state_directory.resolve()
+        self._maintenance = Maintenance(services, state, self.close)
         self.sessions = self._sessions
         self.features = tuple(features)
 
@@ -118,6 +130,11 @@ class Manager:
     def images(self) -> tuple[str, ...]:
         """Digests of the images that are mounted."""
         return self._services.images.digests
+
+    @property
+    def maintenance(self) -> MaintenanceRecord | None:
+        """The maintenance that goes on, if one does."""
+        return self._maintenance.record
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` of all that happens from now on."""
@@ -143,30 +160,46 @@ class Manager:
         """Make a session of `profile` for `user` and mount it; the id is ``USER-N`` unless given.
 
         Raises `InvalidName`, `NoSuchProfile`, `SessionExists`, `ImageUnavailable`, `NoSpace`,
-        `Failed`; nothing is left of it then.
+        `Busy` during a maintenance, `Failed`; nothing is left of it then.
         """
-        account = await trio.to_thread.run_sync(find_account, user)
+        settings = self._settings(profile)
+        self._maintenance.require_none()
+        return await self._create(user, profile, settings, session_id)
+
+    def _settings(self, profile: str) -> Profile:
         settings = self._config.profile.get(profile)
         if settings is None:
             known = ", ".join(self.profiles) or "none"
             raise NoSuchProfile(
                 f"There is no profile {quoted(profile)}; the profiles are: {known}."
             )
+        return settings
+
+    async def _create(
+        self,
+        user: str,
+        profile: str,
+        settings: Profile,
+        session_id: str | None,
+        *,
+        maintenance: bool = False,
+    ) -> Session:
+        account = await trio.to_thread.run_sync(find_account, user)
         new_id = self._unused_id(account, session_id)
         target = self._mount_point(settings, new_id, account)
         with self._creating(new_id, target):
-            image = await self._services.images.acquire(
-                ImageSource(
-                    path=settings.image,
-                    verity_root_hash=settings.verity_root_hash,
-                    verity_hash_device=settings.verity_hash_device,
-                )
-            )
+            image = await self._services.images.acquire(image_source(settings))
             record = _new_record(new_id, account, profile, settings, target, image)
+            record = record.model_copy(update={"maintenance": maintenance})
             session = Session(record, self._services, image)
             await self._bring_up(session, image, settings)
         self._add(session)
         return session
+
+    def source_of(self, session: Session) -> ImageSource:
+        """Return where the image of a session is now, by its profile if that is still there."""
+        settings = self._config.profile.get(session.profile)
+        return session.record.source if settings is None else image_source(settings)
 
     async def _bring_up(self, session: Session, image: Image, settings: Profile) -> None:
         store, record = self._services.store, session.record
@@ -263,13 +296,18 @@ class Manager:
                 await self._remove(session.record)
             finally:
                 self._drop(session)
+                await self._maintenance.session_closed(session.id)
+        if session.record.maintenance:
+            await self._create_configured()
 
     async def _remove(self, record: SessionRecord) -> None:
+        self._services.delete_soon(await trio.to_thread.run_sync(self._forget, record))
+
+    def _forget(self, record: SessionRecord) -> tuple[Path, ...]:
+        """Give up a session; return what is to be deleted."""
         store = self._services.store
-        await trio.to_thread.run_sync(store.forget, record)
-        for kind in StorageKind:
-            garbage = await trio.to_thread.run_sync(store.discard, record.id, kind)
-            self._services.delete_soon(garbage)
+        store.forget(record)
+        return tuple(path for kind in StorageKind for path in store.discard(record.id, kind))
 
     def _drop(self, session: Session) -> None:
         del self._sessions[session.id]
@@ -277,6 +315,49 @@ class Manager:
             self._populated = trio.Event()
         session.listed = False
         self._services.observers.tell(lambda observer: observer.session_removed(session))
+
+    # Maintenance of an image
+
+    async def begin_maintenance(
+        self, profile: str, message: str, *, session_id: str | None = None, started_by: Uid
+    ) -> Session:
+        """Make root's session on the image of `profile`, and no others until that has ended.
+
+        Its changes are on disk, whatever the profile says. Raises `Busy` if there is a maintenance,
+        `NoSuchProfile`, `NotSupported` for an image that cannot be replaced by a new one, and what
+        `create` raises; all is as before then.
+        """
+        settings = self._settings(profile)
+        new_id = checked_session_id(DEFAULT_ID if session_id is None else session_id)
+        on_disk = settings.model_copy(
+            update={
+                "storage": "persistent",
+                "quota": None,
+                "quota_inodes": None,
+                "mount_point": None,
+                "image_changed": "refuse",
+            }
+        )
+        return await self._maintenance.begin(
+            profile,
+            image_source(settings),
+            message,
+            partial(self._create, MAINTAINER, profile, on_disk, new_id, maintenance=True),
+            new_id,
+            started_by,
+        )
+
+    def finish_maintenance(self, *, started_by: Uid) -> Job:
+        """Make a new image of the session, put it in place, and end the maintenance.
+
+        If that fails, it goes on. Raises `Busy`, and `Failed` if there is none.
+        """
+        session = self.get(self._maintenance.require().session)
+        return self._maintenance.finish(session, started_by=started_by)
+
+    async def cancel_maintenance(self) -> None:
+        """End the maintenance; the image is as it was. Raises `Failed`, also if there is none."""
+        await self.close(self._maintenance.require().session)
 
     # The manager's own life
 
@@ -294,8 +375,16 @@ class Manager:
         )
         await self._services.images.prepare()
         found = await trio.to_thread.run_sync(store.load)
+        ended = await trio.to_thread.run_sync(self._maintenance.recover, found.records)
+        garbage = list(found.garbage)
+        for record in found.records:
+            if record.id in ended:
+                garbage += await trio.to_thread.run_sync(self._forget, record)
+        await self._maintenance.recovered()
         async with trio.open_nursery() as nursery:
             for record in found.records:
+                if record.id in ended:
+                    continue
                 session = Session(record, self._services)
                 if record.id in found.jobs:
                     await session.recover_job(found.jobs[record.id])
@@ -310,7 +399,7 @@ class Manager:
                 _detach_stale_views, mounts, self._runtime / name, frozenset(self._sessions)
             )
         await self._services.images.unmount_unused()
-        self._services.delete_soon(found.garbage)
+        self._services.delete_soon(garbage)
         self._services.nursery.start_soon(self._watch_space)
         await self._create_configured()
 
@@ -353,11 +442,13 @@ class Manager:
 
     async def _start_again(self, session: Session) -> None:
         try:
-            await session.start(again=True)
+            await session.start(again=True, source=self.source_of(session))
         except SessiondError as error:
             log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400
 
     async def _create_configured(self) -> None:
+        if self.maintenance is not None:
+            return  # they are created when that has ended
         for name, wanted in self._config.session.items():
             if name in self._sessions:
                 continue
@@ -383,6 +474,15 @@ class Manager:
                 await trio.sleep(_SPACE_SECONDS)
 
 
+def image_source(settings: Profile) -> ImageSource:
+    """Return where a profile has its image."""
+    return ImageSource(
+        path=settings.image,
+        verity_root_hash=settings.verity_root_hash,
+        verity_hash_device=settings.verity_hash_device,
+    )
+
+
 def _new_record(
     session: SessionId,
     account: Account,
@@ -399,6 +499,9 @@ def _new_record(
         profile=profile,
         source=image.source,
         image=image.digest,
+        image_built=image.built,
+        image_changed=ImageChange(settings.image_changed),
+        rebase_conflicts=Conflicts(settings.rebase_conflicts),
         mount_point=target,
         nosuid=unprivileged if settings.nosuid is None else settings.nosuid,
         nodev=unprivileged if settings.nodev is None else settings.nodev,

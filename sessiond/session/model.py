@@ -17,6 +17,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from sessiond.config import NAME, NAME_LIMIT
 from sessiond.errors import InvalidName, NoSuchSnapshot
+from sessiond.overlay.rebase import Conflicts as Conflicts
 from sessiond.session.faults import quoted
 
 SessionId = NewType("SessionId", str)
@@ -89,6 +90,17 @@ class DataPath(StrEnum):
     """The worker is asked for everything."""
 
 
+class ImageChange(StrEnum):
+    """What becomes of a session when it starts and finds another image than it was built on."""
+
+    REFUSE = "refuse"
+    """It is FAILED until the old one is back, or something is done about it."""
+    DISCARD = "discard"
+    """Its changes and snapshots are deleted."""
+    REBASE = "rebase"
+    """They are put over the new image; see `sessiond.overlay.rebase`."""
+
+
 class SessionState(StrEnum):
     """What a session is doing; published as the `State` property."""
 
@@ -105,6 +117,8 @@ class Operation(StrEnum):
     RESET = "reset"
     RESTORE = "restore"
     PERSIST = "persist"
+    REBASE = "rebase"
+    MAINTENANCE = "maintenance"
 
 
 class ImageSource(BaseModel):
@@ -182,6 +196,12 @@ class SessionRecord(BaseModel):
     source: ImageSource
     image: str
     """Digest of the image that the upper was built on."""
+    image_built: _Moment | None = None
+    """When that image was made, by its superblock."""
+    image_changed: ImageChange = ImageChange.REFUSE
+    rebase_conflicts: Conflicts = Conflicts.KEEP
+    rebasing: bool = False
+    """Some layers are those of another image already: that has to be gone on with first."""
     mount_point: _Path
     """Absolute, without symlinks."""
     nosuid: bool
@@ -194,6 +214,8 @@ class SessionRecord(BaseModel):
     snapshot_rules: SnapshotRules = SnapshotRules()
     created_at: _Moment
     last_reset: _Moment | None = None
+    maintenance: bool = False
+    """It is that of a maintenance, and ends with it."""
     next_layer: _Layer = LayerNumber(2)
     """No layer has had this number or a higher one: numbers are never used again."""
     upper: _Layer = LayerNumber(1)
@@ -254,6 +276,22 @@ class SessionRecord(BaseModel):
         """Nothing but a new upper over the image; snapshots stay."""
         return self.with_new_upper(()).model_copy(update={"last_reset": at})
 
+    def rebased(self, source: ImageSource, image: str, built: datetime | None) -> Self:
+        """The same layers over another image."""
+        return self.model_copy(
+            update={"source": source, "image": image, "image_built": built, "rebasing": False}
+        )
+
+    def discarded(self, at: datetime) -> Self:
+        """Nothing but a new upper, and no snapshots."""
+        return self.reset(at).model_copy(update={"snapshots": (), "rebasing": False})
+
+    def stacks(self) -> list[tuple[LayerNumber, tuple[LayerNumber, ...]]]:
+        """Each layer once, with what is below it; all that are above one come before it."""
+        stacks = [(self.upper, *self.layers), *(one.layers for one in self.snapshots)]
+        below = {number: stack[depth:] for stack in stacks for depth, number in enumerate(stack, 1)}
+        return sorted(below.items(), key=lambda layer: len(layer[1]), reverse=True)
+
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""
         return self.model_copy(update={"snapshots": tuple(snapshots)})
@@ -286,6 +324,8 @@ class JobRecord(BaseModel):
     """Its upper then."""
     layers: tuple[_Layer, ...] | None = None
     """Committed layers of the merged view once it is done; None: as they are."""
+    image: str = ""
+    """The digest of its image then."""
     finished: bool = False
     error: str = ""
     """The name of the class of the error of a job that has failed; else empty."""
@@ -298,6 +338,10 @@ class JobRecord(BaseModel):
         """
         if self.operation is Operation.PERSIST:
             return record.storage is not self.storage
+        if self.operation is Operation.MAINTENANCE:
+            return False  # the session would have ended with it
+        if self.operation is Operation.REBASE:
+            return record.rebasing or record.image != self.image
         # A snapshot that was made first, so that it can be undone, has changed the upper, too.
         return record.upper != self.upper and self.layers in {None, record.layers}
 

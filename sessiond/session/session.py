@@ -31,13 +31,15 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.journal import Event, event
-from sessiond.session import mount_point
+from sessiond.session import mount_point, rebase
 from sessiond.session.attempts import Attempts
 from sessiond.session.faults import explained
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
     ChangeSummary,
+    Conflicts,
+    ImageSource,
     JobRecord,
     LayerNumber,
     Lowers,
@@ -239,6 +241,32 @@ class Session:
         """Let observers know that something about the session is another."""
         self._tell(lambda observer: observer.session_changed(self))
 
+    def rebase(
+        self,
+        source: ImageSource,
+        *,
+        conflicts: Conflicts | None = None,
+        remount: bool = False,
+        started_by: Uid,
+    ) -> Job:
+        """Go on over the image that is at `source` now; see `sessiond.session.rebase`.
+
+        With `remount`, also if it is mounted: programs lose what they have open then. Raises
+        `Busy`, `NoSuchSession`.
+        """
+        wanted = self.record.rebase_conflicts if conflicts is None else conflicts
+        return self._start_job(
+            Operation.REBASE,
+            started_by,
+            lambda _: rebase.rebase_now(self, source, wanted, remount=remount),
+        )
+
+    def publish_image(
+        self, install: Callable[[Session, Job], Awaitable[None]], *, started_by: Uid
+    ) -> Job:
+        """Have `install` make an image of the merged view. Raises `Busy`, `NoSuchSession`."""
+        return self._start_job(Operation.MAINTENANCE, started_by, partial(install, self))
+
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False, automatic: bool = False
     ) -> SnapshotRecord:
@@ -309,17 +337,17 @@ class Session:
     async def _edit(self, old: SnapshotRecord, **changed: object) -> SnapshotRecord:
         new = old.model_copy(update=changed)
         snapshots = [new if other is old else other for other in self.record.snapshots]
-        await self._write(self.record.with_snapshots(snapshots))
+        await self.write(self.record.with_snapshots(snapshots))
         return new
 
     async def _forget_snapshots(self, removals: Collection[Removal]) -> None:
-        await self._write(self.record.without_snapshots([one.snapshot for one in removals]))
+        await self.write(self.record.without_snapshots([one.snapshot for one in removals]))
         self._tell_gone(removals)
 
     async def undo_restore(self) -> None:
         """Forget what a restore that has failed has kept; within an operation."""
         gone = [one for one in self.record.snapshots if one.name == self.record.restoring]
-        await self._write(self.record.with_restore_undone())
+        await self.write(self.record.with_restore_undone())
         self._tell_gone([Removal(one, "the restore has failed") for one in gone])
 
     async def prune(self, choose: Callable[[SessionRecord], list[Removal]]) -> None:
@@ -400,6 +428,13 @@ class Session:
         stack = self._stack(at, await self._require_image())
         return Lowers(stack.lowers, stack.indexes)
 
+    async def shadowed(self, source: ImageSource, target: int) -> None:
+        """Write what is shadowed to a descriptor; see `sessiond.session.rebase`.
+
+        Raises `ImageUnavailable`, `Failed`.
+        """
+        await rebase.write_shadowed(self, source, target)
+
     # Its life, as led by the manager
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -413,23 +448,27 @@ class Session:
         finally:
             self._ended.set()
 
-    async def start(self, *, again: bool = False) -> None:
+    async def start(self, *, again: bool = False, source: ImageSource | None = None) -> None:
         """Mount the merged view, if it is not mounted.
 
         With `again`, views that a manager that died has left at the mount point are taken away
-        first; what others have mounted there stays. Raises what prevents it; the state is FAILED
-        then.
+        first; what others have mounted there stays. If there is another image at `source` than it
+        was built on, that is minded as its record says. Raises what prevents it; the state is
+        FAILED then.
         """
         await self.become_idle()
         if self.mount is not None:
             return
         with self._operating("it is being mounted", self.state):
             try:
-                if again and await self._adopt_view():
+                if again and self.id in self.services.mounter.left() and await self._adopt_view():
                     return
                 if again:
                     await trio.to_thread.run_sync(self._detach_stale_views)
-                await self._mount_view(self.record)
+                if source is not None:
+                    await rebase.follow_image(self, source)
+                if self.mount is None:
+                    await self.mount_view()
             except SessiondError as error:
                 self.failure = str(error)
                 raise
@@ -576,6 +615,7 @@ class Session:
             storage=self.storage,
             upper=self.record.upper,
             layers=layers,
+            image=self.record.image,
         )
         try:
             await self._note_job(begun)
@@ -685,7 +725,11 @@ class Session:
         self._tell(lambda observer: observer.session_changed(self))
         self._upkeep.wake()
 
-    async def _write(self, after: SessionRecord) -> None:
+    async def write(self, after: SessionRecord) -> None:
+        """Record `after`, which has no layers that are not there. Only within an operation.
+
+        Raises `NoSpace`, `Failed`; all is as before then.
+        """
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(self.services.store.write, after)
         self.adopt(after)
@@ -726,6 +770,14 @@ class Session:
         else:
             await self.mount.swap(self._stack(record, image), moved=moved)
 
+    def recount(self) -> None:
+        """Find out anew what snapshots take: their layers were changed."""
+        self._upkeep.recount()
+
+    async def served(self) -> Stack:
+        """Return the layers that are served. Only within an operation."""
+        return self._stack(self.record, await self._require_image())
+
     def _stack(self, record: SessionRecord, image: Image) -> Stack:
         store = self.services.store
         return Stack(
@@ -745,7 +797,14 @@ class Session:
                 await self.services.images.release(image)
                 raise ImageUnavailable(
                     f"Image {self.record.source.path} is not the one that session {self.id} was "
-                    f"built on ({self.record.image}); put that back, or close the session."
+                    f"built on ({self.record.image}); put that back, rebase the session, or "
+                    "close it."
+                )
+            if self.record.rebasing:
+                await self.services.images.release(image)
+                raise ImageUnavailable(
+                    f"The rebase of session {self.id} was begun and has to end first; rebase it "
+                    "again."
                 )
             self._image = image
         return self._image
@@ -777,6 +836,25 @@ class Session:
             reachable=(*self.services.store.reachable(record), image.root),
         )
 
+    async def mount_view(self) -> None:
+        """Mount what is recorded. Only within an operation; raises what prevents it."""
+        await self._mount_view(self.record)
+
+    async def unmount_view(self) -> None:
+        """Take the merged view from whoever uses it, to be mounted again. Only within an operation.
+
+        Never fails.
+        """
+        mount, self.mount = self.mount, None
+        if mount is not None:
+            await mount.unmount()
+
+    async def exchange_image(self, image: Image | None) -> None:
+        """Give back the image that is held, and hold `image`, which was acquired, instead."""
+        before, self._image = self._image, image
+        if before is not None:
+            await self.services.images.release(before)
+
     def _own(self, mount: Mount) -> None:
         self.mount = mount
         self.failure = ""
@@ -786,8 +864,10 @@ class Session:
     async def _supervise(self, mount: Mount) -> None:
         """When the worker of `mount` dies, have another go on; if that fails, mount again."""
         await mount.wait_died()
-        while not self._closing and await self._recover(mount):
+        while self.mount is mount and not self._closing and await self._recover(mount):
             await mount.wait_died()
+        if self.mount is not mount:  # it was unmounted
+            return
         self.failure = f"The worker of session {self.id} ended unexpectedly."
         log.error(
             "%s It is started again.",

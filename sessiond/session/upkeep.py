@@ -58,6 +58,12 @@ class Upkeep:
         """Look at the snapshots again, soon: something has changed."""
         self._wanted.set()
 
+    def recount(self) -> None:
+        """Count all layers again, soon."""
+        self._sizes.clear()
+        self._table_of = None
+        self.wake()
+
     def size(self, name: SnapshotName) -> SnapshotSize:
         """Return what the snapshot `name` takes, as far as it is known now."""
         record = self._session.record

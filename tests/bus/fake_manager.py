@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +14,7 @@ import trio
 from sessiond.errors import (
     Busy,
     Cancelled,
+    Failed,
     NoSuchProfile,
     NoSuchSession,
     NoSuchSnapshot,
@@ -21,8 +23,11 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.session import model
+from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
     ChangeSummary,
+    Conflicts,
+    ImageSource,
     LargeFile,
     LayerNumber,
     Operation,
@@ -122,6 +127,7 @@ class FakeSession:
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
         self.snapshot_gate.set()
+        self.rebased_with: object = None
         self._manager = manager
 
     def _start(self, operation: Operation, started_by: Uid) -> FakeJob:
@@ -149,6 +155,28 @@ class FakeSession:
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify
         return self._start(Operation.PERSIST, started_by)
+
+    def rebase(
+        self,
+        source: ImageSource,
+        *,
+        conflicts: Conflicts | None = None,
+        remount: bool = False,
+        started_by: Uid,
+    ) -> FakeJob:
+        self.rebased_with = (source, conflicts, remount)
+        return self._start(Operation.REBASE, started_by)
+
+    async def shadowed(self, source: ImageSource, target: int) -> None:
+        line = {
+            "path": "/etc/motd",
+            "type": "file",
+            "outcome": "saved",
+            "now": True,
+            "snapshots": ["monday"],
+            "saved_as": "/etc/motd.sessiond-old",
+        }
+        os.write(target, json.dumps(line).encode() + b"\n" + self.diff_end)
 
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False
@@ -236,14 +264,15 @@ class FakeManager:
         self.sessions: dict[SessionId, FakeSession] = {}
         self.jobs: list[FakeJob] = []
         self.jobs_finish_at_once = False
+        self.maintenance: MaintenanceRecord | None = None
         self._observers: list[object] = []
 
     def observe(self, observer: object) -> None:
         self._observers.append(observer)
 
-    def tell(self, event: str, *arguments: object) -> None:
+    def tell(self, event: str, *arguments: object, **named: object) -> None:
         for observer in self._observers:
-            getattr(observer, event)(*arguments)
+            getattr(observer, event)(*arguments, **named)
 
     def add(self, name: str, user: str = "nobody", uid: int = 65534) -> FakeSession:
         if name in self.sessions:
@@ -252,6 +281,38 @@ class FakeManager:
         self.sessions[session.id] = session
         self.tell("session_added", session)
         return session
+
+    async def begin_maintenance(
+        self, profile: str, message: str, *, session_id: str | None = None, started_by: Uid
+    ) -> FakeSession:
+        if self.maintenance is not None:
+            raise Busy(f"Profile {self.maintenance.profile} is being maintained.")
+        session = self.add(session_id or "maintenance", "root", 0)
+        self.maintenance = MaintenanceRecord(
+            profile=profile,
+            message=message,
+            session=session.id,
+            image=Path("/images/root.squashfs"),
+            digest="squashfs-1",
+            boot="1",
+            started_by=started_by,
+            started_at=EPOCH,
+        )
+        self.tell("maintenance_changed", begun=True)
+        return session
+
+    def finish_maintenance(self, *, started_by: Uid) -> FakeJob:
+        if self.maintenance is None:
+            raise Failed("No maintenance is going on.")
+        session = self.sessions[self.maintenance.session]
+        return session._start(Operation.MAINTENANCE, started_by)
+
+    async def cancel_maintenance(self) -> None:
+        if self.maintenance is None:
+            raise Failed("No maintenance is going on.")
+        name, self.maintenance = self.maintenance.session, None
+        await self.close(name)
+        self.tell("maintenance_changed", begun=False)
 
     async def create(
         self, user: str, profile: str, *, session_id: str | None = None
@@ -268,6 +329,9 @@ class FakeManager:
             return self.sessions[model.session_id(name)]
         except KeyError:
             raise NoSuchSession(f"There is no session {name!r}.") from None
+
+    def source_of(self, session: FakeSession) -> ImageSource:
+        return ImageSource(path=Path(session.image))
 
     def by_uid(self, uid: Uid) -> FakeSession:
         for session in self.sessions.values():

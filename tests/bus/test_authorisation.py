@@ -56,6 +56,8 @@ OWNERS_OPERATIONS: list[Call] = [
     (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
     (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
     (SESSION, names.SESSION, "PendingFiles", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "Rebase", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "OpenShadowed", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Close", ("a{sv}", "0")),
     (SNAPSHOT, names.SNAPSHOT, "Describe", ("s", "as it was")),
     (SNAPSHOT, names.SNAPSHOT, "Pin", ("b", "true")),
@@ -65,6 +67,12 @@ OWNERS_OPERATIONS: list[Call] = [
 
 ROOTS_OPERATIONS: list[Call] = [
     (ROOT, names.MANAGER, "CreateSession", ("ssa{sv}", "nobody", "live", "0")),
+    (ROOT, names.MANAGER, "BeginMaintenance", ("ssa{sv}", "live", "Soon.", "0")),
+]
+
+ROOTS_ENDINGS: list[Call] = [
+    (ROOT, names.MANAGER, "FinishMaintenance", ("a{sv}", "0")),
+    (ROOT, names.MANAGER, "CancelMaintenance", ("a{sv}", "0")),
 ]
 
 
@@ -123,12 +131,22 @@ async def test_strangers_may_not(operation: Call, guarded: FakeManager) -> None:
 
 
 @pytest.mark.parametrize("uid", [OWNER, STRANGER])
-@pytest.mark.parametrize("operation", ROOTS_OPERATIONS, ids=lambda operation: operation[2])
-async def test_only_root_may_create(operation: Call, uid: int, guarded: FakeManager) -> None:
+@pytest.mark.parametrize(
+    "operation", ROOTS_OPERATIONS + ROOTS_ENDINGS, ids=lambda operation: operation[2]
+)
+async def test_only_root_may(operation: Call, uid: int, guarded: FakeManager) -> None:
     code, said = await call(uid, *operation)
     assert code != 0
-    assert f"As uid {uid} you may not create sessions; only root may" in said
+    what = "create sessions" if "Session" in operation[2] else "maintain images"
+    assert f"As uid {uid} you may not {what}; only root may" in said
     assert list(guarded.sessions) == ["live"]
+
+
+@pytest.mark.parametrize("ending", ROOTS_ENDINGS, ids=lambda operation: operation[2])
+async def test_root_may_end_a_maintenance(ending: Call, guarded: FakeManager) -> None:
+    await guarded.begin_maintenance("live", "", started_by=0)
+    code, said = await call(os.geteuid(), *ending)
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

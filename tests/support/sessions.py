@@ -58,6 +58,9 @@ class Recorder:
     def worker_died(self, session: Session, recovered_in: float | None) -> None:
         self.events.append(f"worker of {session.id}")
 
+    def maintenance_changed(self, *, begun: bool) -> None:
+        self.events.append(f"maintenance {'begun' if begun else 'ended'}")
+
     def without_changes(self) -> list[str]:
         return [event for event in self.events if not event.startswith(("changed", "progress"))]
 

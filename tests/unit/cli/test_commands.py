@@ -16,7 +16,7 @@ from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
 from sessiond.errors import Cancelled, Interrupted, NoSpace
-from sessiond.session.model import PendingFile, SessionId, SessionState, Uid
+from sessiond.session.model import Conflicts, PendingFile, SessionId, SessionState, Uid
 from sessiond.session.upkeep import SnapshotSize
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
@@ -395,6 +395,27 @@ async def test_a_reader_that_has_seen_enough_is_no_failure(
             env=sessionctl.environment,
         )
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+async def test_rebase_and_what_is_shadowed(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.jobs_finish_at_once = True
+    session = manager.sessions[SessionId("live")]
+    source = manager.source_of(session)
+    await sessionctl("rebase", "live")
+    assert session.rebased_with == (source, None, False)
+    await sessionctl("rebase", "live", "--conflicts", "save", "--remount")
+    assert session.rebased_with == (source, Conflicts.SAVE, True)
+    (line,) = await sessionctl.lines("shadowed", "live")
+    assert line == "saved    file       /etc/motd as /etc/motd.sessiond-old  (now, monday)"
+    told = await sessionctl.json("shadowed", "live")
+    assert told == {
+        "path": "/etc/motd",
+        "type": "file",
+        "outcome": "saved",
+        "now": True,
+        "snapshots": ["monday"],
+        "saved_as": "/etc/motd.sessiond-old",
+    }
 
 
 async def test_close(manager: FakeManager, sessionctl: Sessionctl) -> None:

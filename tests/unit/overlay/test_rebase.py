@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root"),
 ]
 
+SOAKED = [pytest.param(seed, marks=pytest.mark.soak) for seed in range(20, 400)]
+
 SINCE_NS = trees.MTIME_NS
 """All of the old image is that old."""
 
@@ -451,3 +453,85 @@ def test_interrupted_anywhere_it_ends_the_same(bench: Bench, conflicts: Conflict
         assert shown.get(f"etc/{name}") == wanted, name
         saved = mine and in_image and conflicts is Conflicts.SAVE
         assert (shown.get(f"etc/{name}.sessiond-old") == b"mine") is saved
+
+
+Files = dict[str, bytes]
+
+
+def merged_three_ways(
+    base: Files, theirs: Files, ours: Files, removed: set[str], conflicts: Conflicts
+) -> Files:
+    """What has to show in the end; `removed`: what hides a file of another layer, not the image's
+    alone.
+    """
+    merged: Files = {}
+    for path in base.keys() | theirs.keys() | ours.keys():
+        old, new, own = base.get(path), theirs.get(path), ours.get(path)
+        shown = own
+        unchanged = own == old and path not in removed
+        if unchanged or (new is not None and new != old and conflicts is not Conflicts.KEEP):
+            shown = new
+            if conflicts is Conflicts.SAVE and own is not None and own not in (old, new):
+                merged[f"{path}.sessiond-old"] = own
+        if shown is not None:
+            merged[path] = shown
+    return merged
+
+
+def an_image(source: random.Random, before: Files) -> Files:
+    """Change some of what there was."""
+    files = dict(before)
+    for path in source.sample(PATHS, 9):
+        files.pop(path, None)
+        if source.random() < 0.7:
+            files[path] = source.randbytes(4)
+    return files
+
+
+def work(source: random.Random, merged: Path, ours: Files) -> set[str]:
+    """Do what a session may do; return what was removed."""
+    removed = set()
+    for path in source.sample(PATHS, 7):
+        if path in ours and source.random() < 0.3:
+            (merged / path).unlink()
+            del ours[path]
+            removed.add(path)
+        elif path in ours and source.random() < 0.3:
+            os.close(os.open(merged / path, os.O_WRONLY))  # only copied up
+        else:
+            ours[path] = source.randbytes(4)
+            (merged / path).write_bytes(ours[path])
+    return removed
+
+
+PATHS = [f"{directory}/{name}" for directory in "xyz" for name in "abcdef"]
+
+
+@pytest.mark.parametrize("seed", [*range(20), *SOAKED])
+def test_a_merge_of_three(bench: Bench, seed: int) -> None:
+    source = random.Random(seed)
+    base = an_image(source, {})
+    theirs = an_image(source, base)
+    for name, files in (("old", base), ("new", theirs)):
+        tree: dict[str, dict[str, bytes]] = {directory: {} for directory in "xyz"}
+        for path, content in files.items():
+            tree[path[0]][path[2:]] = content
+        bench.build(name, tree)
+    ours = dict(base)
+    with bench.writing("one", "old") as merged:
+        work(source, merged, ours)
+    middle = set(ours)
+    with bench.writing("upper", "one", "old") as merged:
+        removed = work(source, merged, ours) & middle
+    conflicts = source.choice(list(Conflicts))
+    targets = [bench.target("upper", "one", "new"), bench.target("one", "new")]
+    for target in targets:
+        list(rebase(target, conflicts, apply=True, check=unchecked))
+    for target in reversed(targets):
+        tidy(target, check=unchecked)
+    bench.assert_in_order("one", "new")
+    wanted = merged_three_ways(base, theirs, ours, removed, conflicts)
+    shown = {path: what for path, what in bench.shown("one", "new").items() if what is not None}
+    for path in removed:  # what an older layer has saved shows here as well
+        shown.pop(f"{path}.sessiond-old", None)
+    assert shown == wanted, conflicts
