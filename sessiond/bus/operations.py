@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from sessiond.bus import names
-from sessiond.bus.authorisation import Action, NewSession, authorise
+from sessiond.bus.authorisation import Action, NewSession, apart_from_owner, authorise
 from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
 from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
+    ExportOptions,
+    ImportOptions,
     NoOptions,
     PersistOptions,
     RestoreOptions,
@@ -94,6 +96,24 @@ class Operations:
         asked = parse(CompareOptions, options)
         states = (asked.start, asked.end)
         return self._comparisons.open_list(uid, session, states, caller.start_soon)
+
+    async def export_snapshot(
+        self, caller: Caller, session: Session, name: str, target: int, options: Options
+    ) -> str:
+        # Not for owners: a snapshot has files in it that they may not read in the merged view.
+        uid = await authorise(caller, Action.EXPORT, apart_from_owner(session))
+        parse(ExportOptions, options)
+        return self._publish(session.export_snapshot(name, target, started_by=uid))
+
+    async def import_snapshot(
+        self, caller: Caller, session: Session, source: int, name: str, options: Options
+    ) -> str:
+        # Nor this: an archive may have files of others in it, set-user-ID programs, devices.
+        uid = await authorise(caller, Action.IMPORT, apart_from_owner(session))
+        chosen = parse(ImportOptions, options)
+        description = chosen.description
+        job = session.import_snapshot(name, source, description=description, started_by=uid)
+        return self._publish(job)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)

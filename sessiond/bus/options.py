@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,6 +50,16 @@ class PersistOptions(NoOptions):
     """Options of Persist and PersistSession."""
 
     verify: bool = Field(True, description="a boolean: whether to read back what was written")
+
+
+class ExportOptions(NoOptions):
+    """Options of Export."""
+
+    format: Literal["oci"] = Field("oci", description="'oci'")
+
+
+class ImportOptions(SnapshotOptions):
+    """Options of Import."""
 
 
 _O = TypeVar("_O", bound=NoOptions)

@@ -6,7 +6,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -105,6 +105,8 @@ class Operation(StrEnum):
     RESET = "reset"
     RESTORE = "restore"
     PERSIST = "persist"
+    EXPORT = "export"
+    IMPORT = "import"
 
 
 class ImageSource(BaseModel):
@@ -253,6 +255,16 @@ class SessionRecord(BaseModel):
     def reset(self, at: datetime) -> Self:
         """Nothing but a new upper over the image; snapshots stay."""
         return self.with_new_upper(()).model_copy(update={"last_reset": at})
+
+    def with_imported(self, snapshot: Callable[..., SnapshotRecord], at: datetime) -> Self:
+        """Another snapshot, of one new layer right over the image."""
+        imported = snapshot(created_at=at, layers=(self.next_layer,))
+        return self.model_copy(
+            update={
+                "next_layer": LayerNumber(self.next_layer + 1),
+                "snapshots": (*self.snapshots, imported),
+            }
+        )
 
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""

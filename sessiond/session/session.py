@@ -62,6 +62,7 @@ from sessiond.session.retention import Removal, outdated
 from sessiond.session.services import Services
 from sessiond.session.settling import PendingFile, Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
+from sessiond.session.transfers import Transfers
 from sessiond.session.tree import Check
 from sessiond.session.upkeep import SnapshotSize, Upkeep
 
@@ -111,6 +112,7 @@ class Session:
         self._upkeep = Upkeep(self)
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
+        self._transfers = Transfers(self)
 
     # What it is
 
@@ -287,6 +289,28 @@ class Session:
             new = await self._edit(old, name=checked_name)
         self._tell(lambda observer: observer.snapshot_removed(self, old))
         self._tell(lambda observer: observer.snapshot_added(self, new))
+
+    def export_snapshot(self, name: str, target: int, *, started_by: Uid) -> Job:
+        """Write a snapshot to `target`, a pipe, as an OCI layer; other operations go on meanwhile.
+
+        Raises `NoSuchSnapshot`, `InvalidOption`, `NoSuchSession`. The caller closes `target`.
+        """
+        self._require_open()
+        return self._transfers.export(self.record.snapshot(name), target, started_by=started_by)
+
+    def import_snapshot(
+        self, name: str, source: int, *, description: str = "", started_by: Uid
+    ) -> Job:
+        """Make a snapshot of what `source` gives, a pipe; other operations go on meanwhile.
+
+        Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `NoSuchSession`. The caller closes
+        `source`.
+        """
+        self._require_open()
+        checked_name = snapshot_name(name)
+        _check_description(description)
+        self._require_unused(checked_name)
+        return self._transfers.add(checked_name, description, source, started_by=started_by)
 
     async def describe_snapshot(self, name: str, description: str) -> None:
         """Give a snapshot another description.
@@ -468,6 +492,7 @@ class Session:
         self._closing = True
         if self._job is not None:
             self._job.stop(reason)
+        self._transfers.stop(reason)
         with trio.CancelScope(shield=True):
             await self.become_idle()
             if self._nursery is not None:
@@ -491,9 +516,12 @@ class Session:
 
     # Operations: one at a time
 
-    def _begin(self, operation: str, state: SessionState) -> None:
+    def _require_open(self) -> None:
         if self._closing:
             raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+
+    def _begin(self, operation: str, state: SessionState) -> None:
+        self._require_open()
         if self._operation is not None:
             running = self._job.in_words if self._job else self._operation
             hint = "Wait for that to end" + (", or cancel it." if self._job else ".")
@@ -607,11 +635,7 @@ class Session:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
-        if len(after.all_layers) > max(LAYERS_LIMIT, len(before.all_layers)):
-            raise NoSpace(
-                f"Session {self.id} has {LAYERS_LIMIT} layers, which is the most; delete "
-                "snapshots, or reset it, then try again."
-            )
+        self._require_few(after)
         recorded = False
         with trio.CancelScope(shield=True):
             below = await self.below(after)
@@ -651,6 +675,13 @@ class Session:
         image = await self._require_image()
         return (*self.services.store.lowers(record), image.root)[0]
 
+    def _require_few(self, after: SessionRecord) -> None:
+        if len(after.all_layers) > max(LAYERS_LIMIT, len(self.record.all_layers)):
+            raise NoSpace(
+                f"Session {self.id} has {LAYERS_LIMIT} layers, which is the most; delete "
+                "snapshots, or reset it, then try again."
+            )
+
     async def _go_back(
         self, before: SessionRecord, after: SessionRecord, error: BaseException, *, recorded: bool
     ) -> None:
@@ -670,6 +701,36 @@ class Session:
         self.record = after
         self._tell(lambda observer: observer.session_changed(self))
         self._upkeep.wake()
+
+    async def publish_draft(
+        self, draft: Path, made_for: SessionRecord, snapshot: Callable[..., SnapshotRecord]
+    ) -> None:
+        """Make a draft, made for that record, the layer of a new snapshot.
+
+        Waits for what goes on. Raises `SnapshotExists`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        await self.become_idle()
+        with self._operating("a snapshot is being imported"):
+            number, after = (
+                self.record.next_layer,
+                self.record.with_imported(snapshot, datetime.now(UTC)),
+            )
+            self._require_unused(after.snapshots[-1].name)
+            self._require_few(after)
+            if self.storage is not made_for.storage:
+                raise Failed(
+                    f"Session {self.id} has moved to disk while a snapshot was imported; import it "
+                    "again."
+                )
+            with trio.CancelScope(shield=True):
+                store = self.services.store
+                await trio.to_thread.run_sync(store.adopt_draft, self.record, draft, number)
+                try:
+                    await self._write(after)
+                except BaseException:
+                    self._delete_layers({number})
+                    raise
+        self._tell(lambda observer: observer.snapshot_added(self, after.snapshots[-1]))
 
     async def _write(self, after: SessionRecord) -> None:
         with trio.CancelScope(shield=True):
@@ -822,10 +883,21 @@ class Session:
         self.failure += " Starting it again is given up; reset the session, or close it."
         log.error("%s", self.failure)
 
+    async def layers_at_rest(self) -> None:
+        """Return when nothing is done to committed layers."""
+        await trio.lowlevel.checkpoint()
+
+    async def require_image(self) -> Image:
+        """Return the image, mounted. Raises `ImageUnavailable`, `Failed`."""
+        return await self._require_image()
+
+    def start_soon(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task, which must not raise, until the session ends."""
+        self._tasks.start_soon(function, *arguments)
+
     def require_mount(self) -> Mount:
         """Return the mount. Raises `NoSuchSession`, or `Failed` with why there is none."""
-        if self._closing:
-            raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+        self._require_open()
         if self.mount is None:
             raise Failed(f"Session {self.id} is not mounted. {self.failure}")
         return self.mount

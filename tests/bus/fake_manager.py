@@ -109,6 +109,8 @@ class FakeSession:
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
         self.snapshot_gate.set()
+        self.imported: dict[str, bytes] = {}
+        """What came with each name."""
         self._manager = manager
 
     def _start(self, operation: Operation, started_by: Uid) -> FakeJob:
@@ -121,8 +123,8 @@ class FakeSession:
         self._manager.jobs.append(job)
         self.last_job = job
         self._manager.tell("job_added", job)
-        if self._manager.jobs_finish_at_once:
-            job.finish()
+        if self._manager.jobs_finish_at_once or self._manager.jobs_finish_with:
+            job.finish(self._manager.jobs_finish_with)
         return job
 
     def reset(self, *, started_by: Uid) -> FakeJob:
@@ -136,6 +138,17 @@ class FakeSession:
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify
         return self._start(Operation.PERSIST, started_by)
+
+    def export_snapshot(self, name: str, target: int, *, started_by: Uid) -> FakeJob:
+        self._record(name)
+        os.write(target, b"the archive")
+        return self._start(Operation.EXPORT, started_by)
+
+    def import_snapshot(
+        self, name: str, source: int, *, description: str = "", started_by: Uid
+    ) -> FakeJob:
+        self.imported[name] = os.read(source, 4096)
+        return self._start(Operation.IMPORT, started_by)
 
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False
@@ -217,6 +230,7 @@ class FakeManager:
         self.sessions: dict[SessionId, FakeSession] = {}
         self.jobs: list[FakeJob] = []
         self.jobs_finish_at_once = False
+        self.jobs_finish_with: SessiondError | None = None
         self._observers: list[object] = []
 
     def observe(self, observer: object) -> None:
