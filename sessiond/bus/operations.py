@@ -50,22 +50,26 @@ class Operations:
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.RESET, session)
         parse(NoOptions, options)
+        await session.undisturbed()
         return self._publish(session.reset(started_by=uid))
 
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         await authorise(caller, Action.SNAPSHOT, session)
         chosen = parse(SnapshotOptions, options)
+        await session.undisturbed()
         record = await session.snapshot(name, description=chosen.description, pinned=chosen.pinned)
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         uid = await authorise(caller, Action.RESTORE, session)
         chosen = parse(RestoreOptions, options)
+        await session.undisturbed()
         return self._publish(session.restore(name, started_by=uid, undo=chosen.undo))
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session)
         chosen = parse(PersistOptions, options)
+        await session.undisturbed()
         return self._publish(session.persist(started_by=uid, verify=chosen.verify))
 
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
@@ -117,12 +121,14 @@ class Operations:
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.undisturbed()
         await session.delete_snapshot(name)
 
     async def rename_snapshot(
         self, caller: Caller, session: Session, name: str, new_name: str
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.undisturbed()
         await session.rename_snapshot(name, new_name)
 
     async def describe_snapshot(

@@ -1,8 +1,9 @@
 """What a committed layer takes on its disk: counted once, and noted at the layer.
 
-A committed layer never changes, and no number is used twice in a session. The note is an extended
-attribute of the layer's directory, beside its tree: it goes where the directory goes, and not where
-only its contents are copied to. It names the layer, for an emptied directory may become another.
+A committed layer never changes, unless it is merged with another, and no number is used twice in a
+session. The note is an extended attribute of the layer's directory, beside its tree: it goes where
+the directory goes, and not where only its contents are copied to. It names the layer, for an
+emptied directory may become another.
 
 Functions block, and are called in threads.
 """
@@ -34,6 +35,15 @@ def layer_bytes(layer: Path, number: LayerNumber, check: Check) -> int:
     with suppress(OSError):  # the disk is full, or this is not root: it is counted again then
         os.setxattr(layer, _NOTE, b"%d %d" % (number, size), follow_symlinks=False)
     return size
+
+
+def forget_bytes(layer: Path) -> None:
+    """Drop the note, for what is in the layer is going to be moved. Raises `OSError`."""
+    try:
+        os.removexattr(layer, _NOTE, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM}:
+            raise
 
 
 def _noted(layer: Path, number: LayerNumber) -> int | None:

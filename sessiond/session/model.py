@@ -266,6 +266,18 @@ class SessionRecord(BaseModel):
             }
         )
 
+    def without_layer(self, number: LayerNumber) -> Self:
+        """The same without a committed layer that is empty."""
+
+        def rest(layers: tuple[LayerNumber, ...]) -> tuple[LayerNumber, ...]:
+            return tuple(layer for layer in layers if layer != number)
+
+        snapshots = [
+            snapshot.model_copy(update={"layers": rest(snapshot.layers)})
+            for snapshot in self.snapshots
+        ]
+        return self.with_snapshots(snapshots).model_copy(update={"layers": rest(self.layers)})
+
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""
         return self.model_copy(update={"snapshots": tuple(snapshots)})

@@ -34,6 +34,7 @@ from sessiond.journal import Event, event
 from sessiond.session import mount_point
 from sessiond.session.attempts import Attempts
 from sessiond.session.faults import explained
+from sessiond.session.flattening import FLATTENING, Flattening
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
@@ -113,6 +114,7 @@ class Session:
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
         self._transfers = Transfers(self)
+        self._flattening = Flattening(self)
 
     # What it is
 
@@ -251,7 +253,7 @@ class Session:
         """
         checked_name = snapshot_name(name)
         _check_description(description)
-        with self._operating("a snapshot is being made"):
+        with self.operating("a snapshot is being made"):
             self._require_unused(checked_name)
             after = self.record.committed()
             snapshot = SnapshotRecord(
@@ -273,7 +275,7 @@ class Session:
 
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
-        with self._operating("a snapshot is being deleted"):
+        with self.operating("a snapshot is being deleted"):
             await self.forget_snapshots([self.record.snapshot(name)])
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
@@ -283,7 +285,7 @@ class Session:
         `NoSpace`, `Failed`.
         """
         checked_name = snapshot_name(new_name)
-        with self._operating("a snapshot is being renamed"):
+        with self.operating("a snapshot is being renamed"):
             old = self.record.snapshot(name)
             self._require_unused(checked_name)
             new = await self._edit(old, name=checked_name)
@@ -318,7 +320,7 @@ class Session:
         Raises `InvalidOption`, `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
         _check_description(description)
-        with self._operating("a snapshot is being described"):
+        with self.operating("a snapshot is being described"):
             await self._edit(self.record.snapshot(name), description=description)
 
     async def pin_snapshot(self, name: str, pinned: bool) -> None:
@@ -326,7 +328,7 @@ class Session:
 
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
-        with self._operating("a snapshot is being pinned or released"):
+        with self.operating("a snapshot is being pinned or released"):
             await self._edit(self.record.snapshot(name), pinned=pinned)
 
     async def _edit(self, old: SnapshotRecord, **changed: object) -> SnapshotRecord:
@@ -354,7 +356,7 @@ class Session:
         await self.become_idle()
         removals = choose(self.record)
         if removals and not self._closing:
-            with self._operating("snapshots are being thinned out"):
+            with self.operating("snapshots are being thinned out"):
                 await self.forget_snapshots([one.snapshot for one in removals])
                 for one in removals:
                     one.log(self.id)
@@ -422,6 +424,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._upkeep.run)
+                nursery.start_soon(self._flattening.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -437,7 +440,7 @@ class Session:
         await self.become_idle()
         if self.mount is not None:
             return
-        with self._operating("it is being mounted", self.state):
+        with self.operating("it is being mounted", self.state):
             try:
                 if again and await self._adopt_view():
                     return
@@ -537,7 +540,7 @@ class Session:
             self._set_state(SessionState.FAILED if self.mount is None else SessionState.ACTIVE)
 
     @contextmanager
-    def _operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:
+    def operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:
         self._begin(operation, state)
         try:
             yield
@@ -547,6 +550,29 @@ class Session:
     async def become_idle(self) -> None:
         """Wait until no operation runs; none can begin before the caller's next checkpoint."""
         while self._operation is not None:
+            await self._idle.wait()
+
+    def recount(self, numbers: Collection[LayerNumber]) -> None:
+        """Count anew what is in those layers."""
+        self._upkeep.recount(numbers)
+
+    @property
+    def merging(self) -> frozenset[LayerNumber]:
+        """Layers that are being merged."""
+        return self._flattening.merging
+
+    def consider_flattening(self) -> None:
+        """Look whether there are too many layers."""
+        self._flattening.consider()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no operation runs."""
+        return self._operation is None
+
+    async def undisturbed(self) -> None:
+        """Wait for what nobody has asked for, and nobody is to be refused for; it is short."""
+        while self._operation == FLATTENING:
             await self._idle.wait()
 
     def _set_state(self, state: SessionState) -> None:
@@ -597,6 +623,7 @@ class Session:
         )
         try:
             await self._note_job(begun)
+            await self._flattening.rest()
             await job.run(body)
         finally:
             # Before anyone is told, so that a manager that dies now has told nothing else.
@@ -699,8 +726,24 @@ class Session:
         unused = self.record.all_layers - after.all_layers
         self._delete_layers(unused)
         self.record = after
+        self._flattening.consider()
         self._tell(lambda observer: observer.session_changed(self))
         self._upkeep.wake()
+
+    async def replace_layers(self, after: SessionRecord) -> None:
+        """Record `after`, which has fewer layers and shows the same, and serve it.
+
+        Only within an operation. Raises `NoSpace`, `Failed`: the layers are served as before.
+        """
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.services.store.write, after)
+            try:
+                await self.serve(after)
+            except BaseException:
+                # Both are right; but what may be served has to be there.
+                await trio.to_thread.run_sync(self.services.store.write, self.record)
+                raise
+            self.adopt(after)
 
     async def publish_draft(
         self, draft: Path, made_for: SessionRecord, snapshot: Callable[..., SnapshotRecord]
@@ -710,7 +753,7 @@ class Session:
         Waits for what goes on. Raises `SnapshotExists`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
         await self.become_idle()
-        with self._operating("a snapshot is being imported"):
+        with self.operating("a snapshot is being imported"):
             number, after = (
                 self.record.next_layer,
                 self.record.with_imported(snapshot, datetime.now(UTC)),
@@ -827,6 +870,7 @@ class Session:
     def _own(self, mount: Mount) -> None:
         self.mount = mount
         self.failure = ""
+        self._flattening.consider()
         self._tasks.start_soon(self._supervise, mount)
         self._tasks.start_soon(self._settling.run)
 
@@ -846,7 +890,7 @@ class Session:
             self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
         await self.become_idle()
         if not self._closing:
-            with self._operating("it is being mounted again", SessionState.FAILED):
+            with self.operating("it is being mounted again", SessionState.FAILED):
                 await mount.unmount()
                 self.mount = None
                 await self._mount_again()
@@ -885,7 +929,12 @@ class Session:
 
     async def layers_at_rest(self) -> None:
         """Return when nothing is done to committed layers."""
-        await trio.lowlevel.checkpoint()
+        await self._flattening.rest()
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether committed layers are being read by others than the mount."""
+        return self._transfers.read_layers
 
     async def require_image(self) -> Image:
         """Return the image, mounted. Raises `ImageUnavailable`, `Failed`."""

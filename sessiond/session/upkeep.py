@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -57,6 +57,12 @@ class Upkeep:
     def wake(self) -> None:
         """Look at the snapshots again, soon: something has changed."""
         self._wanted.set()
+
+    def recount(self, numbers: Collection[LayerNumber]) -> None:
+        """What is in those layers was moved."""
+        for number in numbers:
+            self._sizes.pop((self._session.record.storage, number), None)
+        self.wake()
 
     def size(self, name: SnapshotName) -> SnapshotSize:
         """Return what the snapshot `name` takes, as far as it is known now."""
@@ -116,7 +122,8 @@ class Upkeep:
         """Count layers of snapshots that are not counted yet."""
         record = self._session.record
         snapshots = {number for one in record.snapshots for number in one.layers}
-        missing = sorted(snapshots - self._known(record).keys())
+        merging = self._session.merging
+        missing = sorted(snapshots - self._known(record).keys() - merging)
         for number in missing:
             layer = self._session.services.store.layer(record, number)
             try:

@@ -127,6 +127,9 @@ class FakeSession:
             job.finish(self._manager.jobs_finish_with)
         return job
 
+    async def undisturbed(self) -> None:
+        await trio.lowlevel.checkpoint()
+
     def reset(self, *, started_by: Uid) -> FakeJob:
         return self._start(Operation.RESET, started_by)
 
