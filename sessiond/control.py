@@ -60,7 +60,7 @@ class Lowers(_Message):
 
 
 class Swap(_Message):
-    """Serve another stack from now on."""
+    """Serve another stack from now on. With the same upper, it lacks lowers that are empty."""
 
     kind: Literal["swap"] = "swap"
     stack: LayerStack
@@ -109,6 +109,14 @@ class Diff(_Message):
     """Tell also the text that has changed, as far as the user with that uid may read it."""
 
 
+class MergeLayers(_Message):
+    """Go on for a moment with moving what is in one lower to the next one below it."""
+
+    kind: Literal["merge"] = "merge"
+    top: Path
+    bottom: Path
+
+
 class Sync(_Message):
     """Write the upper back to disk, and before that what is still written to storage that was left.
 
@@ -131,7 +139,8 @@ class Stop(_Message):
 
 
 Request = Annotated[
-    Swap | Freeze | Thaw | Changes | Diff | Sync | Pending | Stop, Field(discriminator="kind")
+    Swap | Freeze | Thaw | Changes | Diff | MergeLayers | Sync | Pending | Stop,
+    Field(discriminator="kind"),
 ]
 
 
@@ -189,6 +198,10 @@ class Reply(_Message):
     """The one in use, when it is ready."""
     stack: LayerStack | None = None
     """What it serves, when it is ready."""
+    merging: Literal["more", "done", "never"] | None = None
+    """How far a merge of layers is."""
+    obstacle: str | None = None
+    """Why they cannot be merged."""
     frozen: bool = False
     """Whether it holds changes back, when another manager finds it."""
 

@@ -36,6 +36,8 @@ class Action(StrEnum):
     REBASE = "rebase this session"
     CLOSE = "close this session"
     COMPARE = "see what has changed in this session"
+    EXPORT = "export a snapshot of this session"
+    IMPORT = "import a snapshot into this session"
     CANCEL = "cancel a job of this session"
 
     @property
@@ -59,12 +61,17 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NewSession:
-    """The `Target` that is yet to be made, in the words of whoever asks for it."""
+    """The `Target` that is yet to be made, in the words of whoever asks for it, or has no owner."""
 
     id: str
     user: str
     profile: str
     uid: None = None
+
+
+def apart_from_owner(session: Target) -> Target:
+    """Return `session` as the target of what its owner may do no sooner than others."""
+    return NewSession(session.id, session.user, session.profile)
 
 
 def polkit_action(action: Action, target: Target | None, caller: Uid) -> str:

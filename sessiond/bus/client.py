@@ -12,6 +12,7 @@ the bus or the daemon does not answer.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -402,6 +403,11 @@ class Snapshot(_Proxy):
         """Delete it, and what only it kept."""
         await self._call("Delete", timeout=OPERATION_TIMEOUT)
 
+    async def export(self, target: int) -> Job:
+        """Start to write it, as an OCI layer, to `target`, a pipe, which the caller closes."""
+        (path,) = await self._call("Export", "ha{sv}", os.dup(target), {})
+        return Job(self._connection, str(path))
+
     async def rename(self, name: str) -> None:
         """Give it another name; this proxy is of no use afterwards."""
         await self._call("Rename", "s", name)
@@ -468,6 +474,14 @@ class Session(_Proxy):
         if remount:
             options["remount"] = Variant("b", True)
         return await self._start("Rebase", "a{sv}", options)
+
+    async def import_snapshot(self, name: str, source: int, *, description: str = "") -> Job:
+        """Start to make a snapshot of an OCI layer, which `source` gives, a pipe.
+
+        The caller closes that.
+        """
+        options = {"description": Variant("s", description)} if description else {}
+        return await self._start("Import", "hsa{sv}", os.dup(source), name, options)
 
     async def last_job(self) -> JobInfo | None:
         """Return the job that runs, or else ran last, also before a restart; None if none did."""

@@ -195,6 +195,12 @@ class SessionObject(Interface):
     async def close(self, caller: Caller, options: Options) -> None:
         await self._operations.close(caller, self._session, options)
 
+    @method("Import", "h source, s name, a{sv} options", "o job")
+    async def import_snapshot(
+        self, caller: Caller, source: int, name: str, options: Options
+    ) -> str:
+        return await self._operations.import_snapshot(caller, self._session, source, name, options)
+
     @method("Changes", "a{sv} options", "a{sv} summary")
     async def changes(self, caller: Caller, options: Options) -> dict[str, Variant]:
         return await self._operations.changes(caller, self._session, options)
@@ -277,6 +283,12 @@ class SnapshotObject(Interface):
     @method("Pin", "b pinned")
     async def pin(self, caller: Caller, pinned: bool) -> None:
         await self._operations.pin_snapshot(caller, self._session, self._name, pinned)
+
+    @method("Export", "h target, a{sv} options", "o job")
+    async def export(self, caller: Caller, target: int, options: Options) -> str:
+        return await self._operations.export_snapshot(
+            caller, self._session, self._name, target, options
+        )
 
 
 class JobObject(Interface):

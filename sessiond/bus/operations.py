@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from sessiond.bus import names
-from sessiond.bus.authorisation import Action, NewSession, authorise
+from sessiond.bus.authorisation import Action, NewSession, apart_from_owner, authorise
 from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
 from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
     DiffOptions,
+    ExportOptions,
+    ImportOptions,
     NoOptions,
     PersistOptions,
     RebaseOptions,
@@ -72,22 +74,26 @@ class Operations:
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.RESET, session)
         parse(NoOptions, options)
+        await session.undisturbed()
         return self._publish(session.reset(started_by=uid))
 
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         await authorise(caller, Action.SNAPSHOT, session)
         chosen = parse(SnapshotOptions, options)
+        await session.undisturbed()
         record = await session.snapshot(name, description=chosen.description, pinned=chosen.pinned)
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         uid = await authorise(caller, Action.RESTORE, session)
         chosen = parse(RestoreOptions, options)
+        await session.undisturbed()
         return self._publish(session.restore(name, started_by=uid, undo=chosen.undo))
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session)
         chosen = parse(PersistOptions, options)
+        await session.undisturbed()
         return self._publish(session.persist(started_by=uid, verify=chosen.verify))
 
     async def rebase(self, caller: Caller, session: Session, options: Options) -> str:
@@ -146,14 +152,34 @@ class Operations:
         write = partial(session.shadowed, self._manager.source_of(session))
         return self._comparisons.open_list(uid, session, write, caller.start_soon)
 
+    async def export_snapshot(
+        self, caller: Caller, session: Session, name: str, target: int, options: Options
+    ) -> str:
+        # Not for owners: a snapshot has files in it that they may not read in the merged view.
+        uid = await authorise(caller, Action.EXPORT, apart_from_owner(session))
+        parse(ExportOptions, options)
+        return self._publish(session.export_snapshot(name, target, started_by=uid))
+
+    async def import_snapshot(
+        self, caller: Caller, session: Session, source: int, name: str, options: Options
+    ) -> str:
+        # Nor this: an archive may have files of others in it, set-user-ID programs, devices.
+        uid = await authorise(caller, Action.IMPORT, apart_from_owner(session))
+        chosen = parse(ImportOptions, options)
+        description = chosen.description
+        job = session.import_snapshot(name, source, description=description, started_by=uid)
+        return self._publish(job)
+
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.undisturbed()
         await session.delete_snapshot(name)
 
     async def rename_snapshot(
         self, caller: Caller, session: Session, name: str, new_name: str
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
+        await session.undisturbed()
         await session.rename_snapshot(name, new_name)
 
     async def describe_snapshot(

@@ -69,6 +69,16 @@ class RebaseOptions(NoOptions):
     )
 
 
+class ExportOptions(NoOptions):
+    """Options of Export."""
+
+    format: Literal["oci"] = Field("oci", description="'oci'")
+
+
+class ImportOptions(SnapshotOptions):
+    """Options of Import."""
+
+
 _O = TypeVar("_O", bound=NoOptions)
 
 

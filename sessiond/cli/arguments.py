@@ -35,6 +35,7 @@ class Arguments(argparse.Namespace):
     as_list: bool
     content: bool
     depth: int
+    file: Path
     user: str
     profile: str
     id: str | None
@@ -143,6 +144,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep it, whatever the rules say; or leave it to them again",
     )
     command("delete-snapshot", "Delete a snapshot", one, named)
+    archive = argparse.ArgumentParser(add_help=False)
+    archive.add_argument("file", metavar="FILE", type=Path, help="a file, or - for a pipe")
+    command("export", "Write a snapshot to a file, as an OCI layer (tar)", one, named, archive)
+    add = command("import", "Make a snapshot of an OCI layer (tar)", one, named, archive)
+    add.add_argument("--description", default="", metavar="TEXT", help="what it is good for")
     persist = command("persist", "Move a session to disk, so that it survives a reboot", one)
     persist.add_argument(
         "--no-verify",

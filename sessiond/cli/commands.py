@@ -8,6 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 
 from sessiond.bus.client import (
     ChangeSummary,
@@ -19,6 +20,7 @@ from sessiond.bus.client import (
     SnapshotInfo,
 )
 from sessiond.cli import differences
+from sessiond.cli.archives import read_archive, write_archive
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.output import (
     Json,
@@ -170,6 +172,21 @@ async def delete_snapshot(client: Client, asked: Arguments) -> None:
     await session.snapshot_named(asked.snapshot).delete()
 
 
+async def export(client: Client, asked: Arguments) -> None:
+    """Write a snapshot to a file."""
+    session = await client.session(asked.session)
+    title = f"Exporting {asked.snapshot} of {asked.session}"
+    await write_archive(session.snapshot_named(asked.snapshot).export, asked.file, title)
+
+
+async def import_snapshot(client: Client, asked: Arguments) -> None:
+    """Make a snapshot of a file."""
+    session = await client.session(asked.session)
+    title = f"Importing {asked.snapshot} into {asked.session}"
+    add = partial(session.import_snapshot, asked.snapshot, description=asked.description or "")
+    await read_archive(add, asked.file, title)
+
+
 async def persist(client: Client, asked: Arguments) -> None:
     """Move a session to disk."""
     session = await client.session(asked.session)
@@ -298,6 +315,8 @@ COMMANDS: dict[str, Command] = {
     "restore": restore,
     "edit-snapshot": edit_snapshot,
     "delete-snapshot": delete_snapshot,
+    "export": export,
+    "import": import_snapshot,
     "persist": persist,
     "maintenance": maintenance,
     "rebase": rebase,

@@ -37,7 +37,7 @@ from sessiond.session.model import (
     Stack,
     Uid,
 )
-from sessiond.session.mounter import VIEW_TYPE, MountRequest
+from sessiond.session.mounter import VIEW_TYPE, MergeState, MountRequest
 
 log = logging.getLogger(__name__)
 
@@ -425,6 +425,18 @@ class FuseMount:
             reader=reader,
         )
         await self._ask_for_outcome(request, (target,))
+
+    async def merge(self, top: Path, bottom: Path) -> MergeState:
+        """See `Mount.merge`."""
+        reply = await self._ask(control.MergeLayers(top=top, bottom=bottom))
+        if reply.obstacle:
+            log.info(
+                "Session %s: layer %s is not merged with the one below it: %s.",
+                self._request.session,
+                top,
+                reply.obstacle,
+            )
+        return MergeState(reply.merging or MergeState.NEVER)
 
     async def sync(self) -> None:
         """See `Mount.sync`."""

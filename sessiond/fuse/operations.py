@@ -141,6 +141,11 @@ class OverlayOperations(pyfuse3.Operations):
         finally:
             self._open.set()
 
+    @property
+    def is_copying_up(self) -> bool:
+        """Whether a copy-up is going on in a thread."""
+        return bool(self._running)
+
     def swap(self, stack: Stack, *, moved: bool) -> Outdated:
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}

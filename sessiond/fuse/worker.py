@@ -33,6 +33,7 @@ from sessiond.control import (
 )
 from sessiond.fuse import comparison, data_path, device, sandbox
 from sessiond.fuse.counting import Counting
+from sessiond.fuse.merging import Merging
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
 from sessiond.overlay.fastpath import Inherited
@@ -352,6 +353,7 @@ class _Controlled:
         self._journal = journal
         self._nursery = nursery
         self._sandbox = confined
+        self._merging = Merging(operations)
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self.counting = Counting(operations.overlay, self._comparisons)
         self._frozen = AsyncExitStack()
@@ -419,12 +421,19 @@ class _Controlled:
                     return self._begin(request, descriptors)
                 case control.Pending():
                     return Reply(pending=self._pending())
+                case control.MergeLayers():
+                    return self._merge(request)
         except OSError as error:
             return _failure(error)
         except Exception:
             log.exception("request %s failed", request)
             return Reply(error="the worker failed; its log has the reason")
         return Reply()
+
+    def _merge(self, request: control.MergeLayers) -> Reply:
+        if self._comparisons.borrowed_tokens:  # they rely on where things are
+            return Reply(merging="more")
+        return self._merging.advance(request, self._layers)
 
     def _copy(self) -> Stack:
         return self._operations.overlay.stack.copy()
@@ -566,6 +575,10 @@ class _Controlled:
 
         What the kernel has cached of those before may be seen until changes pass again.
         """
+        self._merging.close()
+        if layers.upper == self._layers.upper:
+            self._exchange_lowers(layers)
+            return
         stack = open_stack(layers, self._operations.overlay.stack.options)
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
@@ -586,6 +599,16 @@ class _Controlled:
         await trio.to_thread.run_sync(tell_kernel)
         _close_unused_orphans(self._operations.overlay)
         # Last: a successor that finds the layers before these exchanges them once more.
+        if self._operations.data_path is not DataPath.PLAIN:
+            _note_stack(layers)
+
+    def _exchange_lowers(self, layers: LayerStack) -> None:
+        """Serve the same upper, and lowers that show the same: some are empty, here or there."""
+        self._operations.overlay.exchange_lowers(
+            [os.fsencode(path) for path in layers.lowers],
+            [os.fsencode(path) for path in layers.indexes if path.is_dir()],
+        )
+        self._layers = layers
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)
 

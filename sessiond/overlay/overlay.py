@@ -9,13 +9,14 @@ import errno
 import logging
 import os
 import stat as modes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from sessiond.overlay import directory, lookup, orphans, pending, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
 from sessiond.overlay.directory import NewObject, Place
 from sessiond.overlay.fastpath import FastPath, Inherited
+from sessiond.overlay.layer import Layer
 from sessiond.overlay.lookup import Entry, Identity, Lower, Presence
 from sessiond.overlay.nodes import (
     EXCHANGE_FACT,
@@ -38,6 +39,10 @@ from sessiond.overlay.writers import MovingFile, put_back, settle, with_contents
 log = logging.getLogger(__name__)
 
 _SPARE_DESCRIPTORS = 256
+_STALE = -1
+"""Generation of a node that has to be found anew, though the layers are the same. No directory has
+it for longer than a call.
+"""
 
 
 def _error(code: int) -> OSError:
@@ -885,6 +890,51 @@ class Overlay:
             for node in opened:
                 self.node(node.number)
         return Outdated(names, [*directories, *self.nodes.directories])
+
+    def lowers_changed(self, changed: Collection[Identity]) -> None:
+        """Find anew what is in those layers: it is in another of them by now.
+
+        The view is what it was, so the kernel need not be told of anything.
+        """
+        layers = [
+            layer
+            for layer in (*self.stack.lowers, *self.stack.indexes)
+            if layer.identity in changed
+        ]
+        for layer in layers:
+            layer.forget_all()
+        self._find_all_again(layers)
+        self._opened()  # a successor has to know those whose origin has gone
+
+    def exchange_lowers(self, lowers: Sequence[bytes], indexes: Sequence[bytes]) -> None:
+        """Serve other lowers, which show the same: those that are more, or less, are empty.
+
+        Raises `OSError` as `Stack.open` does; nothing has changed then.
+        """
+        dropped = self.stack.exchange_lowers(lowers, indexes)
+        self._find_all_again(dropped)
+        for layer in dropped:
+            layer.close()
+
+    def _find_all_again(self, layers: list[Layer]) -> None:
+        """Find all that is in those layers: files when they are used next, directories at once,
+        since what is in them goes by their place.
+        """
+        self.root.bind(self._root_entry(), self._generation)
+        self._fast_path.withdraw(ROOT_NUMBER)
+        directories = []
+        for node in self.nodes.all():
+            if not node.linked or node.is_root:
+                continue
+            for lower in node.lowers:
+                if lower.layer in layers:
+                    node.generation = _STALE
+                    if node.is_directory:
+                        directories.append(node)
+                    break
+        for node in directories:
+            self._fast_path.withdraw(node.number)
+            self.node(node.number)
 
     def _opened(self) -> list[Node]:
         """Return files that are, or may be, open, each found in the present layers."""

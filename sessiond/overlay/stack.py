@@ -139,6 +139,23 @@ class Stack:
         """Return the bottom-most lower alone, for reading in another thread."""
         return Stack((self.lowers[-1].copy(),), None, None, self.options)
 
+    def exchange_lowers(self, lowers: Sequence[bytes], indexes: Sequence[bytes]) -> list[Layer]:
+        """Have other lowers under the same upper; return those that it no longer has, still open.
+
+        Those that it has already stay the same objects. Raises OSError as `open` does.
+        """
+        before = (*self.lowers, *self.indexes)
+        known = {layer.identity: layer for layer in before}
+        with ExitStack() as undo:
+            opened = [_open_lower(path, undo) for path in (*lowers, *indexes)]
+            undo.pop_all()
+        layers = tuple(known.get(layer.identity, layer) for layer in opened)
+        for layer in opened:
+            if layer.identity in known:
+                layer.close()
+        self.lowers, self.indexes = layers[: len(lowers)], layers[len(lowers) :]
+        return [layer for layer in before if layer not in layers]
+
     def close(self) -> None:
         for layer in (*self.layers, *self.data, *self.indexes):
             layer.close()

@@ -315,10 +315,9 @@ class _StoreCheck:
             self._check_unreferenced(record, layers)
             for path in _entries(self._store.orphans(record)):
                 self._found(StoreKind.ORPHAN, path, session=record.id, fix=path.unlink)
-            unfinished = self._store.unfinished_spare(record)
-            if unfinished.exists():
-                fix = partial(remove_tree, unfinished)
-                self._found(StoreKind.LEFTOVER, unfinished, session=record.id, fix=fix)
+            for path in self._store.leftovers(record):
+                fix = partial(remove_tree, path)
+                self._found(StoreKind.LEFTOVER, path, session=record.id, fix=fix)
         if missing:
             return
         async with self._image(record) as image:

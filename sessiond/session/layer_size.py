@@ -1,9 +1,9 @@
 """What a committed layer takes on its disk: counted once, and noted at the layer.
 
-A committed layer never changes, but in a rebase, and no number is used twice in a session. The note
-is an extended attribute of the layer's directory, beside its tree: it goes where the directory
-goes, and not where only its contents are copied to. It names the layer, for an emptied directory
-may become another.
+A committed layer never changes, unless it is rebased or merged with another, and no number is used
+twice in a session. The note is an extended attribute of the layer's directory, beside its tree: it
+goes where the directory goes, and not where only its contents are copied to. It names the layer,
+for an emptied directory may become another.
 
 Functions block, and are called in threads.
 """
@@ -37,12 +37,12 @@ def layer_bytes(layer: Path, number: LayerNumber, check: Check) -> int:
     return size
 
 
-def forget(layer: Path) -> None:
+def forget_bytes(layer: Path) -> None:
     """Have the layer counted anew. Raises `OSError`."""
     try:
         os.removexattr(layer, _NOTE, follow_symlinks=False)
     except OSError as error:
-        if error.errno != errno.ENODATA:
+        if error.errno not in {errno.ENODATA, errno.EOPNOTSUPP, errno.EPERM}:
             raise
 
 

@@ -10,13 +10,15 @@ import errno
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from sessiond.errors import Failed, SessiondError
+from sessiond.overlay.flatten import Merge, open_merged
+from sessiond.overlay.layer import Layer
 from sessiond.session.model import (
     NOTHING_PENDING,
     WHOLE,
@@ -28,7 +30,7 @@ from sessiond.session.model import (
     Stack,
     Uid,
 )
-from sessiond.session.mounter import MountRequest
+from sessiond.session.mounter import MergeState, MountRequest
 
 
 class MemoryMount:
@@ -85,6 +87,19 @@ class MemoryMount:
                     line = line[os.write(target, line) :]
             except BrokenPipeError:
                 return
+
+    async def merge(self, top: Path, bottom: Path) -> MergeState:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("merge")
+        self._require_alive()
+        below = self.stack.lowers[self.stack.lowers.index(bottom) + 1 :]
+        layers = tuple(Layer.open(os.fsencode(path), writable=False) for path in below)
+        with closing(Merge(open_merged(top), open_merged(bottom), layers)) as merge:
+            if merge.obstacle():
+                return MergeState.NEVER
+            for _ in merge.steps():
+                pass
+            return MergeState.DONE
 
     def _compare(self, span: Span) -> None:
         self._require_alive()

@@ -6,7 +6,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -119,6 +119,8 @@ class Operation(StrEnum):
     PERSIST = "persist"
     REBASE = "rebase"
     MAINTENANCE = "maintenance"
+    EXPORT = "export"
+    IMPORT = "import"
 
 
 class ImageSource(BaseModel):
@@ -291,6 +293,28 @@ class SessionRecord(BaseModel):
         stacks = [(self.upper, *self.layers), *(one.layers for one in self.snapshots)]
         below = {number: stack[depth:] for stack in stacks for depth, number in enumerate(stack, 1)}
         return sorted(below.items(), key=lambda layer: len(layer[1]), reverse=True)
+
+    def with_imported(self, snapshot: Callable[..., SnapshotRecord], at: datetime) -> Self:
+        """Another snapshot, of one new layer right over the image."""
+        imported = snapshot(created_at=at, layers=(self.next_layer,))
+        return self.model_copy(
+            update={
+                "next_layer": LayerNumber(self.next_layer + 1),
+                "snapshots": (*self.snapshots, imported),
+            }
+        )
+
+    def without_layer(self, number: LayerNumber) -> Self:
+        """The same without a committed layer that is empty."""
+
+        def rest(layers: tuple[LayerNumber, ...]) -> tuple[LayerNumber, ...]:
+            return tuple(layer for layer in layers if layer != number)
+
+        snapshots = [
+            snapshot.model_copy(update={"layers": rest(snapshot.layers)})
+            for snapshot in self.snapshots
+        ]
+        return self.with_snapshots(snapshots).model_copy(update={"layers": rest(self.layers)})
 
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +25,16 @@ from sessiond.session.model import (
 
 VIEW_TYPE = "fuse.sessiond"
 """The type of file system of merged views, by which those of a dead manager are known."""
+
+
+class MergeState(StrEnum):
+    """How far a merge of two layers is."""
+
+    MORE = "more"
+    DONE = "done"
+    """The upper one of the two is empty."""
+    NEVER = "never"
+    """They cannot be merged; nothing was changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,8 @@ class Mount(Protocol):
         """Serve `stack` from now on, in place of the layers served so far.
 
         Atomic for everyone inside: a system call sees either the old layers or the new. The new
-        upper has to be empty or to have been written by this overlay. Files open across the swap
+        upper has to be empty or to have been written by this overlay; or it is the same one as
+        before, and what `stack` lacks of the lowers is empty. Files open across the swap
         keep their contents where the new stack no longer has them. With `moved`, the new layers
         hold copies of what the old ones hold, and open files go on in these. Raises `Failed`, with
         the old stack still served, when a layer cannot be opened.
@@ -71,6 +83,14 @@ class Mount(Protocol):
         last comes ``{"complete": true}``. The caller closes `target`. Returns when the list has
         ended, early when the reader hangs up. Raises `Failed` when it cannot be completed: for one,
         because nothing was read for long.
+        """
+
+    async def merge(self, top: Path, bottom: Path) -> MergeState:
+        """Go on for a moment with moving what is in the lower `top` to `bottom`, right below it.
+
+        Each moment leaves the merged view, and that of all stacks in which the two lie on each
+        other, as it was, also when it is the last. `swap` can take `top` away when it is empty; the
+        upper stays the same then. Raises `NoSpace`, `Failed`: it may be tried again.
         """
 
     async def sync(self) -> None:

@@ -148,7 +148,7 @@ async def _rebase(session: Session, source: ImageSource, conflicts: Conflicts) -
         with trio.CancelScope(shield=True):
             await images.release(image)
         raise
-    session.recount()
+    session.recount(session.record.all_layers)
     log.info("Session %s is rebased: it goes on over image %s.", session.id, image.digest)
     await session.exchange_image(image)
 
@@ -254,7 +254,7 @@ class _Work:
         for _, target in reversed(targets):
             tidy(target, check=_check)
         for number, _ in targets:
-            layer_size.forget(self._store.layer(self._record, number))
+            layer_size.forget_bytes(self._store.layer(self._record, number))
         sync_file_system(self._storage)
 
 

@@ -31,6 +31,8 @@ class Services:
     nursery: trio.Nursery
     observers: Observers = field(default_factory=Observers)
     job_numbers: JobNumbers = field(default_factory=JobNumbers)
+    transfers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(8))
+    """Threads for exports and imports, which may wait for long; others wait for one of these."""
     _one_at_a_time: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
 
     async def delete_trees(

@@ -34,6 +34,7 @@ from sessiond.journal import Event, event
 from sessiond.session import mount_point, rebase
 from sessiond.session.attempts import Attempts
 from sessiond.session.faults import explained
+from sessiond.session.flattening import FLATTENING, Flattening
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
@@ -65,6 +66,7 @@ from sessiond.session.retention import Removal, outdated
 from sessiond.session.services import Services
 from sessiond.session.settling import Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
+from sessiond.session.transfers import Transfers
 from sessiond.session.tree import Check
 from sessiond.session.upkeep import SnapshotSize, Upkeep
 
@@ -114,6 +116,8 @@ class Session:
         self._upkeep = Upkeep(self)
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
+        self._transfers = Transfers(self)
+        self._flattening = Flattening(self)
 
     # What it is
 
@@ -278,7 +282,7 @@ class Session:
         """
         checked_name = snapshot_name(name)
         _check_description(description)
-        with self._operating("a snapshot is being made"):
+        with self.operating("a snapshot is being made"):
             self._require_unused(checked_name)
             after = self.record.committed()
             snapshot = SnapshotRecord(
@@ -300,7 +304,7 @@ class Session:
 
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
-        with self._operating("a snapshot is being deleted"):
+        with self.operating("a snapshot is being deleted"):
             await self._forget_snapshots([Removal(self.record.snapshot(name), "")])
 
     async def rename_snapshot(self, name: str, new_name: str) -> None:
@@ -310,12 +314,34 @@ class Session:
         `NoSpace`, `Failed`.
         """
         checked_name = snapshot_name(new_name)
-        with self._operating("a snapshot is being renamed"):
+        with self.operating("a snapshot is being renamed"):
             old = self.record.snapshot(name)
             self._require_unused(checked_name)
             new = await self._edit(old, name=checked_name)
         self._tell(lambda observer: observer.snapshot_removed(self, old))
         self._tell(lambda observer: observer.snapshot_added(self, new))
+
+    def export_snapshot(self, name: str, target: int, *, started_by: Uid) -> Job:
+        """Write a snapshot to `target`, a pipe, as an OCI layer; other operations go on meanwhile.
+
+        Raises `NoSuchSnapshot`, `InvalidOption`, `NoSuchSession`. The caller closes `target`.
+        """
+        self._require_open()
+        return self._transfers.export(self.record.snapshot(name), target, started_by=started_by)
+
+    def import_snapshot(
+        self, name: str, source: int, *, description: str = "", started_by: Uid
+    ) -> Job:
+        """Make a snapshot of what `source` gives, a pipe; other operations go on meanwhile.
+
+        Raises `InvalidName`, `SnapshotExists`, `InvalidOption`, `NoSuchSession`. The caller closes
+        `source`.
+        """
+        self._require_open()
+        checked_name = snapshot_name(name)
+        _check_description(description)
+        self._require_unused(checked_name)
+        return self._transfers.add(checked_name, description, source, started_by=started_by)
 
     async def describe_snapshot(self, name: str, description: str) -> None:
         """Give a snapshot another description.
@@ -323,7 +349,7 @@ class Session:
         Raises `InvalidOption`, `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
         _check_description(description)
-        with self._operating("a snapshot is being described"):
+        with self.operating("a snapshot is being described"):
             await self._edit(self.record.snapshot(name), description=description)
 
     async def pin_snapshot(self, name: str, pinned: bool) -> None:
@@ -331,7 +357,7 @@ class Session:
 
         Raises `NoSuchSnapshot`, `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
         """
-        with self._operating("a snapshot is being pinned or released"):
+        with self.operating("a snapshot is being pinned or released"):
             await self._edit(self.record.snapshot(name), pinned=pinned)
 
     async def _edit(self, old: SnapshotRecord, **changed: object) -> SnapshotRecord:
@@ -358,7 +384,7 @@ class Session:
         await self.become_idle()
         removals = choose(self.record)
         if removals and not self._closing:
-            with self._operating("snapshots are being thinned out"):
+            with self.operating("snapshots are being thinned out"):
                 await self._forget_snapshots(removals)
 
     def sizes_changed(self) -> None:
@@ -443,6 +469,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._upkeep.run)
+                nursery.start_soon(self._flattening.run)
                 task_status.started()
                 await trio.sleep_forever()
         finally:
@@ -459,7 +486,7 @@ class Session:
         await self.become_idle()
         if self.mount is not None:
             return
-        with self._operating("it is being mounted", self.state):
+        with self.operating("it is being mounted", self.state):
             try:
                 if again and self.id in self.services.mounter.left() and await self._adopt_view():
                     return
@@ -517,6 +544,7 @@ class Session:
         self._closing = True
         if self._job is not None:
             self._job.stop(reason)
+        self._transfers.stop(reason)
         with trio.CancelScope(shield=True):
             await self.become_idle()
             if self._nursery is not None:
@@ -540,9 +568,12 @@ class Session:
 
     # Operations: one at a time
 
-    def _begin(self, operation: str, state: SessionState) -> None:
+    def _require_open(self) -> None:
         if self._closing:
             raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+
+    def _begin(self, operation: str, state: SessionState) -> None:
+        self._require_open()
         if self._operation is not None:
             running = self._job.in_words if self._job else self._operation
             hint = "Wait for that to end" + (", or cancel it." if self._job else ".")
@@ -558,7 +589,7 @@ class Session:
             self._set_state(SessionState.FAILED if self.mount is None else SessionState.ACTIVE)
 
     @contextmanager
-    def _operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:
+    def operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:
         self._begin(operation, state)
         try:
             yield
@@ -568,6 +599,29 @@ class Session:
     async def become_idle(self) -> None:
         """Wait until no operation runs; none can begin before the caller's next checkpoint."""
         while self._operation is not None:
+            await self._idle.wait()
+
+    def recount(self, numbers: Collection[LayerNumber]) -> None:
+        """Count anew what is in those layers."""
+        self._upkeep.recount(numbers)
+
+    @property
+    def merging(self) -> frozenset[LayerNumber]:
+        """Layers that are being merged."""
+        return self._flattening.merging
+
+    def consider_flattening(self) -> None:
+        """Look whether there are too many layers."""
+        self._flattening.consider()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no operation runs."""
+        return self._operation is None
+
+    async def undisturbed(self) -> None:
+        """Wait for what nobody has asked for, and nobody is to be refused for; it is short."""
+        while self._operation == FLATTENING:
             await self._idle.wait()
 
     def _set_state(self, state: SessionState) -> None:
@@ -619,6 +673,7 @@ class Session:
         )
         try:
             await self._note_job(begun)
+            await self._flattening.rest()
             await job.run(body)
         finally:
             # Before anyone is told, so that a manager that dies now has told nothing else.
@@ -657,11 +712,7 @@ class Session:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
-        if len(after.all_layers) > max(LAYERS_LIMIT, len(before.all_layers)):
-            raise NoSpace(
-                f"Session {self.id} has {LAYERS_LIMIT} layers, which is the most; delete "
-                "snapshots, or reset it, then try again."
-            )
+        self._require_few(after)
         recorded = False
         with trio.CancelScope(shield=True):
             below = await self.below(after)
@@ -705,6 +756,13 @@ class Session:
         image = await self._require_image()
         return (*self.services.store.lowers(record), image.root)[0]
 
+    def _require_few(self, after: SessionRecord) -> None:
+        if len(after.all_layers) > max(LAYERS_LIMIT, len(self.record.all_layers)):
+            raise NoSpace(
+                f"Session {self.id} has {LAYERS_LIMIT} layers, which is the most; delete "
+                "snapshots, or reset it, then try again."
+            )
+
     async def _go_back(
         self, before: SessionRecord, after: SessionRecord, error: BaseException, *, recorded: bool
     ) -> None:
@@ -722,8 +780,54 @@ class Session:
         unused = self.record.all_layers - after.all_layers
         self._delete_layers(unused)
         self.record = after
+        self._flattening.consider()
         self._tell(lambda observer: observer.session_changed(self))
         self._upkeep.wake()
+
+    async def replace_layers(self, after: SessionRecord) -> None:
+        """Record `after`, which has fewer layers and shows the same, and serve it.
+
+        Only within an operation. Raises `NoSpace`, `Failed`: the layers are served as before.
+        """
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self.services.store.write, after)
+            try:
+                await self.serve(after)
+            except BaseException:
+                # Both are right; but what may be served has to be there.
+                await trio.to_thread.run_sync(self.services.store.write, self.record)
+                raise
+            self.adopt(after)
+
+    async def publish_draft(
+        self, draft: Path, made_for: SessionRecord, snapshot: Callable[..., SnapshotRecord]
+    ) -> None:
+        """Make a draft, made for that record, the layer of a new snapshot.
+
+        Waits for what goes on. Raises `SnapshotExists`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        await self.become_idle()
+        with self.operating("a snapshot is being imported"):
+            number, after = (
+                self.record.next_layer,
+                self.record.with_imported(snapshot, datetime.now(UTC)),
+            )
+            self._require_unused(after.snapshots[-1].name)
+            self._require_few(after)
+            if self.storage is not made_for.storage:
+                raise Failed(
+                    f"Session {self.id} has moved to disk while a snapshot was imported; import it "
+                    "again."
+                )
+            with trio.CancelScope(shield=True):
+                store = self.services.store
+                await trio.to_thread.run_sync(store.adopt_draft, self.record, draft, number)
+                try:
+                    await self.write(after)
+                except BaseException:
+                    self._delete_layers({number})
+                    raise
+        self._tell(lambda observer: observer.snapshot_added(self, after.snapshots[-1]))
 
     async def write(self, after: SessionRecord) -> None:
         """Record `after`, which has no layers that are not there. Only within an operation.
@@ -769,10 +873,6 @@ class Session:
             await self._mount_view(record)
         else:
             await self.mount.swap(self._stack(record, image), moved=moved)
-
-    def recount(self) -> None:
-        """Find out anew what snapshots take: their layers were changed."""
-        self._upkeep.recount()
 
     async def served(self) -> Stack:
         """Return the layers that are served. Only within an operation."""
@@ -858,6 +958,7 @@ class Session:
     def _own(self, mount: Mount) -> None:
         self.mount = mount
         self.failure = ""
+        self._flattening.consider()
         self._tasks.start_soon(self._supervise, mount)
         self._tasks.start_soon(self._settling.run)
 
@@ -879,7 +980,7 @@ class Session:
             self._job.stop(Failed(f"{self.failure} Nothing was changed; try again."))
         await self.become_idle()
         if not self._closing:
-            with self._operating("it is being mounted again", SessionState.FAILED):
+            with self.operating("it is being mounted again", SessionState.FAILED):
                 await mount.unmount()
                 self.mount = None
                 await self._mount_again()
@@ -916,10 +1017,26 @@ class Session:
         self.failure += " Starting it again is given up; reset the session, or close it."
         log.error("%s", self.failure)
 
+    async def layers_at_rest(self) -> None:
+        """Return when nothing is done to committed layers."""
+        await self._flattening.rest()
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether committed layers are being read by others than the mount."""
+        return self._transfers.read_layers
+
+    async def require_image(self) -> Image:
+        """Return the image, mounted. Raises `ImageUnavailable`, `Failed`."""
+        return await self._require_image()
+
+    def start_soon(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Run a task, which must not raise, until the session ends."""
+        self._tasks.start_soon(function, *arguments)
+
     def require_mount(self) -> Mount:
         """Return the mount. Raises `NoSuchSession`, or `Failed` with why there is none."""
-        if self._closing:
-            raise NoSuchSession(f"Session {self.id} is being closed, or has been.")
+        self._require_open()
         if self.mount is None:
             raise Failed(f"Session {self.id} is not mounted. {self.failure}")
         return self.mount

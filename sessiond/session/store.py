@@ -7,6 +7,7 @@
     RUNTIME/sessions/ID/job.json       its last job, for a manager that is started again
     STORAGE/layers/N/{fs,work}/        layer N
     STORAGE/spare/{fs,work}/           an empty layer, for a reset when the storage is full
+    STORAGE/drafts/NAME/{fs,work}/     a layer that is being imported, and gets a number at last
     session.json.spare                 see `durable`
     {RUNTIME,STATE}/trash/             being deleted
     {RUNTIME,STATE}/set-aside/         sessions whose record is missing or makes no sense
@@ -295,6 +296,42 @@ class Store:
             empty_tree(layer / name, check)
         layer.rename(spare)
 
+    def leftovers(self, record: SessionRecord) -> Iterator[Path]:
+        """Return what a manager that died has left of layers that were no layers yet, or any more.
+
+        Precondition: none runs.
+        """
+        if self.unfinished_spare(record).exists():
+            yield self.unfinished_spare(record)
+        if self._drafts(record).exists():
+            yield from sorted(self._drafts(record).iterdir())
+
+    def make_draft(self, record: SessionRecord, like: Path) -> Path:
+        """Make a layer that `record` does not know, with a root like `like`; return its directory.
+
+        It is garbage, unless `adopt_draft` makes it a layer. Raises `Failed`, `NoSpace`.
+        """
+        draft = self._drafts(record) / secrets.token_hex(8)
+        with explained(f"make a layer for session {record.id}"):
+            draft.parent.mkdir(mode=0o700, exist_ok=True)
+            try:
+                _make_layer(draft, like)
+            except OSError:
+                remove_tree(draft)
+                raise
+        return draft
+
+    def adopt_draft(self, record: SessionRecord, draft: Path, number: LayerNumber) -> None:
+        """Make a draft, which is on disk, the layer `number`. Raises `Failed`, `NoSpace`."""
+        layer = self.layer(record, number)
+        with explained(f"make a layer of session {record.id}"):
+            for name in _WORKDIR:
+                fsync_directory(draft / name)
+            for directory in (draft / "work", draft / "fs", draft):
+                fsync_directory(directory)
+            draft.rename(layer)
+            fsync_directory(layer.parent)
+
     def write(self, record: SessionRecord) -> None:
         """Make `record` the one that counts; it is on disk when this returns.
 
@@ -494,8 +531,7 @@ class Store:
                 yield path
             else:
                 log.warning("%s is no layer of session %s, and is left alone.", path, record.id)
-        if self.unfinished_spare(record).exists():
-            yield self.unfinished_spare(record)
+        yield from self.leftovers(record)
 
     # Names
 
@@ -510,6 +546,9 @@ class Store:
 
     def _spare(self, record: SessionRecord) -> Path:
         return self.storage(record) / "spare"
+
+    def _drafts(self, record: SessionRecord) -> Path:
+        return self.storage(record) / "drafts"
 
     def unfinished_spare(self, record: SessionRecord) -> Path:
         """A layer that was to be emptied and to become the spare one."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,9 +58,10 @@ class Upkeep:
         """Look at the snapshots again, soon: something has changed."""
         self._wanted.set()
 
-    def recount(self) -> None:
-        """Count all layers again, soon."""
-        self._sizes.clear()
+    def recount(self, numbers: Collection[LayerNumber]) -> None:
+        """Count these layers again, soon."""
+        for number in numbers:
+            self._sizes.pop((self._session.record.storage, number), None)
         self._table_of = None
         self.wake()
 
@@ -123,7 +124,8 @@ class Upkeep:
         """Count layers of snapshots that are not counted yet."""
         record = self._session.record
         snapshots = {number for one in record.snapshots for number in one.layers}
-        missing = sorted(snapshots - self._known(record).keys())
+        merging = self._session.merging
+        missing = sorted(snapshots - self._known(record).keys() - merging)
         for number in missing:
             layer = self._session.services.store.layer(record, number)
             try:

@@ -128,6 +128,8 @@ class FakeSession:
         self.snapshot_gate = trio.Event()
         self.snapshot_gate.set()
         self.rebased_with: object = None
+        self.imported: dict[str, bytes] = {}
+        """What came with each name."""
         self._manager = manager
 
     def _start(self, operation: Operation, started_by: Uid) -> FakeJob:
@@ -140,9 +142,12 @@ class FakeSession:
         self._manager.jobs.append(job)
         self.last_job = job
         self._manager.tell("job_added", job)
-        if self._manager.jobs_finish_at_once:
-            job.finish()
+        if self._manager.jobs_finish_at_once or self._manager.jobs_finish_with:
+            job.finish(self._manager.jobs_finish_with)
         return job
+
+    async def undisturbed(self) -> None:
+        await trio.lowlevel.checkpoint()
 
     def reset(self, *, started_by: Uid) -> FakeJob:
         return self._start(Operation.RESET, started_by)
@@ -177,6 +182,17 @@ class FakeSession:
             "saved_as": "/etc/motd.sessiond-old",
         }
         os.write(target, json.dumps(line).encode() + b"\n" + self.diff_end)
+
+    def export_snapshot(self, name: str, target: int, *, started_by: Uid) -> FakeJob:
+        self._record(name)
+        os.write(target, b"the archive")
+        return self._start(Operation.EXPORT, started_by)
+
+    def import_snapshot(
+        self, name: str, source: int, *, description: str = "", started_by: Uid
+    ) -> FakeJob:
+        self.imported[name] = os.read(source, 4096)
+        return self._start(Operation.IMPORT, started_by)
 
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False
@@ -265,6 +281,7 @@ class FakeManager:
         self.jobs: list[FakeJob] = []
         self.jobs_finish_at_once = False
         self.maintenance: MaintenanceRecord | None = None
+        self.jobs_finish_with: SessiondError | None = None
         self._observers: list[object] = []
 
     def observe(self, observer: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sessiond.errors import (
     Cancelled,
     Failed,
     InvalidName,
+    InvalidOption,
     NoSuchSession,
     NoSuchSnapshot,
     SessiondError,
@@ -59,6 +61,27 @@ async def test_the_main_job(sessiond: Client, world: World) -> None:
     await session.snapshot_named("old").delete()
     await session.close()
     assert await sessiond.sessions() == []
+
+
+async def test_a_snapshot_goes_from_one_session_to_another(sessiond: Client, world: World) -> None:
+    session = await sessiond.create(USER, "volatile", session_id="live")
+    other = await sessiond.create(USER, "lasting", session_id="other")
+    await world.mount("live").write("file", b"contents")
+    snapshot = await session.snapshot("fresh")
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    out = await snapshot.export(writer)
+    job = await other.import_snapshot("copy", reader, description="from live")
+    os.close(writer)
+    os.close(reader)
+    await out.wait()
+    await job.wait()
+    assert (await job.info()).operation == "import"
+    (copy,) = await other.snapshots()
+    assert (copy.name, copy.description) == ("copy", "from live")
+    await (await other.restore("copy")).wait()
+    assert (world.mount("other").stack.lowers[0] / "file").read_bytes() == b"contents"
+    with pytest.raises(InvalidOption, match="one end of a pipe"):
+        await snapshot.export(os.open("/", os.O_RDONLY))
 
 
 async def test_events_of_the_main_job(sessiond: Client) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
+from io import BytesIO
+
 from sessiond.session.manager import Manager
 from tests.crash.sessions import Life
 from tests.support.sessions import UID, USER, World
@@ -61,6 +65,16 @@ async def persist(world: World, manager: Manager) -> None:
     await manager.get("s").persist(started_by=UID).wait()
 
 
+async def import_snapshot(world: World, manager: Manager) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    with open(writer, "wb") as pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
+        for name, content in FILES.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, BytesIO(content))
+    await manager.get("s").import_snapshot("new", reader, started_by=UID).wait()
+
+
 async def close(world: World, manager: Manager) -> None:
     await manager.close("s")
 
@@ -71,5 +85,5 @@ async def shut_down(world: World, manager: Manager) -> None:
 
 LIVES: tuple[Life, ...] = (
     *(nothing, create_volatile, create_lasting, snapshot, rename_snapshot, delete_snapshot),
-    *(restore, reset, persist, close, shut_down),
+    *(restore, reset, persist, import_snapshot, close, shut_down),
 )

@@ -20,6 +20,7 @@ IN_TEST = {
     "restore-lasting": 4,
     "persist-volatile": 4,
     "close-volatile": 4,
+    "import_snapshot-lasting": 7,
 }
 """What is tried without soaking, too, and one of how many deaths."""
 

@@ -49,6 +49,7 @@ _PLAIN = {
     "o": st.sampled_from(["/", _SESSION]),
     "as": st.lists(_TEXT, max_size=3),
     "ay": st.binary(max_size=8),
+    "h": st.builds(os.open, st.sampled_from(["/dev/null", "/", "/proc/self/mem"]), st.just(0)),
 }
 _VARIANTS = st.sampled_from(sorted(_PLAIN)).flatmap(
     lambda kind: st.builds(Variant, st.just(kind), _PLAIN[kind])

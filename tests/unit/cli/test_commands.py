@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -292,6 +293,48 @@ DIFFERENCES: tuple[dict[str, object], ...] = (
         "changed": "metadata",
     },
 )
+
+
+async def test_export(manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path) -> None:
+    manager.jobs_finish_at_once = True
+    await sessionctl("snapshot", "live", "good")
+    assert (await sessionctl("export", "live", "good", "-")).stdout == b"the archive"
+    await sessionctl("export", "live", "good", str(tmp_path / "good.tar"))
+    assert [path.name for path in tmp_path.iterdir()] == ["good.tar"]
+    assert (tmp_path / "good.tar").read_bytes() == b"the archive"
+
+
+async def test_an_export_that_fails_leaves_no_file(
+    manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path
+) -> None:
+    file = tmp_path / "file.tar"
+    await sessionctl("export", "live", "missing", str(file), code=ExitCode.NOT_FOUND)
+    await sessionctl("snapshot", "live", "good")
+    manager.jobs_finish_with = NoSpace("There is none.")
+    await sessionctl("export", "live", "good", str(file), code=ExitCode.NO_SPACE)
+    done = await sessionctl("export", "live", "good", "/no/such/file", code=ExitCode.FAILED)
+    assert b"/no/such/file cannot be opened or written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_import(manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path) -> None:
+    manager.jobs_finish_at_once = True
+    (tmp_path / "file.tar").write_bytes(b"the archive")
+    await sessionctl("import", "live", "old", str(tmp_path / "file.tar"))
+    assert manager.sessions[SessionId("live")].imported == {"old": b"the archive"}
+    done = await sessionctl("import", "live", "old", str(tmp_path), code=ExitCode.FAILED)
+    assert b"cannot be read: Is a directory" in done.stderr
+
+
+async def test_archives_are_for_root(
+    manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path
+) -> None:
+    await sessionctl("snapshot", "live", "good")
+    owner, refused = 65534, ExitCode.NOT_AUTHORIZED
+    done = await sessionctl("export", "live", "good", "-", user=owner, code=refused)
+    assert b"only root may" in done.stderr
+    await sessionctl("import", "live", "new", "/dev/null", user=owner, code=refused)
+    assert manager.jobs == []
 
 
 def tell(manager: FakeManager, *told: dict[str, object]) -> bytes:
