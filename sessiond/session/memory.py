@@ -205,6 +205,9 @@ class MemoryMounts:
     def is_in_ram(self, directory: Path) -> bool:
         return self.in_ram
 
+    def device(self, target: Path) -> str | None:
+        return "0:42"
+
     def mounted_below(self, directory: Path) -> list[Path]:
         below = [target for target in self.mounted if directory in target.parents]
         return sorted(below, key=lambda path: len(path.parts), reverse=True)
