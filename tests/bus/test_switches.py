@@ -232,7 +232,7 @@ class User(Interface):
 async def test_logind_knows_who_is_there(
     private_bus: str, uid: int, state: str, idle: bool, since: int, expected: Attendance
 ) -> None:
-    tree = ObjectTree("/org/freedesktop/login1")
+    tree = ObjectTree("/org/freedesktop/login1", lambda *_: None)
     tree.add("/org/freedesktop/login1", Login())
     values = {"State": state, "IdleHint": idle, "IdleSinceHintMonotonic": since}
     tree.add("/org/freedesktop/login1/user/_1000", User(values))

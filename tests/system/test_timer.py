@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,19 @@ def test_what_the_profile_says(idle_daemon: Daemon) -> None:
 
 
 def test_what_was_asked_for_outlives_the_manager(daemon: Daemon, box: Path) -> None:
-    daemon.sessionctl("schedule-reset", "box", "--in", "3s")
+    daemon.sessionctl("schedule-reset", "box", "--in", "2h")
+    wait_until(lambda: status(daemon)["next_reset"] is not None)
+    planned = status(daemon)["next_reset"]
     daemon.kill()
     daemon.start()
-    assert status(daemon)["next_reset_reason"] == "scheduled"
+    wait_until(lambda: status(daemon)["next_reset"] is not None)
+    after = status(daemon)
+    assert after["next_reset_reason"] == "scheduled"
+    moments = [datetime.fromisoformat(str(when)) for when in (planned, after["next_reset"])]
+    assert abs(moments[0] - moments[1]) < timedelta(seconds=2)
+    daemon.sessionctl("cancel-reset", "box")
+    wait_until(lambda: status(daemon)["next_reset"] is None)
     assert box.exists()
-    wait_until(lambda: not box.exists())
-    wait_until(lambda: status(daemon)["next_reset_reason"] == "")
 
 
 def test_a_command_holds_it_back(daemon: Daemon, box: Path) -> None:
