@@ -63,7 +63,8 @@ class Process:
     def description(self) -> dict[str, object]:
         """What there is to be told of it. Raises `OSError` when it has ended."""
         with open(f"{self._proc}/comm", "rb") as stream:
-            program = os.fsdecode(stream.read().rstrip(b"\n"))
+            # Whatever bytes it has chosen.
+            program = stream.read().removesuffix(b"\n").decode(errors="backslashreplace")
         return {
             "pid": self.pid,
             "program": program,
@@ -98,7 +99,7 @@ def uids(pid: int) -> list[int]:
 
 def _unit(proc: str) -> str:
     """Return the innermost unit of systemd's, or scope of a login session, that it belongs to."""
-    with open(f"{proc}/cgroup", encoding="utf-8", errors="surrogateescape") as stream:
+    with open(f"{proc}/cgroup", encoding="utf-8", errors="backslashreplace") as stream:
         for line in stream:
             hierarchy, controllers, path = line.rstrip("\n").split(":", 2)
             if hierarchy == "0" or controllers == "name=systemd":

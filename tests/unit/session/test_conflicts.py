@@ -306,6 +306,21 @@ async def test_each_kind_of_use_is_found(
 
 
 @pytest.mark.root
+@pytest.mark.parametrize(
+    ("name", "told"), [(b"\xff\x1b[31m", "\\xff\x1b[31m"), (b"a\nb\n", "a\nb\n"), (b'"}', '"}')]
+)
+async def test_a_program_may_have_any_name(
+    real: Path,
+    device: str,
+    start: Callable[..., subprocess.Popen[bytes]],
+    name: bytes,
+    told: str,
+) -> None:
+    start(f"os.write(os.open('/proc/self/comm', os.O_WRONLY), {name!r})", cwd=real)
+    assert [one.name for one in await conflicts.find(SystemProcesses(), device)] == [told]
+
+
+@pytest.mark.root
 async def test_a_program_that_runs_from_there_is_found(real: Path, device: str) -> None:
     program = real / "sleep"
     program.write_bytes(Path("/bin/sleep").read_bytes())
