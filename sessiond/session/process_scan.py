@@ -102,9 +102,11 @@ def _unit(proc: str) -> str:
     with open(f"{proc}/cgroup", encoding="utf-8", errors="backslashreplace") as stream:
         for line in stream:
             hierarchy, controllers, path = line.rstrip("\n").split(":", 2)
+            # systemd uses the one or the other; a container may have both, one of the host.
             if hierarchy == "0" or controllers == "name=systemd":
                 units = [part for part in path.split("/") if part.endswith((".service", ".scope"))]
-                return units[-1] if units else ""
+                if units:
+                    return units[-1]
     return ""
 
 
