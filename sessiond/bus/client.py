@@ -164,6 +164,8 @@ class SnapshotInfo(_Info):
     """Made by sessiond by itself."""
     pinned: bool
     """Not to be deleted by rules."""
+    inexact: tuple[str, ...]
+    """Paths of files that programs wrote to while it was made."""
     size: int
     """Bytes that its layers take on disk; 0 unless `size_valid`."""
     exclusive: int

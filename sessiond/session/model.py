@@ -215,6 +215,8 @@ class SnapshotRecord(BaseModel):
     """Made by sessiond, and not because a person had asked for it."""
     pinned: bool = False
     """To be kept until a person deletes it, whatever the rules say."""
+    inexact: tuple[str, ...] = ()
+    """Paths of files that are of a moment later than the rest: see `Mount.swap`."""
 
 
 class SnapshotRules(BaseModel):

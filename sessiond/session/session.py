@@ -305,7 +305,7 @@ class Session:
                 pinned=pinned,
                 automatic=automatic,
             )
-            await self.switch_and_keep(after, snapshot)
+            snapshot = await self.switch_and_keep(after, snapshot)
         if self.storage is StorageKind.PERSISTENT:
             # The record is on disk, but not yet all that programs have written into the layer.
             await self.require_mount().sync()
@@ -711,11 +711,11 @@ class Session:
 
     # Record and layers
 
-    async def switch(self, after: SessionRecord) -> None:
+    async def switch(self, after: SessionRecord) -> tuple[str, ...]:
         """Record `after`, whose upper is a new one, and serve it; if that fails, all is as before.
 
-        Only within an operation. Cannot be cancelled once begun. Raises `ImageUnavailable`,
-        `NoSpace`, `Failed`.
+        Returns what `Mount.swap` does. Only within an operation. Cannot be cancelled once begun.
+        Raises `ImageUnavailable`, `NoSpace`, `Failed`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
@@ -733,11 +733,12 @@ class Session:
                 await trio.to_thread.run_sync(make_upper, after, below, gives_back)
                 await trio.to_thread.run_sync(self.services.store.write, after)
                 recorded = True
-                await self.serve(after)
+                inexact = await self.serve(after)
             except BaseException as error:
                 await self._go_back(before, after, error, recorded=recorded)
                 raise
         self.adopt(after)
+        return inexact
 
     async def switch_and_keep(
         self,
@@ -745,18 +746,40 @@ class Session:
         snapshot: SnapshotRecord,
         *,
         besides: SnapshotRecord | None = None,
-    ) -> None:
+    ) -> SnapshotRecord:
         """The same, with one more snapshot, and without those that the rules then no longer keep,
-        but with `besides`.
+        but with `besides`. Returns what the record then has of `snapshot`.
         """
         kept = after.with_snapshots((*after.snapshots, snapshot))
         removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
         gone = [one.snapshot for one in removals]
-        await self.switch(kept.without_snapshots(gone))
+        inexact = await self.switch(kept.without_snapshots(gone))
+        if inexact:
+            snapshot = await self._note_inexact(snapshot, inexact)
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
         for one in removals:
             one.log(self.id)
         self._tell_gone(gone)
+        return snapshot
+
+    async def _note_inexact(
+        self, snapshot: SnapshotRecord, inexact: tuple[str, ...]
+    ) -> SnapshotRecord:
+        log.warning(
+            "Snapshot %s of session %s has %d files of a later moment than the rest, for programs "
+            "wrote to them meanwhile.",
+            snapshot.name,
+            self.id,
+            len(inexact),
+        )
+        noted = snapshot.model_copy(update={"inexact": inexact})
+        others = [noted if one == snapshot else one for one in self.record.snapshots]
+        try:
+            await self._write(self.record.with_snapshots(others))
+        except SessiondError as error:
+            log.warning("%s That is not recorded.", error)
+            return snapshot
+        return noted
 
     async def below(self, record: SessionRecord) -> Path:
         """Return the tree just below the upper of `record`. Raises `ImageUnavailable`."""
@@ -812,18 +835,18 @@ class Session:
 
     # Mount, and mount again
 
-    async def serve(self, record: SessionRecord, *, moved: bool = False) -> None:
+    async def serve(self, record: SessionRecord, *, moved: bool = False) -> tuple[str, ...]:
         """Switch the merged view over to the layers of `record`; mount it if it is not.
 
-        With `moved`, they are copies of those served, and files that are open go on in them. Only
-        within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served before
-        is served still then.
+        With `moved`, they are copies of those served, and files that are open go on in them.
+        Returns what `Mount.swap` does. Only within an operation. Raises `ImageUnavailable`,
+        `NoSpace`, `Failed`; what was served before is served still then.
         """
         image = await self._require_image()
         if self.mount is None:
             await self._mount_view(record)
-        else:
-            await self.mount.swap(self._stack(record, image), moved=moved)
+            return ()
+        return await self.mount.swap(self._stack(record, image), moved=moved)
 
     def _stack(self, record: SessionRecord, image: Image) -> Stack:
         store = self.services.store
