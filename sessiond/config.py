@@ -64,6 +64,13 @@ def _name(text: str) -> str:
 
 AbsolutePath = Annotated[Path, Field(strict=False), AfterValidator(_absolute)]
 Name = Annotated[str, AfterValidator(_name)]
+TIME_OF_DAY = "([01][0-9]|2[0-3]):[0-5][0-9]"
+"""What a time of day looks like."""
+
+DURATION = "[0-9]{1,4}(s|min|h|d)"
+"""What a duration looks like; see `seconds`."""
+
+Duration = Annotated[str, Field(pattern=f"^{DURATION}$")]
 _Inodes = Annotated[int, Field(ge=64, lt=2**63)]
 
 
@@ -101,6 +108,25 @@ class SnapshotsTable(_Table):
     """Time from one automatic one to the next."""
 
 
+class ResetTable(_Table):
+    """`[profile.NAME.reset]`: when sessions are reset by themselves."""
+
+    idle: Duration | None = None
+    """Since their user was there last."""
+    after: Duration | None = None
+    """Since they were made or last reset."""
+    daily: Annotated[str, Field(pattern=f"^{TIME_OF_DAY}$")] | None = None
+    """By the machine's time zone."""
+    warning: Duration = "60s"
+    """For how long it is announced."""
+    inhibit: Duration = "1h"
+    """For how long it can be held back, by others than root."""
+    terminate: bool = False
+    """End the programs that use the session first."""
+    grace: Annotated[str, Field(pattern="^([0-9]{1,2}|[1-5][0-9]{2}|600)s$")] = "10s"
+    """How long they have for that."""
+
+
 class Profile(_Table):
     """`[profile.NAME]`: a kind of session."""
 
@@ -135,6 +161,7 @@ class Profile(_Table):
 
     data_path: Literal["passthrough", "cached", "plain"] = "passthrough"
     """See `sessiond.session.model.DataPath`."""
+    reset: ResetTable = ResetTable()
 
     snapshots: SnapshotsTable = SnapshotsTable()
 
@@ -294,25 +321,32 @@ _TABLES: Mapping[str, type[_Table]] = {
 }
 
 
+_DURATION = "a duration is like '90s', '10min', '2h' or '1d'"
+
+
 def _sentences(error: ValidationError, merged: _Merged, file: Path) -> Iterable[str]:
     for details in error.errors(include_url=False):
         key = tuple(str(part) for part in details["loc"] if part != "[key]")
         yield f"{merged.file_of(key, file)}: {'.'.join(key)}: {_what_is_allowed(details, key)}."
 
 
-_SECONDS = {"min": 60, "h": 3600, "d": 86400}
+_SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
 def seconds(duration: str) -> int:
     """Return how long `duration`, as it stands in the configuration, is."""
-    number = duration.rstrip("mindh")
+    number = duration.rstrip("mindhs")
     return int(number) * _SECONDS[duration.removeprefix(number)]
+
+
+_SUBTABLES: Mapping[str, type[_Table]] = {"reset": ResetTable, "snapshots": SnapshotsTable}
+"""Of a profile."""
 
 
 def _table_of(key: _Key) -> type[_Table]:
     """Return the table that `key` is written in."""
-    if key[0] == "profile" and key[2:3] == ("snapshots",) and len(key) > 3:
-        return SnapshotsTable
+    if key[0] == "profile" and len(key) > 3:
+        return _SUBTABLES.get(key[2], Profile)
     return _TABLES[key[0]] if len(key) > 1 else Config
 
 
@@ -323,6 +357,12 @@ _PATTERNS: Mapping[str, str] = {
     "every": "a time is like '30min', '1h' or '7d'",
     "volatile_limit": "a limit is like '4G', a part of RAM like '85%', or 'none'",
     "verity_root_hash": "a root hash is 32 to 128 lower-case hexadecimal digits",
+    "idle": _DURATION,
+    "after": _DURATION,
+    "warning": _DURATION,
+    "inhibit": _DURATION,
+    "daily": "a time of day is like '04:00'",
+    "grace": "it is from '0s' to '600s'",
 }
 """What is allowed in keys that have a form."""
 

@@ -192,6 +192,8 @@ class Reply(_Message):
     """Of the system call that failed; 0 without error, or if it was none."""
     changes: ChangeCounts | None = None
     pending: PendingFiles | None = None
+    inexact: tuple[str, ...] = ()
+    """Of a swap: see `Mount.swap`; what is not UTF-8 is escaped."""
     worker: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     """Process id, when it is ready."""
     data_path: str | None = None

@@ -18,6 +18,7 @@ from typing import BinaryIO
 import trio
 
 import sessiond
+from sessiond.bus.logind import LogindPresence
 from sessiond.bus.service import serve
 from sessiond.config import DEFAULT_FILE, Config, load
 from sessiond.errors import ConfigError, Failed, SessiondError
@@ -26,6 +27,7 @@ from sessiond.fuse.spawner import Spawner
 from sessiond.journal import log_to_journal_or_stderr
 from sessiond.session.manager import Manager, open_manager
 from sessiond.session.metrics import Metrics, remove_metrics, write_metrics
+from sessiond.session.surroundings import Surroundings
 from sessiond.systemd import Systemd
 
 log = logging.getLogger(__name__)
@@ -157,7 +159,12 @@ async def _run(
         # here nor a bus that fails is a reason to end what people work in.
         async with (
             trio.open_nursery() as background,
-            open_manager(config, mounter, features=mounter.features) as manager,
+            open_manager(
+                config,
+                mounter,
+                surroundings=Surroundings(presence=LogindPresence()),
+                features=mounter.features,
+            ) as manager,
         ):
             background.start_soon(systemd.feed_watchdog)
             metrics = Metrics(manager)

@@ -38,6 +38,8 @@ class Action(StrEnum):
     COMPARE = "see what has changed in this session"
     EXPORT = "export a snapshot of this session"
     IMPORT = "import a snapshot into this session"
+    INHIBIT = "hold back resets of this session"
+    LIST_CONFLICTS = "see which programs use this session"
     CANCEL = "cancel a job of this session"
 
     @property
@@ -98,7 +100,7 @@ async def authorise(caller: Caller, action: Action, target: Target | None = None
         action.id,
         session="" if target is None else target.id,
         user="" if target is None else target.user,
-        looks_only=action is Action.COMPARE and uid in (ROOT, owner),
+        looks_only=action in (Action.COMPARE, Action.LIST_CONFLICTS) and uid in (ROOT, owner),
     )
     if uid == ROOT:
         return uid

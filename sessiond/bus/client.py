@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import trio
 from pydantic import BaseModel, BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -103,6 +103,25 @@ class ShadowedFile:
     saved_as: str
 
 
+class Program(NamedTuple):
+    """Processes of one name that use a session."""
+
+    name: str
+    pids: list[int]
+    uid: int
+    unit: str
+    """Of systemd's, that they belong to; may be empty."""
+
+
+class Inhibitor(NamedTuple):
+    """Someone who holds back the resets of a session that come by themselves."""
+
+    who: str
+    why: str
+    uid: int
+    since: _Moment
+
+
 class ManagerInfo(_Info):
     """Properties of the manager."""
 
@@ -140,6 +159,11 @@ class SessionInfo(_Info):
     """How many files are written in RAM still, since before it moved to disk."""
     created_at: _Moment
     last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
+    next_reset: Annotated[datetime | None, BeforeValidator(_moment)]
+    """When it is reset by itself; None if never, as things are."""
+    next_reset_reason: str
+    inhibitors: tuple[Inhibitor, ...]
+    """Who holds back such resets."""
     snapshots: tuple[str, ...]
     """Object paths, oldest first."""
     last_job: str
@@ -166,6 +190,8 @@ class SnapshotInfo(_Info):
     """Made by sessiond by itself."""
     pinned: bool
     """Not to be deleted by rules."""
+    inexact: tuple[str, ...]
+    """Paths of files that programs wrote to while it was made."""
     size: int
     """Bytes that its layers take on disk; 0 unless `size_valid`."""
     exclusive: int
@@ -184,6 +210,8 @@ class JobInfo(_Info):
     """0 to 1; meaningful when `progress_valid`."""
     progress_valid: bool
     bytes: int
+    conflicts: tuple[Program, ...]
+    """What used the session when the job began to end that."""
     started_by_uid: int
     state: str
     """``running``, ``succeeded`` or ``failed``."""
@@ -437,17 +465,50 @@ class Session(_Proxy):
         """Return its properties."""
         return _validated(SessionInfo, await self._property_values())
 
-    async def reset(self) -> Job:
-        """Start to make it pristine again."""
-        return await self._start("Reset", "a{sv}", {})
+    async def reset(self, **options: bool | float | str) -> Job:
+        """Start to make it pristine again.
 
-    async def restore(self, snapshot: str, *, undo: bool = True) -> Job:
+        Options: `terminate` (bool), `grace` (seconds) and `snapshot_first` (True, or a name).
+        """
+        return await self._start("Reset", "a{sv}", _options(options))
+
+    async def restore(self, snapshot: str, **options: bool | float | str) -> Job:
         """Start to bring it back to one of its snapshots.
 
-        With `undo`, what is replaced is kept as an automatic snapshot.
+        Options: those of `reset`, and `undo` (bool, by default true): what is replaced is kept as
+        an automatic snapshot.
         """
-        options = {} if undo else {"undo": Variant("b", False)}
-        return await self._start("Restore", "sa{sv}", snapshot, options)
+        return await self._start("Restore", "sa{sv}", snapshot, _options(options))
+
+    async def schedule_reset(
+        self, at: datetime | None = None, **options: bool | float | str
+    ) -> None:
+        """Have it reset at a time, or, by an option, `in_` or `idle` so many seconds.
+
+        Others are `warning` (seconds) and those of `reset`.
+        """
+        moment = 0 if at is None else (at - _EPOCH) // timedelta(microseconds=1)
+        await self._call("ScheduleReset", "ta{sv}", moment, _options(options))
+
+    async def cancel_scheduled_reset(self) -> None:
+        """Forget what `schedule_reset` has asked for."""
+        await self._call("CancelScheduledReset")
+
+    @asynccontextmanager
+    async def inhibit(self, who: str, why: str) -> AsyncIterator[None]:
+        """Hold back resets that come by themselves while the context is open."""
+        (descriptor,) = await self._call("Inhibit", "ss", who, why)
+        assert isinstance(descriptor, int)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    async def conflicts(self) -> list[Program]:
+        """Return the programs that use it now."""
+        (programs,) = await self._call("Conflicts", timeout=OPERATION_TIMEOUT)
+        assert isinstance(programs, list)
+        return [Program(*one) for one in programs]
 
     async def persist(self, *, verify: bool = True) -> Job:
         """Start to move it to disk, so that it survives a reboot.
@@ -666,6 +727,15 @@ async def _next_change(signals: Signals) -> dict[str, object]:
     _interface, changed, _invalidated = message.values()
     assert isinstance(changed, dict)
     return changed
+
+
+def _options(options: Mapping[str, bool | float | str]) -> dict[str, Variant]:
+    """Return options as the bus has them: a name has hyphens there, and may be one of Python's."""
+    types = {bool: "b", int: "x", float: "d", str: "s"}
+    return {
+        name.removesuffix("_").replace("_", "-"): Variant(types[type(value)], value)
+        for name, value in options.items()
+    }
 
 
 def _validated(model: type[_I], values: dict[str, object]) -> _I:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 import sessiond
 from sessiond.bus import names
 from sessiond.bus.authorisation import Action, authorise
 from sessiond.bus.interface import Caller, Change, Interface, Property, method, signal
-from sessiond.bus.operations import Operations, Options
+from sessiond.bus.operations import EPOCH, Operations, Options, as_values
 from sessiond.bus.wire import Variant, shown
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import LayerNumber, SnapshotName, Uid
 
-_EPOCH = datetime.fromtimestamp(0, UTC)
-
 SESSION_NEW = signal("SessionNew", "s id, o session")
 SESSION_REMOVED = signal("SessionRemoved", "s id, o session")
 MAINTENANCE_ANNOUNCED = signal("MaintenanceAnnounced", "s profile, s message")
 RESET_DONE = signal("ResetDone")
+RESET_SCHEDULED = signal("ResetScheduled", "t when, s why")
 SPACE_LOW = signal("SpaceLow", "s level, t used, t limit")
 COMPLETED = signal("Completed", "b success, s error")
 
 
-def _microseconds(moment: datetime | None) -> int:
+def microseconds(moment: datetime | None) -> int:
     """Return microseconds since 1970, as systemd's interfaces give times; 0 is never."""
-    return 0 if moment is None else (moment - _EPOCH) // timedelta(microseconds=1)
+    return 0 if moment is None else (moment - EPOCH) // timedelta(microseconds=1)
 
 
 class ManagerObject(Interface):
@@ -137,10 +136,13 @@ class SessionObject(Interface):
         Property("Pending", "u"),
         Property("CreatedAt", "t", Change.NEVER),
         Property("LastReset", "t"),
+        Property("NextReset", "t"),
+        Property("NextResetReason", "s"),
+        Property("Inhibitors", "a(ssut)"),
         Property("Snapshots", "ao"),
         Property("LastJob", "o"),
     )
-    signals = (RESET_DONE, SPACE_LOW)
+    signals = (RESET_DONE, RESET_SCHEDULED, SPACE_LOW)
 
     def __init__(self, session: Session, operations: Operations) -> None:
         self._session = session
@@ -165,8 +167,14 @@ class SessionObject(Interface):
             "InodesLimit": usage.inodes_limit,
             "SpaceLevel": session.space_level.value,
             "Pending": session.pending,
-            "CreatedAt": _microseconds(session.created_at),
-            "LastReset": _microseconds(session.last_reset),
+            "CreatedAt": microseconds(session.created_at),
+            "LastReset": microseconds(session.last_reset),
+            "NextReset": microseconds(session.timer.next_reset),
+            "NextResetReason": session.timer.reason or "",
+            "Inhibitors": [
+                (shown(one.who), shown(one.why), one.uid, microseconds(one.since))
+                for one in session.timer.inhibitors.all
+            ],
             "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
             "LastJob": names.job_path(session.last_job.id) if session.last_job else "/",
         }
@@ -174,6 +182,22 @@ class SessionObject(Interface):
     @method("Reset", "a{sv} options", "o job")
     async def reset(self, caller: Caller, options: Options) -> str:
         return await self._operations.reset(caller, self._session, options)
+
+    @method("ScheduleReset", "t at, a{sv} options")
+    async def schedule_reset(self, caller: Caller, at: int, options: Options) -> None:
+        await self._operations.schedule_reset(caller, self._session, at, options)
+
+    @method("CancelScheduledReset")
+    async def cancel_scheduled_reset(self, caller: Caller) -> None:
+        await self._operations.cancel_scheduled_reset(caller, self._session)
+
+    @method("Inhibit", "s who, s why", "h lock")
+    async def inhibit(self, caller: Caller, who: str, why: str) -> int:
+        return await self._operations.inhibit(caller, self._session, who, why)
+
+    @method("Conflicts", "", "a(sauus) programs")
+    async def conflicts(self, caller: Caller) -> list[tuple[str, list[int], int, str]]:
+        return await self._operations.conflicts(caller, self._session)
 
     @method("Snapshot", "s name, a{sv} options", "o snapshot")
     async def snapshot(self, caller: Caller, name: str, options: Options) -> str:
@@ -229,6 +253,7 @@ class SnapshotObject(Interface):
         Property("Parent", "o"),
         Property("Automatic", "b", Change.NEVER),
         Property("Pinned", "b"),
+        Property("Inexact", "as"),
         Property("Size", "t"),
         Property("Exclusive", "t"),
         Property("SizeValid", "b"),
@@ -246,10 +271,11 @@ class SnapshotObject(Interface):
         return {
             "Name": self._name,
             "Description": shown(record.description),
-            "CreatedAt": _microseconds(record.created_at),
+            "CreatedAt": microseconds(record.created_at),
             "Parent": self._parent(record.layers),
             "Automatic": record.automatic,
             "Pinned": record.pinned,
+            "Inexact": [shown(path) for path in record.inexact],
             "Size": size.bytes,
             "Exclusive": size.exclusive,
             "SizeValid": size.known,
@@ -302,6 +328,7 @@ class JobObject(Interface):
         Property("Progress", "d"),
         Property("ProgressValid", "b"),
         Property("Bytes", "t"),
+        Property("Conflicts", "a(sauus)"),
         Property("State", "s"),
         Property("ErrorName", "s"),
         Property("ErrorMessage", "s"),
@@ -322,6 +349,7 @@ class JobObject(Interface):
             "Progress": round(job.progress, 2),
             "ProgressValid": job.progress_valid,
             "Bytes": job.bytes,
+            "Conflicts": as_values(job.conflicts),
             "State": self._state(),
             "ErrorName": names.error_name(job.error) if job.error else "",
             "ErrorMessage": shown(str(job.error)) if job.error else "",

@@ -5,13 +5,15 @@ Sessions are called on by their own objects and, by id, by the manager's; both e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from sessiond.bus import names
 from sessiond.bus.authorisation import Action, NewSession, apart_from_owner, authorise
 from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
+from sessiond.bus.limits import ROOT, Limit
 from sessiond.bus.options import (
     CompareOptions,
     CreateOptions,
@@ -22,16 +24,42 @@ from sessiond.bus.options import (
     PersistOptions,
     RebaseOptions,
     RestoreOptions,
+    ScheduleOptions,
     SnapshotOptions,
+    SwitchOptions,
     parse,
 )
-from sessiond.bus.wire import Variant, shown
-from sessiond.errors import NoSuchSession
+from sessiond.bus.wire import BusError, Variant, shown
+from sessiond.errors import InvalidOption, NoSuchSession
+from sessiond.session.conflicts import Program
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import Conflicts
 
 Options = Mapping[str, object]
+
+EPOCH = datetime.fromtimestamp(0, UTC)
+"""From which the bus counts times."""
+
+INHIBITORS_OF_USER = 16
+"""In one session."""
+INHIBITOR_TEXT_LIMIT = 200
+
+SEARCHES_OF_USER = 2
+"""Each takes a process for a moment."""
+
+
+def as_values(programs: Iterable[Program]) -> list[tuple[str, list[int], int, str]]:
+    """Return programs as the bus has them, ``a(sauus)``."""
+    return [(shown(one.name), list(one.pids), one.uid, shown(one.unit)) for one in programs]
+
+
+def _moment(microseconds: int) -> datetime | None:
+    """Return a time of the bus; None for 0, never. Raises `InvalidOption`."""
+    try:
+        return EPOCH + timedelta(microseconds=microseconds) if microseconds else None
+    except OverflowError:
+        raise InvalidOption("'at' is too far away: microseconds since 1970 are needed.") from None
 
 
 class Operations:
@@ -44,6 +72,12 @@ class Operations:
         self._manager = manager
         self._publish = publish
         self._comparisons = Comparisons()
+        self._searches = Limit(
+            SEARCHES_OF_USER,
+            "You are looking for programs {most} times, the most that a user may at once. Wait for "
+            "an answer, then try again.",
+            exempt={ROOT},
+        )
 
     async def create(self, caller: Caller, user: str, profile: str, options: Options) -> str:
         chosen = parse(CreateOptions, options)
@@ -73,9 +107,49 @@ class Operations:
 
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.RESET, session)
-        parse(NoOptions, options)
+        manner = parse(SwitchOptions, options).manner()
         await session.undisturbed()
-        return self._publish(session.reset(started_by=uid))
+        return self._publish(session.reset(started_by=uid, manner=manner))
+
+    async def schedule_reset(
+        self, caller: Caller, session: Session, at: int, options: Options
+    ) -> None:
+        uid = await authorise(caller, Action.RESET, session)
+        chosen = parse(ScheduleOptions, options)
+        await session.timer.schedule(
+            uid,
+            at=_moment(at),
+            after=chosen.after,
+            idle=chosen.idle,
+            warning=chosen.warning,
+            manner=chosen.manner(),
+        )
+
+    async def cancel_scheduled_reset(self, caller: Caller, session: Session) -> None:
+        uid = await authorise(caller, Action.RESET, session)
+        await session.timer.cancel(uid)
+
+    async def inhibit(self, caller: Caller, session: Session, who: str, why: str) -> int:
+        uid = await authorise(caller, Action.INHIBIT, session)
+        for text, name in ((who, "who"), (why, "why")):
+            if len(text) > INHIBITOR_TEXT_LIMIT:
+                raise InvalidOption(f"{name!r} has more than {INHIBITOR_TEXT_LIMIT} characters.")
+        inhibitors = session.timer.inhibitors
+        own = sum(one.uid == uid for one in inhibitors.all)
+        if own >= INHIBITORS_OF_USER:
+            raise BusError(
+                names.LIMITS_EXCEEDED,
+                f"You hold back resets of this session {own} times, which is the most. Close a "
+                "descriptor, then try again.",
+            )
+        return inhibitors.add(uid, who, why)
+
+    async def conflicts(
+        self, caller: Caller, session: Session
+    ) -> list[tuple[str, list[int], int, str]]:
+        caller_uid = await authorise(caller, Action.LIST_CONFLICTS, session)
+        with self._searches.share(caller_uid):
+            return as_values(await session.conflicts())
 
     async def snapshot(self, caller: Caller, session: Session, name: str, options: Options) -> str:
         await authorise(caller, Action.SNAPSHOT, session)
@@ -88,7 +162,9 @@ class Operations:
         uid = await authorise(caller, Action.RESTORE, session)
         chosen = parse(RestoreOptions, options)
         await session.undisturbed()
-        return self._publish(session.restore(name, started_by=uid, undo=chosen.undo))
+        return self._publish(
+            session.restore(name, started_by=uid, manner=chosen.manner(), undo=chosen.undo)
+        )
 
     async def persist(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.PERSIST, session)

@@ -8,6 +8,13 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sessiond.errors import InvalidOption
+from sessiond.session.model import (
+    AT_ONCE,
+    GRACE_LIMIT,
+    SECONDS_LIMIT,
+    Manner,
+    snapshot_name,
+)
 
 
 class NoOptions(BaseModel):
@@ -27,12 +34,6 @@ class SnapshotOptions(NoOptions):
 
     description: str = Field("", description="a string for people")
     pinned: bool = Field(False, description="a boolean: whether rules may not delete it")
-
-
-class RestoreOptions(NoOptions):
-    """Options of Restore."""
-
-    undo: bool = Field(True, description="a boolean: whether to keep what is replaced")
 
 
 class CompareOptions(NoOptions):
@@ -77,6 +78,59 @@ class ExportOptions(NoOptions):
 
 class ImportOptions(SnapshotOptions):
     """Options of Import."""
+
+
+class SwitchOptions(NoOptions):
+    """Options of Reset and Restore."""
+
+    terminate: bool = Field(False, description="a boolean: end the programs that use it first")
+    grace: float = Field(
+        AT_ONCE.grace,
+        ge=0,
+        le=GRACE_LIMIT,
+        description=f"a number from 0 to {GRACE_LIMIT}: seconds that they have for that",
+    )
+    snapshot_first: str | bool = Field(
+        False,
+        alias="snapshot-first",
+        description="a boolean, or a string: the name of a snapshot to be made first",
+    )
+
+    def manner(self) -> Manner:
+        """Return how to go about it. Raises `InvalidName`."""
+        first = self.snapshot_first
+        return Manner(
+            terminate=self.terminate,
+            grace=self.grace,
+            snapshot=first if isinstance(first, bool) else snapshot_name(first),
+        )
+
+
+class RestoreOptions(SwitchOptions):
+    """Options of Restore."""
+
+    undo: bool = Field(True, description="a boolean: whether to keep what is replaced")
+
+
+class ScheduleOptions(SwitchOptions):
+    """Options of ScheduleReset."""
+
+    after: float | None = Field(
+        None,
+        alias="in",
+        ge=0,
+        le=SECONDS_LIMIT,
+        description="a number: seconds from now until the reset",
+    )
+    idle: float | None = Field(
+        None,
+        ge=0,
+        le=SECONDS_LIMIT,
+        description="a number: seconds for which the session's user has not been there",
+    )
+    warning: float | None = Field(
+        None, ge=0, le=SECONDS_LIMIT, description="a number: seconds for which it is announced"
+    )
 
 
 _O = TypeVar("_O", bound=NoOptions)

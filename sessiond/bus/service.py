@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import datetime
 
 import trio
 
@@ -14,6 +15,7 @@ from sessiond.bus.objects import (
     COMPLETED,
     MAINTENANCE_ANNOUNCED,
     RESET_DONE,
+    RESET_SCHEDULED,
     SESSION_NEW,
     SESSION_REMOVED,
     SPACE_LOW,
@@ -21,6 +23,7 @@ from sessiond.bus.objects import (
     ManagerObject,
     SessionObject,
     SnapshotObject,
+    microseconds,
 )
 from sessiond.bus.operations import Operations
 from sessiond.bus.tree import ObjectTree
@@ -82,6 +85,10 @@ class Service:
 
     def reset_done(self, session: Session) -> None:
         self.tree.emit(names.session_path(session.id), RESET_DONE)
+
+    def reset_scheduled(self, session: Session, when: datetime, why: str) -> None:
+        path = names.session_path(session.id)
+        self.tree.emit(path, RESET_SCHEDULED, microseconds(when), why)
 
     def space_low(self, session: Session, level: str, used: int, limit: int) -> None:
         self.tree.emit(names.session_path(session.id), SPACE_LOW, level, used, limit)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
+from datetime import datetime, time, timedelta
 from pathlib import Path
 
 from sessiond import __version__
 from sessiond.cli.exit_codes import ExitCode
-from sessiond.config import DEFAULT_FILE
+from sessiond.config import DEFAULT_FILE, DURATION, seconds
 
 _EXIT_CODES = "exit codes:\n" + "\n".join(
     f"  {code.value:2}  {code.name.lower().replace('_', ' ')}" for code in ExitCode
@@ -47,6 +49,15 @@ class Arguments(argparse.Namespace):
     message: str
     conflicts: str | None
     remount: bool
+    terminate: bool
+    grace: int
+    snapshot_first: bool
+    snapshot_as: str | None
+    at: datetime | None
+    in_: float | None
+    idle: float | None
+    warning: float | None
+    why: str
     checked: str | None
     """The only session to be checked."""
     repair: bool
@@ -69,10 +80,11 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
         own, program = given[:split], given[split + 1 :]
     parser = _parser()
     parsed, unknown = parser.parse_known_args(own, namespace=Arguments(program=program))
-    if parsed.command != "run":
+    if parsed.command not in ("run", "inhibit"):
         unknown += program
     elif unknown or not program:
-        parser.error("write '--' before the command: sessionctl run SESSION -- COMMAND")
+        usage = f"sessionctl {parsed.command} SESSION -- COMMAND"
+        parser.error(f"write '--' before the command: {usage}")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.command == "maintenance" and (parsed.step == "begin") is (parsed.maintained is None):
@@ -93,6 +105,22 @@ def _wrong_with_check(parsed: Arguments) -> str | None:
     elif parsed.userxattr:
         return "--userxattr goes with --upper"
     return None
+
+
+def _moment(text: str) -> datetime:
+    """Return a time as the machine's time zone has it; one without a date is the next such."""
+    now = datetime.now().astimezone()
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        at = datetime.combine(now.date(), time.fromisoformat(text)).astimezone()
+        return at if at > now else at + timedelta(days=1)
+
+
+def _duration(text: str) -> float:
+    if not re.fullmatch(DURATION, text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration like 90s, 10min, 2h or 1d")
+    return seconds(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,12 +154,46 @@ def _parser() -> argparse.ArgumentParser:
         "--id", help="id of the new session; made from the user's name if not given"
     )
 
-    command("reset", "Drop all changes: the session shows its image again", one)
+    switch = argparse.ArgumentParser(add_help=False)
+    switch.add_argument(
+        "--terminate", action="store_true", help="end the programs that use the session first"
+    )
+    switch.add_argument(
+        "--grace",
+        type=int,
+        default=10,
+        metavar="SECONDS",
+        help="with --terminate: how long they have, before they are killed (default: %(default)s)",
+    )
+    switch.add_argument(
+        "--snapshot-first", action="store_true", help="keep what there is, under a name of its time"
+    )
+    switch.add_argument("--snapshot-as", metavar="NAME", help="the same, under this name")
+
+    command("reset", "Drop all changes: the session shows its image again", one, switch)
+    schedule = command("schedule-reset", "Have a session reset at another time", one, switch)
+    times = schedule.add_mutually_exclusive_group(required=True)
+    times.add_argument("--at", type=_moment, metavar="TIME", help="like 18:30 or 2026-01-31T18:30")
+    times.add_argument("--in", dest="in_", type=_duration, metavar="TIME", help="like 90s or 2h")
+    times.add_argument(
+        "--idle", type=_duration, metavar="TIME", help="once its user has not been there so long"
+    )
+    schedule.add_argument(
+        "--warning", type=_duration, metavar="TIME", help="announce it so long before"
+    )
+    command("cancel-reset", "Cancel a reset that was scheduled", one)
+    inhibit = command("inhibit", "Hold back scheduled resets while a command runs", one)
+    inhibit.usage = "sessionctl inhibit [-h] [--why TEXT] SESSION -- COMMAND [ARGUMENT ...]"
+    inhibit.add_argument("--why", default="", metavar="TEXT", help="shown to others")
+
+    command("conflicts", "List the programs that use a session", telling, one)
     snapshot = command("snapshot", "Keep the present state of a session", telling, one, named)
     snapshot.add_argument("--description", default="", metavar="TEXT", help="what it is good for")
     snapshot.add_argument("--pin", action="store_true", help="keep it, whatever the rules say")
     command("snapshots", "List the snapshots of a session", telling, one)
-    restore = command("restore", "Go back to a snapshot; what is replaced is kept", one, named)
+    restore = command(
+        "restore", "Go back to a snapshot; what is replaced is kept", one, named, switch
+    )
     restore.add_argument(
         "--no-undo", dest="undo", action="store_false", help="give up what is replaced"
     )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
+
+import trio
 
 from sessiond.bus.client import (
     ChangeSummary,
@@ -16,6 +19,7 @@ from sessiond.bus.client import (
     Event,
     JobInfo,
     PendingFile,
+    Session,
     SessionInfo,
     SnapshotInfo,
 )
@@ -33,9 +37,10 @@ from sessiond.cli.output import (
     when,
 )
 from sessiond.cli.progress import carry_out
-from sessiond.errors import AuthorizationRequired, NotAuthorized
+from sessiond.errors import AuthorizationRequired, Failed, NotAuthorized
 
-Command = Callable[[Client, Arguments], Awaitable[None]]
+Command = Callable[[Client, Arguments], Awaitable[int | None]]
+"""Returns the exit code, if that is not for failures alone to say."""
 
 
 async def list_sessions(client: Client, asked: Arguments) -> None:
@@ -85,6 +90,9 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Last reset", when(info.last_reset)),
         ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
     ]
+    if info.next_reset_reason:
+        facts.append(("Next reset", f"{when(info.next_reset)} ({info.next_reset_reason})"))
+    facts += [("Held back by", f"{one.who}: {one.why}") for one in info.inhibitors]
     if job is not None:
         outcome = f"{job.state}: {job.error_message}" if job.error_message else job.state
         facts.append(("Last job", f"{job.operation} {outcome}"))
@@ -109,7 +117,44 @@ async def create(client: Client, asked: Arguments) -> None:
 async def reset(client: Client, asked: Arguments) -> None:
     """Drop all changes of a session."""
     session = await client.session(asked.session)
-    await carry_out(session.reset(), f"Resetting {asked.session}")
+    await carry_out(session.reset(**_manner(asked)), f"Resetting {asked.session}")
+    await _print_ended(session, asked)
+
+
+async def schedule_reset(client: Client, asked: Arguments) -> None:
+    """Have a session reset at another time."""
+    session = await client.session(asked.session)
+    times = {"in_": asked.in_, "idle": asked.idle, "warning": asked.warning}
+    given = {name: value for name, value in times.items() if value is not None}
+    await session.schedule_reset(asked.at, **given, **_manner(asked))
+
+
+async def cancel_reset(client: Client, asked: Arguments) -> None:
+    """Cancel what was scheduled."""
+    session = await client.session(asked.session)
+    await session.cancel_scheduled_reset()
+
+
+async def inhibit(client: Client, asked: Arguments) -> int:
+    """Hold back scheduled resets while a command runs; end as it does."""
+    session = await client.session(asked.session)
+    async with session.inhibit(asked.program[0], asked.why):
+        try:
+            done = await trio.run_process(asked.program, check=False, stdin=None)
+        except OSError as error:
+            raise Failed(f"{asked.program[0]} cannot be run: {error.strerror}.") from error
+    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+
+
+async def conflicts(client: Client, asked: Arguments) -> None:
+    """Print the programs that use a session."""
+    session = await client.session(asked.session)
+    programs = await session.conflicts()
+    if asked.json:
+        print_json([one._asdict() for one in programs])
+        return
+    rows = [(one.name, " ".join(map(str, one.pids)), str(one.uid), one.unit) for one in programs]
+    print_table(("PROGRAM", "PIDS", "UID", "UNIT"), rows)
 
 
 async def snapshot(client: Client, asked: Arguments) -> None:
@@ -163,7 +208,8 @@ async def restore(client: Client, asked: Arguments) -> None:
     """Bring a session back to a snapshot."""
     session = await client.session(asked.session)
     title = f"Restoring {asked.session} to {asked.snapshot}"
-    await carry_out(session.restore(asked.snapshot, undo=asked.undo), title)
+    await carry_out(session.restore(asked.snapshot, undo=asked.undo, **_manner(asked)), title)
+    await _print_ended(session, asked)
 
 
 async def delete_snapshot(client: Client, asked: Arguments) -> None:
@@ -310,6 +356,10 @@ COMMANDS: dict[str, Command] = {
     "status": status,
     "create": create,
     "reset": reset,
+    "schedule-reset": schedule_reset,
+    "cancel-reset": cancel_reset,
+    "inhibit": inhibit,
+    "conflicts": conflicts,
     "snapshot": snapshot,
     "snapshots": snapshots,
     "restore": restore,
@@ -330,6 +380,27 @@ COMMANDS: dict[str, Command] = {
 
 def _pending_line(file: PendingFile) -> str:
     return f"{file.path}  ({', '.join(file.programs) or 'by whom cannot be seen'})"
+
+
+def _manner(asked: Arguments) -> dict[str, bool | float | str]:
+    """Return the options of a reset or restore."""
+    options: dict[str, bool | float | str] = {}
+    if asked.terminate:
+        os.chdir("/")  # a program that works in the session is ended, and this is none
+        options |= {"terminate": True, "grace": asked.grace}
+    if asked.snapshot_as is not None:
+        options["snapshot_first"] = asked.snapshot_as
+    elif asked.snapshot_first:
+        options["snapshot_first"] = True
+    return options
+
+
+async def _print_ended(session: Session, asked: Arguments) -> None:
+    """Say what was asked to end."""
+    job = await session.last_job() if asked.terminate else None
+    for one in () if job is None else job.conflicts:
+        pids = ", ".join(map(str, one.pids))
+        print_line(f"It was in use by {one.name} ({pids}) of uid {one.uid}.")
 
 
 def _used(session: SessionInfo) -> str:

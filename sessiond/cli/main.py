@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "check":
             return check(asked)
         with nullcontext() if asked.command in _LOOK_ONLY else password_agent():
-            trio.run(_command, asked)
+            code = trio.run(_command, asked)
         sys.stdout.flush()
     except SessiondError as error:
         return _report(error)
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    return ExitCode.OK
+    return code or ExitCode.OK
 
 
-async def _command(asked: Arguments) -> None:
+async def _command(asked: Arguments) -> int | None:
     async with client.connect(interactive=asked.command not in _LOOK_ONLY) as sessiond:
-        await COMMANDS[asked.command](sessiond, asked)
+        return await COMMANDS[asked.command](sessiond, asked)
 
 
 def _run_inside(asked: Arguments) -> int:

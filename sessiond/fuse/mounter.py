@@ -385,10 +385,11 @@ class FuseMount:
         self._died.set()
         return Failed(f"The worker of session {self._request.session} is gone.")
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
         """See `Mount.swap`."""
-        await self._ask(control.Swap(stack=_layers(stack), moved=moved))
+        reply = await self._ask(control.Swap(stack=_layers(stack), moved=moved))
         self._stack = stack
+        return reply.inexact
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:

@@ -50,6 +50,8 @@ if data_path.HAS_EXTENSION:
 log = logging.getLogger(__name__)
 
 _COMPARISONS_AT_ONCE = 16
+_MOST_TOLD = 50
+"""Paths in one reply: of 4096 bytes, they fit."""
 _SETTLE_SECONDS = 10.0
 """How often files that are written to storage that the session has left are copied to disk."""
 _LOOK_SECONDS = 1.0
@@ -412,7 +414,7 @@ class _Controlled:
                     if request.moved and not self._is_frozen:
                         # They were copied while a predecessor of this process held changes back.
                         return Reply(error="A worker died while changes were held; try again.")
-                    await self.swap(request.stack, moved=request.moved)
+                    return Reply(inexact=await self.swap(request.stack, moved=request.moved))
                 case control.Freeze():
                     await self.freeze()
                 case control.Thaw():
@@ -570,23 +572,24 @@ class _Controlled:
         for announce in announcements:
             await announce()
 
-    async def swap(self, layers: LayerStack, *, moved: bool) -> None:
-        """Serve `layers` from now on. Raises OSError, with those before still served.
+    async def swap(self, layers: LayerStack, *, moved: bool) -> tuple[str, ...]:
+        """Serve `layers` from now on; return as `Reply.inexact`.
 
+        Raises OSError, with those before still served.
         What the kernel has cached of those before may be seen until changes pass again.
         """
         self._merging.close()
         if layers.upper == self._layers.upper:
             self._exchange_lowers(layers)
-            return
+            return ()
         stack = open_stack(layers, self._operations.overlay.stack.options)
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
-            tell_kernel = self._exchange(stack, moved=moved, same_view=same_view)
+            tell_kernel, inexact = self._exchange(stack, moved=moved, same_view=same_view)
         else:
             async with self._operations.frozen():
-                tell_kernel = self._exchange(stack, moved=moved, same_view=same_view)
+                tell_kernel, inexact = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
         self.leave_former()
         announce = functools.partial(self._announce, layers, tell_kernel)
@@ -594,6 +597,7 @@ class _Controlled:
             self._unannounced.append(announce)
         else:
             await announce()
+        return tuple(path.decode(errors="backslashreplace") for path in inexact[:_MOST_TOLD])
 
     async def _announce(self, layers: LayerStack, tell_kernel: Callable[[], None]) -> None:
         await trio.to_thread.run_sync(tell_kernel)
@@ -612,8 +616,10 @@ class _Controlled:
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)
 
-    def _exchange(self, stack: Stack, *, moved: bool, same_view: bool) -> Callable[[], None]:
-        """Swap; return what tells the kernel, to be called in a thread."""
+    def _exchange(
+        self, stack: Stack, *, moved: bool, same_view: bool
+    ) -> tuple[Callable[[], None], tuple[bytes, ...]]:
+        """Swap; return what tells the kernel, to be called in a thread, and `Outdated.inexact`."""
         overlay = self._operations.overlay
         # Open or not, what the kernel remembers is held, and its space with it, until it is told
         # that the name is gone.
@@ -627,7 +633,7 @@ class _Controlled:
                 device.expire(self._connection, outdated.names)
                 device.invalidate(lost, outdated.directories)
 
-        return tell_kernel
+        return tell_kernel, outdated.inexact
 
 
 def _socket(descriptor: int) -> trio.socket.SocketType:

@@ -56,6 +56,10 @@ class Outdated(NamedTuple):
     """Found or missing: number of the directory, and name in it."""
     directories: list[int]
     """Numbers; their attributes and listings."""
+    inexact: tuple[bytes, ...]
+    """Paths of files in the layer that was frozen that are of another moment than the rest of it:
+    they were written to while they were copied.
+    """
 
 
 class Overlay:
@@ -865,7 +869,7 @@ class Overlay:
         self.settle()
         self.renew_pending()
         opened = self._opened()
-        moving = [] if moved else self._move_writers(opened, stack)
+        moving, inexact = ([], ()) if moved else self._move_writers(opened, stack)
         if moved:
             self._keep_writers(opened)
         self._exchange(stack)
@@ -889,7 +893,7 @@ class Overlay:
         if self._fast_path.recorded:  # a successor could not find what only the old layers have
             for node in opened:
                 self.node(node.number)
-        return Outdated(names, [*directories, *self.nodes.directories])
+        return Outdated(names, [*directories, *self.nodes.directories], inexact)
 
     def lowers_changed(self, changed: Collection[Identity]) -> None:
         """Find anew what is in those layers: it is in another of them by now.
@@ -954,12 +958,17 @@ class Overlay:
         self._generation += 1
         old.close()
 
-    def _move_writers(self, opened: list[Node], new: Stack) -> list[MovingFile]:
-        """If the upper becomes a lower, get files out of it that are written past the overlay."""
+    def _move_writers(
+        self, opened: list[Node], new: Stack
+    ) -> tuple[list[MovingFile], tuple[bytes, ...]]:
+        """If the upper becomes a lower, get files out of it that are written past the overlay.
+
+        Returns them, and as `Outdated.inexact`.
+        """
         old = self.stack.upper
         if old is None or not any(old.is_same(layer) for layer in new.lowers):
             self._hold_contents(opened)
-            return []
+            return [], ()
         moving: list[MovingFile] = []
         try:
             for node in opened:
@@ -970,9 +979,10 @@ class Overlay:
             for file in moving:
                 file.abandon()
             raise
+        inexact = tuple(b"/" + file.node.path for file in moving if not file.is_exact())
         for file in moving:
             file.leave()
-        return moving
+        return moving, inexact
 
     def _keep_writers(self, opened: list[Node]) -> None:
         for node in opened:

@@ -41,6 +41,8 @@ class MovingFile:
         self._file = new.workdir.temporary()
         self._copy = new.workdir.temporary()
         self._orphan: At | None = None
+        self._copied: tuple[int, int] | None = None
+        """Time of modification and size of the file while it was copied; None if they changed."""
         try:
             self._make_copy()
         except BaseException:
@@ -55,8 +57,8 @@ class MovingFile:
                 stat = syscalls.stat(source)
                 syscalls.truncate(fd, 0)
                 syscalls.copy_data(self._contents, fd, stat.st_size, lambda: False)
-                after = syscalls.stat(source)
-                if (after.st_mtime_ns, after.st_size) == (stat.st_mtime_ns, stat.st_size):
+                if self._version() == (stat.st_mtime_ns, stat.st_size):
+                    self._copied = stat.st_mtime_ns, stat.st_size
                     break
             else:
                 path = os.fsdecode(b"/" + self.node.path)
@@ -66,6 +68,18 @@ class MovingFile:
             syscalls.fsync(fd)
         finally:
             syscalls.close(fd)
+
+    def _version(self) -> tuple[int, int]:
+        stat = syscalls.stat(At(self._contents, b""))
+        return stat.st_mtime_ns, stat.st_size
+
+    def is_exact(self) -> bool:
+        """Say whether the copy still is what is in the file.
+
+        If it was so for all files after the last was copied, the copies are of one moment. Writing
+        through a mapping need not show.
+        """
+        return self._copied == self._version()
 
     def abandon(self) -> None:
         """Remove the copy."""

@@ -6,13 +6,14 @@ A session has at most one job at a time; a second one is refused with `Busy`, wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from sessiond.errors import Cancelled, Failed, Interrupted, SessiondError
 from sessiond.journal import Event, event
+from sessiond.session.conflicts import Program
 from sessiond.session.model import JobRecord, Operation, SessionId, SessionRecord, Uid
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Job:
     """Bytes still to be, or already, copied in all; 0 where the operation copies nothing."""
     error: SessiondError | None
     finished: bool
+    conflicts: tuple[Program, ...]
+    """What used the merged view when the job began to end that; empty if it did not."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Job:
         self.bytes = 0
         self.error = None
         self.finished = False
+        self.conflicts = ()
         self._observers = observers
         self._scope = trio.CancelScope()
         self._stopped_by: SessiondError | None = None
@@ -146,6 +150,11 @@ class Job:
         self.bytes = total
         self.progress_valid = total > 0
         self.progress = min(done / total, 1.0) if total else 0.0
+        self._observers.tell(lambda observer: observer.job_changed(self))
+
+    def report_conflicts(self, programs: Sequence[Program]) -> None:
+        """Say what uses the merged view, and is about to be ended."""
+        self.conflicts = tuple(programs)
         self._observers.tell(lambda observer: observer.job_changed(self))
 
     async def run(self, body: Callable[[Job], Awaitable[None]]) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager, nullcontext
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import trio
 
-from sessiond.config import Config, Profile, seconds
+from sessiond.config import Config, Profile, ResetTable, seconds
 from sessiond.errors import NoSuchProfile, NoSuchSession, SessiondError, SessionExists
 from sessiond.session import mount_point, ram
 from sessiond.session.accounts import Account, find_account, session_ids
 from sessiond.session.activity import ActivityWatch
+from sessiond.session.clock import Instant
 from sessiond.session.faults import explained, quoted
 from sessiond.session.images import Image, Images
 from sessiond.session.jobs import Job
@@ -35,6 +35,7 @@ from sessiond.session.model import (
     ImageChange,
     ImageSource,
     Quota,
+    ResetRules,
     SessionId,
     SessionRecord,
     SessionState,
@@ -52,6 +53,7 @@ from sessiond.session.observer import Observer
 from sessiond.session.services import Services
 from sessiond.session.session import Session
 from sessiond.session.store import Store
+from sessiond.session.surroundings import Surroundings
 
 __all__ = ["Manager", "Observer", "Session", "open_manager"]
 
@@ -69,13 +71,14 @@ async def open_manager(
     mounter: Mounter,
     *,
     mounts: Mounts | None = None,
+    surroundings: Surroundings | None = None,
     features: Sequence[str] = (),
 ) -> AsyncIterator[Manager]:
     """Run a manager, which has no sessions before its `start`.
 
     The way out leaves sessions as they are, as a crash would; `Manager.shut_down` or
-    `Manager.leave` come before it. `mounts` is the kernel's unless given; `features` is what there
-    is to be said of `mounter`.
+    `Manager.leave` come before it. `mounts` is the kernel's unless given, and `surroundings` the
+    machine's; `features` is what there is to be said of `mounter`.
     """
     async with trio.open_nursery() as nursery:
         runtime = config.daemon.runtime_directory.resolve()
@@ -86,6 +89,7 @@ async def open_manager(
             mounts=mounts,
             mounter=mounter,
             nursery=nursery,
+            surroundings=Surroundings() if surroundings is None else surroundings,
         )
         manager = Manager(config, services, runtime, features)
         try:
@@ -189,7 +193,8 @@ class Manager:
         target = self._mount_point(settings, new_id, account)
         with self._creating(new_id, target):
             image = await self._services.images.acquire(image_source(settings))
-            record = _new_record(new_id, account, profile, settings, target, image)
+            began = Instant.now(self._services.surroundings.clock)
+            record = _new_record(new_id, account, profile, settings, target, image, began)
             record = record.model_copy(update={"maintenance": maintenance})
             session = Session(record, self._services, image)
             await self._bring_up(session, image, settings)
@@ -490,6 +495,7 @@ def _new_record(
     settings: Profile,
     target: Path,
     image: Image,
+    began: Instant,
 ) -> SessionRecord:
     unprivileged = account.uid != 0
     return SessionRecord(
@@ -512,7 +518,21 @@ def _new_record(
             warning=settings.space_warning, critical=settings.space_critical
         ),
         snapshot_rules=_snapshot_rules(settings),
-        created_at=datetime.now(UTC),
+        created_at=began.wall,
+        began=began,
+        reset_rules=_reset_rules(settings.reset),
+    )
+
+
+def _reset_rules(table: ResetTable) -> ResetRules:
+    return ResetRules(
+        idle=None if table.idle is None else seconds(table.idle),
+        after=None if table.after is None else seconds(table.after),
+        daily=table.daily,
+        warning=seconds(table.warning),
+        inhibit=seconds(table.inhibit),
+        terminate=table.terminate,
+        grace=seconds(table.grace),
     )
 
 

@@ -40,6 +40,8 @@ class MemoryMount:
         self.request = request
         self.stack = request.stack
         """What is served now."""
+        self.inexact: tuple[str, ...] = ()
+        """What the next swaps are to say."""
         self.frozen_times = 0
         self.recovered_times = 0
         self.mounted = True
@@ -52,12 +54,13 @@ class MemoryMount:
         self._held = trio.Lock()
         self._dead = trio.Event()
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
         await trio.lowlevel.checkpoint()
         self._mounter.raise_injected("swap")
         self._require_alive()
         _require_directories(stack)
         self.stack = stack
+        return self.inexact
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
@@ -220,6 +223,9 @@ class MemoryMounts:
 
     def is_in_ram(self, directory: Path) -> bool:
         return self.in_ram
+
+    def device(self, target: Path) -> str | None:
+        return "0:42"
 
     def mounted_below(self, directory: Path) -> list[Path]:
         below = [target for target in self.mounted if directory in target.parents]

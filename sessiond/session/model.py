@@ -15,15 +15,25 @@ from typing import Annotated, NamedTuple, NewType, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from sessiond.config import NAME, NAME_LIMIT
+from sessiond.config import NAME, NAME_LIMIT, TIME_OF_DAY
 from sessiond.errors import InvalidName, NoSuchSnapshot
 from sessiond.overlay.rebase import Conflicts as Conflicts
+from sessiond.session.clock import Instant
 from sessiond.session.faults import quoted
 
 SessionId = NewType("SessionId", str)
 SnapshotName = NewType("SnapshotName", str)
 LayerNumber = NewType("LayerNumber", int)
 Uid = NewType("Uid", int)
+
+ROOT = Uid(0)
+"""Who may do everything."""
+
+GRACE_LIMIT = 600
+"""Most seconds that a reset waits for programs to end by themselves."""
+
+SECONDS_LIMIT = 1e9
+"""Most seconds until a reset that comes by itself."""
 
 RECORD_FORMAT = 1
 """Written into each record; a record of a higher format is left alone."""
@@ -40,6 +50,7 @@ _NAME = Field(pattern=f"^{NAME.pattern}$", max_length=NAME_LIMIT)
 _Uid = Annotated[Uid, Field(ge=0, lt=2**32 - 1)]  # the highest one is chown's "leave it"
 _Layer = Annotated[LayerNumber, Field(ge=1)]
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Seconds = Annotated[float, Field(ge=0, le=SECONDS_LIMIT)]
 _Percent = Annotated[int, Field(ge=1, le=100)]
 _Path = Annotated[Path, AfterValidator(_without_nul)]
 _Moment = Annotated[AwareDatetime, Field(ge=datetime.fromtimestamp(0, UTC))]  # D-Bus has no earlier
@@ -123,6 +134,61 @@ class Operation(StrEnum):
     IMPORT = "import"
 
 
+class Manner(BaseModel):
+    """How a reset or restore is gone about."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    terminate: bool = False
+    """End the programs that use the merged view first."""
+    grace: Annotated[float, Field(ge=0, le=GRACE_LIMIT)] = 10.0
+    """Seconds that they have, from SIGTERM to SIGKILL."""
+    snapshot: Annotated[SnapshotName, _NAME] | bool = False
+    """Keep what there is first, under this name or, if it is true, as an automatic snapshot."""
+
+
+AT_ONCE = Manner()
+"""Nothing is done first."""
+
+
+class ResetRules(BaseModel):
+    """When a session is reset by itself, as its profile had it; in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    idle: _Seconds | None = None
+    """Since its user was there last."""
+    after: _Seconds | None = None
+    """Since it was made or last reset."""
+    daily: Annotated[str, Field(pattern=f"^{TIME_OF_DAY}$")] | None = None
+    """At that time of day, by the machine's time zone."""
+    warning: _Seconds = 60
+    """For which it is announced."""
+    inhibit: _Seconds = 3600
+    """For which it can be held back, by others than root."""
+    terminate: bool = False
+    """See `Manner`."""
+    grace: Annotated[float, Field(ge=0, le=GRACE_LIMIT)] = AT_ONCE.grace
+
+
+class ScheduledReset(BaseModel):
+    """A reset that somebody has asked for, to come at one of these three times."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: _Uid
+    asked: Instant
+    """When they have."""
+    at: Annotated[_Moment, Field(lt=datetime(2200, 1, 1, tzinfo=UTC))] | None = None
+    after: _Seconds | None = None
+    """Seconds since they have asked."""
+    idle: _Seconds | None = None
+    """Seconds since the session's user was there last."""
+    warning: _Seconds | None = None
+    """For which it is announced; None: as the profile has it."""
+    manner: Manner = AT_ONCE
+
+
 class ImageSource(BaseModel):
     """Where an image is, and what must be true of it."""
 
@@ -165,6 +231,8 @@ class SnapshotRecord(BaseModel):
     """Made by sessiond, and not because a person had asked for it."""
     pinned: bool = False
     """To be kept until a person deletes it, whatever the rules say."""
+    inexact: tuple[str, ...] = ()
+    """Paths of files that are of a moment later than the rest: see `Mount.swap`."""
 
 
 class SnapshotRules(BaseModel):
@@ -218,6 +286,10 @@ class SessionRecord(BaseModel):
     last_reset: _Moment | None = None
     maintenance: bool = False
     """It is that of a maintenance, and ends with it."""
+    began: Instant | None = None
+    """When it was made or last reset, by all clocks."""
+    reset_rules: ResetRules = ResetRules()
+    scheduled: ScheduledReset | None = None
     next_layer: _Layer = LayerNumber(2)
     """No layer has had this number or a higher one: numbers are never used again."""
     upper: _Layer = LayerNumber(1)
@@ -274,9 +346,18 @@ class SessionRecord(BaseModel):
         """The upper becomes the topmost committed layer, under a new one."""
         return self.with_new_upper((self.upper, *self.layers))
 
-    def reset(self, at: datetime) -> Self:
-        """Nothing but a new upper over the image; snapshots stay."""
-        return self.with_new_upper(()).model_copy(update={"last_reset": at})
+    def reset(self, at: Instant, *, scheduled: bool = False) -> Self:
+        """Nothing but a new upper over the image; snapshots stay.
+
+        With `scheduled`, it is what was scheduled, which is over then.
+        """
+        return self.with_new_upper(()).model_copy(
+            update={
+                "last_reset": at.wall,
+                "began": at,
+                "scheduled": None if scheduled else self.scheduled,
+            }
+        )
 
     def rebased(self, source: ImageSource, image: str, built: datetime | None) -> Self:
         """The same layers over another image."""
@@ -284,7 +365,7 @@ class SessionRecord(BaseModel):
             update={"source": source, "image": image, "image_built": built, "rebasing": False}
         )
 
-    def discarded(self, at: datetime) -> Self:
+    def discarded(self, at: Instant) -> Self:
         """Nothing but a new upper, and no snapshots."""
         return self.reset(at).model_copy(update={"snapshots": (), "rebasing": False})
 
@@ -358,7 +439,8 @@ class JobRecord(BaseModel):
     def was_done(self, record: SessionRecord) -> bool:
         """Say whether the job, unfinished when its manager died, had its effect on `record`.
 
-        Each job has it by the writing of one record, or not at all.
+        Each job has it by the writing of one record, or not at all. A snapshot that it makes first
+        is kept either way.
         """
         if self.operation is Operation.PERSIST:
             return record.storage is not self.storage

@@ -55,14 +55,18 @@ class MountRequest:
 class Mount(Protocol):
     """One live mount. Calls may come from several tasks; they are served one after another."""
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> None:
+    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
         """Serve `stack` from now on, in place of the layers served so far.
 
         Atomic for everyone inside: a system call sees either the old layers or the new. The new
         upper has to be empty or to have been written by this overlay; or it is the same one as
         before, and what `stack` lacks of the lowers is empty. Files open across the swap
         keep their contents where the new stack no longer has them. With `moved`, the new layers
-        hold copies of what the old ones hold, and open files go on in these. Raises `Failed`, with
+        hold copies of what the old ones hold, and open files go on in these.
+
+        Returns the paths of files, some of them if they are many, of which the old upper, now a
+        lower, has a state of another moment than of all others: programs wrote to them meanwhile.
+        Raises `Failed`, with
         the old stack still served, when a layer cannot be opened.
         """
 

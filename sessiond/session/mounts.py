@@ -71,6 +71,12 @@ class Mounts(Protocol):
     def is_in_ram(self, directory: Path) -> bool:
         """Tell whether what is in an existing directory is gone after a reboot."""
 
+    def device(self, target: Path) -> str | None:
+        """Return ``MAJOR:MINOR`` of the topmost file system mounted at `target`, if there is one.
+
+        For those of overlays and FUSE it is what stat(2) says of the files in them.
+        """
+
     def mounted_below(self, directory: Path) -> list[Path]:
         """Return all mount points below `directory`, the deepest first."""
 
@@ -161,6 +167,10 @@ class SystemMounts:
         depth = max(len(mount.target.parts) for mount in mounts)
         holding = [mount for mount in mounts if len(mount.target.parts) == depth]
         return holding[-1].kind in {"tmpfs", "ramfs", "rootfs"}
+
+    def device(self, target: Path) -> str | None:
+        devices = [mount.device for mount in mount_table() if mount.target == target]
+        return "{}:{}".format(*devices[-1]) if devices else None
 
     def mounted_below(self, directory: Path) -> list[Path]:
         below = {mount.target for mount in mount_table() if directory in mount.target.parents}

@@ -25,6 +25,7 @@ import trio
 from sessiond.errors import Failed, ImageUnavailable, NotSupported
 from sessiond.overlay.rebase import Conflicts, Shadowed, Target, rebase, tidy
 from sessiond.session import layer_size
+from sessiond.session.clock import Instant
 from sessiond.session.faults import explained
 from sessiond.session.images import Image
 from sessiond.session.model import ImageChange, ImageSource, LayerNumber, SessionRecord
@@ -121,7 +122,7 @@ async def _discard(session: Session, source: ImageSource) -> None:
     before = session.record.image
     await session.exchange_image(image)
     try:
-        after = session.record.discarded(datetime.now(UTC))
+        after = session.record.discarded(Instant.now(session.services.surroundings.clock))
         await session.switch(after.rebased(source, image.digest, image.built))
     except BaseException:
         with trio.CancelScope(shield=True):

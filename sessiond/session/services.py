@@ -15,6 +15,7 @@ from sessiond.session.mounter import Mounter
 from sessiond.session.mounts import Mounts
 from sessiond.session.observer import Observers
 from sessiond.session.store import Store
+from sessiond.session.surroundings import Surroundings
 from sessiond.session.tree import Check, remove_tree
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class Services:
     mounts: Mounts
     mounter: Mounter
     nursery: trio.Nursery
+    surroundings: Surroundings = field(default_factory=Surroundings)
     observers: Observers = field(default_factory=Observers)
     job_numbers: JobNumbers = field(default_factory=JobNumbers)
     transfers: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(8))

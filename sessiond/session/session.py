@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,21 +31,26 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.journal import Event, event
-from sessiond.session import mount_point, rebase
+from sessiond.session import conflicts, mount_point, rebase
 from sessiond.session.attempts import Attempts
+from sessiond.session.clock import Instant
+from sessiond.session.conflicts import Program
 from sessiond.session.faults import explained
 from sessiond.session.flattening import FLATTENING, Flattening
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
+    AT_ONCE,
     ChangeSummary,
     Conflicts,
     ImageSource,
     JobRecord,
     LayerNumber,
     Lowers,
+    Manner,
     Operation,
     PendingFile,
+    ScheduledReset,
     SessionId,
     SessionRecord,
     SessionState,
@@ -61,8 +66,10 @@ from sessiond.session.model import (
 from sessiond.session.mounter import VIEW_TYPE, Mount, MountRequest
 from sessiond.session.observer import Observer
 from sessiond.session.persist import move_to_disk
-from sessiond.session.restore import restore
+from sessiond.session.reset_timer import ResetTimer
+from sessiond.session.restore import automatic_name, restore
 from sessiond.session.retention import Removal, outdated
+from sessiond.session.schedule import Due, Why
 from sessiond.session.services import Services
 from sessiond.session.settling import Settling
 from sessiond.session.space import LimitedBy, SpaceLevel, SpaceWatch, measure
@@ -114,6 +121,8 @@ class Session:
         self._settling = Settling(self)
         self._deletions = 0
         self._upkeep = Upkeep(self)
+        self.timer = ResetTimer(self)
+        """Resets that come by themselves, and what holds them back."""
         self._nursery: trio.Nursery | None = None
         self._ended = trio.Event()
         self._transfers = Transfers(self)
@@ -191,26 +200,61 @@ class Session:
 
     # What may be done to it
 
-    def reset(self, *, started_by: Uid) -> Job:
-        """Go back to the image; snapshots are kept. Raises `Busy`, `NoSuchSession`.
+    def reset(self, *, started_by: Uid, manner: Manner = AT_ONCE, scheduled: bool = False) -> Job:
+        """Go back to the image; snapshots are kept. With `scheduled`, it is what was scheduled.
 
-        How long it takes does not depend on how much was changed.
+        How long it takes does not depend on how much was changed. Raises `Busy`, `NoSuchSession`,
+        `SnapshotExists`.
         """
-        return self._start_job(Operation.RESET, started_by, self._reset, layers=())
+        return self._start_switch(
+            Operation.RESET, started_by, manner, lambda: self._reset(scheduled), layers=()
+        )
 
-    def restore(self, name: str, *, started_by: Uid, undo: bool = True) -> Job:
-        """Go back to a snapshot. Raises `Busy`, `NoSuchSession`, `NoSuchSnapshot`.
+    def restore(
+        self, name: str, *, started_by: Uid, manner: Manner = AT_ONCE, undo: bool = True
+    ) -> Job:
+        """Go back to a snapshot.
 
         With `undo`, what is replaced is kept as an automatic snapshot, unless there is nothing to
-        keep; where there is no space for that, the job fails with `NoSpace`.
+        keep, or `manner` has it kept; where there is no space for that, the job fails with
+        `NoSpace`. Raises `Busy`, `NoSuchSession`, `NoSuchSnapshot`, `SnapshotExists`.
         """
         target = self.record.snapshot(name)
-        return self._start_job(
+        keep = undo and not manner.snapshot
+        return self._start_switch(
             Operation.RESTORE,
             started_by,
-            lambda _: restore(self, target, undo=undo),
+            manner,
+            lambda: restore(self, target, undo=keep),
             layers=target.layers,
+            besides=target,
         )
+
+    async def reset_when_idle(self, due: Due) -> None:
+        """Carry out a reset that is due, after what is being done to the session.
+
+        Raises `NoSuchSession`, `SnapshotExists`, and what the job fails with.
+        """
+        await self.become_idle()
+        scheduled = due.why is Why.SCHEDULED
+        job = self.reset(started_by=due.asked_by, manner=due.manner, scheduled=scheduled)
+        await job.wait()
+
+    async def schedule(self, scheduled: ScheduledReset | None) -> None:
+        """Have a reset come at another time, in place of what was scheduled before; None: no more.
+
+        Raises `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        with self.operating("a reset is being scheduled"):
+            await self.write(self.record.model_copy(update={"scheduled": scheduled}))
+
+    async def conflicts(self) -> tuple[Program, ...]:
+        """Return the programs that use the merged view now. Raises `NoSuchSession`, `Failed`."""
+        self.require_mount()
+        device = await trio.to_thread.run_sync(self.services.mounts.device, self.mount_point)
+        if device is None:
+            return ()
+        return await conflicts.find(self.services.surroundings.processes, device)
 
     def persist(self, *, started_by: Uid, verify: bool = True) -> Job:
         """Make the session survive a reboot. Raises `Busy`, `NoSuchSession`.
@@ -293,7 +337,7 @@ class Session:
                 pinned=pinned,
                 automatic=automatic,
             )
-            await self.switch_and_keep(after, snapshot)
+            snapshot = await self.switch_and_keep(after, snapshot)
         if self.storage is StorageKind.PERSISTENT:
             # The record is on disk, but not yet all that programs have written into the layer.
             await self.require_mount().sync()
@@ -471,7 +515,7 @@ class Session:
                 nursery.start_soon(self._upkeep.run)
                 nursery.start_soon(self._flattening.run)
                 task_status.started()
-                await trio.sleep_forever()
+                await self.timer.run()
         finally:
             self._ended.set()
 
@@ -638,6 +682,72 @@ class Session:
         if self.listed:
             self.services.observers.tell(what)
 
+    def _start_switch(
+        self,
+        operation: Operation,
+        started_by: Uid,
+        manner: Manner,
+        switch: Callable[[], Awaitable[None]],
+        *,
+        layers: tuple[LayerNumber, ...],
+        besides: SnapshotRecord | None = None,
+    ) -> Job:
+        """Start a job that exchanges the layers, `manner` first; `besides` is kept whatever comes.
+
+        `layers`: see `JobRecord`.
+        """
+        if isinstance(manner.snapshot, str):
+            self._require_unused(manner.snapshot)
+
+        async def body(job: Job) -> None:
+            if manner.terminate:
+                await self._terminate(job, manner)
+            if manner.snapshot is False:
+                await switch()
+                return
+            # Held, so that nothing is written between, and lost.
+            async with nullcontext() if self.mount is None else self.mount.frozen():
+                await self._keep_first(job, manner, besides)
+                await switch()
+            if self.storage is StorageKind.PERSISTENT:
+                await self.require_mount().sync()
+
+        return self._start_job(operation, started_by, body, layers=layers)
+
+    async def _keep_first(self, job: Job, manner: Manner, besides: SnapshotRecord | None) -> None:
+        now, after = datetime.now(UTC), self.record.committed()
+        name = manner.snapshot
+        automatic = isinstance(name, bool)
+        snapshot = SnapshotRecord(
+            name=automatic_name(self.record, f"before-{job.operation}", now)
+            if isinstance(name, bool)
+            else name,
+            description=f"What a {job.operation} has replaced",
+            created_at=now,
+            layers=after.layers,
+            automatic=automatic,
+        )
+        await self.switch_and_keep(after, snapshot, besides=besides)
+
+    async def _terminate(self, job: Job, manner: Manner) -> None:
+        try:
+            device = await trio.to_thread.run_sync(self.services.mounts.device, self.mount_point)
+            if device is not None:
+                await conflicts.terminate(
+                    self.services.surroundings.processes,
+                    device,
+                    asked_by=job.started_by,
+                    grace=manner.grace,
+                    report=job.report_conflicts,
+                )
+        except SessiondError as error:
+            # It goes on, or whoever can bring this about could keep a session from being reset.
+            log.error("%s The %s of session %s goes on.", error, job.operation, self.id)  # noqa: TRY400
+
+    def tell_reset_scheduled(self, when: datetime, why: Why) -> None:
+        """Have observers know that the session is about to be reset by itself."""
+        self._tell(lambda observer: observer.reset_scheduled(self, when, why))
+
     def _start_job(
         self,
         operation: Operation,
@@ -698,17 +808,18 @@ class Session:
                 # It goes on: a reset is what frees space.
                 log.warning("%s Should sessiond die, it will not know of the job.", error)
 
-    async def _reset(self, _: Job) -> None:
-        await self.switch(self.record.reset(datetime.now(UTC)))
+    async def _reset(self, scheduled: bool) -> None:
+        now = Instant.now(self.services.surroundings.clock)
+        await self.switch(self.record.reset(now, scheduled=scheduled))
         self._tell(lambda observer: observer.reset_done(self))
 
     # Record and layers
 
-    async def switch(self, after: SessionRecord) -> None:
+    async def switch(self, after: SessionRecord) -> tuple[str, ...]:
         """Record `after`, whose upper is a new one, and serve it; if that fails, all is as before.
 
-        Only within an operation. Cannot be cancelled once begun. Raises `ImageUnavailable`,
-        `NoSpace`, `Failed`.
+        Returns what `Mount.swap` does. Only within an operation. Cannot be cancelled once begun.
+        Raises `ImageUnavailable`, `NoSpace`, `Failed`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
@@ -722,11 +833,12 @@ class Session:
                 await trio.to_thread.run_sync(make_upper, after, below, gives_back)
                 await trio.to_thread.run_sync(self.services.store.write, after)
                 recorded = True
-                await self.serve(after)
+                inexact = await self.serve(after)
             except BaseException as error:
                 await self._go_back(before, after, error, recorded=recorded)
                 raise
         self.adopt(after)
+        return inexact
 
     async def switch_and_keep(
         self,
@@ -734,14 +846,16 @@ class Session:
         snapshot: SnapshotRecord,
         *,
         besides: SnapshotRecord | None = None,
-    ) -> None:
+    ) -> SnapshotRecord:
         """The same, with one more snapshot, and without those that the rules then no longer keep,
-        but with `besides`.
+        but with `besides`. Returns what the record then has of `snapshot`.
         """
         kept = after.with_snapshots((*after.snapshots, snapshot))
         removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
         gone = [one.snapshot for one in removals]
-        await self.switch(kept.without_snapshots(gone))
+        inexact = await self.switch(kept.without_snapshots(gone))
+        if inexact:
+            snapshot = await self._note_inexact(snapshot, inexact)
         log.info(
             "Snapshot %s of session %s is made.",
             snapshot.name,
@@ -750,6 +864,26 @@ class Session:
         )
         self._tell(lambda observer: observer.snapshot_added(self, snapshot))
         self._tell_gone(removals)
+        return snapshot
+
+    async def _note_inexact(
+        self, snapshot: SnapshotRecord, inexact: tuple[str, ...]
+    ) -> SnapshotRecord:
+        log.warning(
+            "Snapshot %s of session %s has %d files of a later moment than the rest, for programs "
+            "wrote to them meanwhile.",
+            snapshot.name,
+            self.id,
+            len(inexact),
+        )
+        noted = snapshot.model_copy(update={"inexact": inexact})
+        others = [noted if one == snapshot else one for one in self.record.snapshots]
+        try:
+            await self.write(self.record.with_snapshots(others))
+        except SessiondError as error:
+            log.warning("%s That is not recorded.", error)
+            return snapshot
+        return noted
 
     async def below(self, record: SessionRecord) -> Path:
         """Return the tree just below the upper of `record`. Raises `ImageUnavailable`."""
@@ -781,6 +915,7 @@ class Session:
         self._delete_layers(unused)
         self.record = after
         self._flattening.consider()
+        self.timer.look()
         self._tell(lambda observer: observer.session_changed(self))
         self._upkeep.wake()
 
@@ -861,18 +996,18 @@ class Session:
 
     # Mount, and mount again
 
-    async def serve(self, record: SessionRecord, *, moved: bool = False) -> None:
+    async def serve(self, record: SessionRecord, *, moved: bool = False) -> tuple[str, ...]:
         """Switch the merged view over to the layers of `record`; mount it if it is not.
 
-        With `moved`, they are copies of those served, and files that are open go on in them. Only
-        within an operation. Raises `ImageUnavailable`, `NoSpace`, `Failed`; what was served before
-        is served still then.
+        With `moved`, they are copies of those served, and files that are open go on in them.
+        Returns what `Mount.swap` does. Only within an operation. Raises `ImageUnavailable`,
+        `NoSpace`, `Failed`; what was served before is served still then.
         """
         image = await self._require_image()
         if self.mount is None:
             await self._mount_view(record)
-        else:
-            await self.mount.swap(self._stack(record, image), moved=moved)
+            return ()
+        return await self.mount.swap(self._stack(record, image), moved=moved)
 
     async def served(self) -> Stack:
         """Return the layers that are served. Only within an operation."""

@@ -23,13 +23,17 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.session import model
+from sessiond.session.conflicts import Program
+from sessiond.session.inhibitors import Inhibitors
 from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
+    AT_ONCE,
     ChangeSummary,
     Conflicts,
     ImageSource,
     LargeFile,
     LayerNumber,
+    Manner,
     Operation,
     PendingFile,
     SessionId,
@@ -41,6 +45,7 @@ from sessiond.session.model import (
     Usage,
     snapshot_name,
 )
+from sessiond.session.schedule import Why
 from sessiond.session.space import SpaceLevel
 from sessiond.session.upkeep import SnapshotSize
 
@@ -65,6 +70,8 @@ class FakeJob:
         self.progress = 0.0
         self.progress_valid = False
         self.bytes = 0
+        self.conflicts: tuple[Program, ...] = ()
+        self.manner = AT_ONCE
         self.error: SessiondError | None = None
         self.finished = False
         self._manager = manager
@@ -81,6 +88,22 @@ class FakeJob:
 
     def cancel(self) -> None:
         self.finish(Cancelled(f"The {self.operation} was cancelled."))
+
+
+class FakeTimer:
+    """Remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.next_reset: datetime | None = None
+        self.reason: Why | None = None
+        self.inhibitors = Inhibitors(lambda: None)
+        self.asked: list[tuple[Uid, dict[str, object]]] = []
+
+    async def schedule(self, by: Uid, **when: object) -> None:
+        self.asked.append((by, when))
+
+    async def cancel(self, by: Uid) -> None:
+        self.asked.append((by, {}))
 
 
 class FakeSession:
@@ -123,6 +146,8 @@ class FakeSession:
         self.undo = True
         self.size = SnapshotSize(8192, 4096, True)
         """Of each snapshot."""
+        self.programs: tuple[Program, ...] = ()
+        self.timer = FakeTimer()
         self.changes_gate = trio.Event()
         self.changes_gate.set()
         self.snapshot_gate = trio.Event()
@@ -149,13 +174,22 @@ class FakeSession:
     async def undisturbed(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    def reset(self, *, started_by: Uid) -> FakeJob:
-        return self._start(Operation.RESET, started_by)
+    def reset(self, *, started_by: Uid, manner: Manner = AT_ONCE) -> FakeJob:
+        job = self._start(Operation.RESET, started_by)
+        job.manner = manner
+        return job
 
-    def restore(self, name: str, *, started_by: Uid, undo: bool = True) -> FakeJob:
+    def restore(
+        self, name: str, *, started_by: Uid, manner: Manner = AT_ONCE, undo: bool = True
+    ) -> FakeJob:
         self._record(name)
         self.undo = undo
-        return self._start(Operation.RESTORE, started_by)
+        job = self._start(Operation.RESTORE, started_by)
+        job.manner = manner
+        return job
+
+    async def conflicts(self) -> tuple[Program, ...]:
+        return self.programs
 
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify

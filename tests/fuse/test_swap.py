@@ -238,6 +238,34 @@ async def test_st_ino_survives_copy_up_and_snapshot(playground: Playground) -> N
         assert [(playground.root / name).stat().st_ino for name in names] == before
 
 
+async def test_a_snapshot_says_what_was_written_to_meanwhile(playground: Playground) -> None:
+    script = (
+        "import os, sys\n"
+        "file = os.open(sys.argv[1], os.O_WRONLY)\n"
+        "print(flush=True)\n"
+        "while os.write(file, b'x' * 4096): os.lseek(file, 0, os.SEEK_SET)"
+    )
+    async with playground.mounted(first := playground.stack()) as mount:
+        for name in ("busy", "open", "closed"):
+            (playground.root / name).write_bytes(b"a" * (4 << 20))
+        with (
+            open(playground.root / "open", "r+b"),
+            subprocess.Popen(
+                [sys.executable, "-c", script, playground.root / "busy"], stdout=subprocess.PIPE
+            ) as writer,
+        ):
+            try:
+                assert writer.stdout is not None
+                await trio.to_thread.run_sync(writer.stdout.readline)
+                inexact = await mount.swap(second := playground.stack(first.upper.fs))
+            finally:
+                writer.kill()
+        assert inexact == (("/busy",) if playground.data_path is DataPath.PASSTHROUGH else ())
+        # Now nobody writes.
+        with open(playground.root / "busy", "r+b"):
+            assert await mount.swap(playground.stack(second.upper.fs, first.upper.fs)) == ()
+
+
 async def test_a_shared_mapping_of_a_snapshot_file_goes_on(playground: Playground) -> None:
     (playground.image / "file").write_bytes(b"a" * 4096)
     async with playground.mounted(first := playground.stack()) as mount:

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from sessiond.config import Config
@@ -14,6 +15,7 @@ from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session, open_manager
 from sessiond.session.memory import MemoryMount, MemoryMounter, MemoryMounts
 from sessiond.session.model import SessionId, SnapshotRecord
+from sessiond.session.surroundings import Surroundings
 
 USER = getpass.getuser()
 UID = os.getuid()
@@ -36,6 +38,9 @@ class Recorder:
 
     def reset_done(self, session: Session) -> None:
         self.events.append(f"reset {session.id}")
+
+    def reset_scheduled(self, session: Session, when: datetime, why: str) -> None:
+        self.events.append(f"reset of {session.id} scheduled: {why}")
 
     def space_low(self, session: Session, level: str, used: int, limit: int) -> None:
         self.events.append(f"space {session.id} {level}")
@@ -73,6 +78,7 @@ class World:
     mounter: MemoryMounter = field(default_factory=MemoryMounter)
     mounts: MemoryMounts = field(default_factory=MemoryMounts)
     recorder: Recorder = field(default_factory=Recorder)
+    surroundings: Surroundings = field(default_factory=Surroundings)
 
     def __post_init__(self) -> None:
         (self.directory / "image").mkdir(exist_ok=True)
@@ -110,7 +116,10 @@ class World:
     async def manager(self, config: Config | None = None) -> AsyncIterator[Manager]:
         """A daemon, from its start to a clean end."""
         async with open_manager(
-            config or self.config(), self.mounter, mounts=self.mounts
+            config or self.config(),
+            self.mounter,
+            mounts=self.mounts,
+            surroundings=self.surroundings,
         ) as manager:
             manager.observe(self.recorder)
             await manager.start()
@@ -120,7 +129,9 @@ class World:
     @asynccontextmanager
     async def crashing_manager(self) -> AsyncIterator[Manager]:
         """A daemon that is killed in the end."""
-        async with open_manager(self.config(), self.mounter, mounts=self.mounts) as manager:
+        async with open_manager(
+            self.config(), self.mounter, mounts=self.mounts, surroundings=self.surroundings
+        ) as manager:
             await manager.start()
             yield manager
 

@@ -118,6 +118,23 @@ def test_it_starts(service: Machine) -> None:
     service.wait("journalctl --unit sessiond | grep --quiet 'configuration is read again'")
 
 
+def test_it_sees_programs_of_other_users(service: Machine) -> None:
+    """Which takes capabilities that the unit has to leave."""
+    service.run(
+        f"systemd-run --quiet --unit guest --property User=nobody sh -c 'cd {ROOT}; sleep 99'"
+    )
+    service.wait("sessionctl conflicts kiosk | grep --quiet guest.service")
+    service.run("sessionctl reset kiosk --terminate")
+    service.wait("! systemctl is-active --quiet guest")
+
+
+def test_logind_knows_who_is_idle(service: Machine) -> None:
+    """Root has not logged in there, so nobody is at the session."""
+    service.run(f"touch {ROOT}/file")
+    service.run("sessionctl schedule-reset kiosk --idle 1s --warning 0s")
+    service.wait(f"! test -e {ROOT}/file")
+
+
 def test_it_is_started_by_the_bus(machine: Machine, service: Machine) -> None:
     service.run("systemctl stop sessiond")
     assert "kiosk" in service.run("sessionctl list")

@@ -7,6 +7,7 @@ import os
 import pty
 import signal
 import subprocess
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,17 @@ from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
 from sessiond.errors import Cancelled, Interrupted, NoSpace
-from sessiond.session.model import Conflicts, PendingFile, SessionId, SessionState, Uid
+from sessiond.session.conflicts import Program
+from sessiond.session.model import (
+    Conflicts,
+    Manner,
+    PendingFile,
+    SessionId,
+    SessionState,
+    SnapshotName,
+    Uid,
+)
+from sessiond.session.schedule import Why
 from sessiond.session.upkeep import SnapshotSize
 from tests.bus.fake_manager import FakeManager
 from tests.support.users import NOBODY
@@ -68,6 +79,9 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "pending": 0,
             "created_at": "2024-05-06T07:08:09.123456Z",
             "last_reset": None,
+            "next_reset": None,
+            "next_reset_reason": "",
+            "inhibitors": [],
         }
     ]
 
@@ -459,6 +473,70 @@ async def test_rebase_and_what_is_shadowed(manager: FakeManager, sessionctl: Ses
         "snapshots": ["monday"],
         "saved_as": "/etc/motd.sessiond-old",
     }
+
+
+async def test_a_reset_with_manners(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.jobs_finish_at_once = True
+    await sessionctl("reset", "live", "--terminate", "--grace", "3", "--snapshot-as", "kept")
+    await sessionctl("reset", "live", "--snapshot-first")
+    assert manager.jobs[0].manner == Manner(terminate=True, grace=3, snapshot=SnapshotName("kept"))
+    assert manager.jobs[1].manner == Manner(snapshot=True)
+
+
+async def test_conflicts(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    manager.sessions[SessionId("live")].programs = (
+        Program("editor", (11, 12), Uid(1000), "session-2.scope"),
+    )
+    assert await sessionctl.lines("conflicts", "live") == [
+        "PROGRAM  PIDS   UID   UNIT",
+        "editor   11 12  1000  session-2.scope",
+    ]
+    assert await sessionctl.json("conflicts", "live") == [
+        {"name": "editor", "pids": [11, 12], "uid": 1000, "unit": "session-2.scope"}
+    ]
+
+
+async def test_resets_are_scheduled(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    asked = manager.sessions[SessionId("live")].timer.asked
+    await sessionctl("schedule-reset", "live", "--at", "2026-01-02T03:04:05+00:00")
+    await sessionctl("schedule-reset", "live", "--at", "18:30", "--terminate")
+    await sessionctl("schedule-reset", "live", "--in", "2h", "--warning", "90s")
+    await sessionctl("schedule-reset", "live", "--idle", "10min")
+    await sessionctl("cancel-reset", "live")
+    assert asked[0][1]["at"] == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    at = asked[1][1]["at"]
+    assert isinstance(at, datetime)
+    assert (at.astimezone().hour, at.astimezone().minute) == (18, 30)
+    assert at > datetime.now(UTC)
+    assert (asked[2][1]["after"], asked[2][1]["warning"]) == (7200, 90)
+    assert asked[3][1]["idle"] == 600
+    assert asked[4] == (Uid(os.getuid()), {})
+
+
+async def test_a_command_holds_resets_back(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    inhibitors = manager.sessions[SessionId("live")].timer.inhibitors
+    held = []
+    status = [*sessionctl.command("status", "live", "--json")]
+    done = await sessionctl("inhibit", "live", "--why", "A film", "--", *status)
+    held = json.loads(done.stdout)["inhibitors"]
+    assert [one[:2] for one in held] == [[status[0], "A film"]]
+    assert len(inhibitors.all) == 1, "nobody has looked since"
+    process = await trio.run_process(
+        sessionctl.command("inhibit", "live", "--", "sh", "-c", "exit 7"),
+        env=sessionctl.environment,
+        check=False,
+    )
+    assert process.returncode == 7
+    await sessionctl("inhibit", "live", "--", "/no/such/command", code=ExitCode.FAILED)
+
+
+async def test_status_tells_of_the_next_reset(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    timer = manager.sessions[SessionId("live")].timer
+    timer.next_reset, timer.reason = datetime(2026, 1, 2, tzinfo=UTC), Why.DAILY
+    os.close(timer.inhibitors.add(Uid(0), "Player", "A film"))
+    printed = await sessionctl.lines("status", "live")
+    assert any(line.startswith("Next reset    2026-01-0") for line in printed), printed
+    assert "Held back by  Player: A film" in printed
 
 
 async def test_close(manager: FakeManager, sessionctl: Sessionctl) -> None:

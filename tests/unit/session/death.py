@@ -18,7 +18,7 @@ import trio
 
 from sessiond.errors import Interrupted
 from sessiond.session.manager import Manager
-from sessiond.session.model import SessionState
+from sessiond.session.model import Manner, SessionState, SnapshotName
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -52,12 +52,18 @@ async def restore(manager: Manager, _: str) -> None:
     await manager.get("s").restore("one", started_by=UID).wait()
 
 
+async def snapshot_and_reset(manager: Manager, _: str) -> None:
+    manner = Manner(snapshot=SnapshotName("before"))
+    await manager.get("s").reset(started_by=UID, manner=manner).wait()
+
+
 async def persist(manager: Manager, _: str) -> None:
     await manager.get("s").persist(started_by=UID).wait()
 
 
 OPERATIONS: dict[str, Callable[[Manager, str], Awaitable[None]]] = {
-    operation.__name__: operation for operation in (create, close, reset, restore, persist)
+    operation.__name__: operation
+    for operation in (create, close, reset, restore, snapshot_and_reset, persist)
 }
 
 
@@ -170,13 +176,13 @@ async def check(world: World, manager: Manager, operation: str, profile: str, do
     found = any((layer / "file").exists() for layer in layers)
     new = any((layer / "new").exists() for layer in layers)
     job = session.last_job
-    if operation in {"reset", "restore", "persist"} and job is not None:
+    if operation in {"reset", "restore", "snapshot_and_reset", "persist"} and job is not None:
         assert job.finished
         assert (job.error is None) == (done or (job.error is None))
         if job.error is not None:
             assert isinstance(job.error, Interrupted)
     match operation:
-        case "reset":
+        case "reset" | "snapshot_and_reset":
             assert found == new == (job is None or job.error is not None)
         case "restore":
             assert found

@@ -10,7 +10,9 @@ import pytest
 from tests.support.machine import CHECKOUT
 
 pytestmark = [
-    pytest.mark.parametrize("operation", ["create", "close", "reset", "restore", "persist"]),
+    pytest.mark.parametrize(
+        "operation", ["create", "close", "reset", "restore", "snapshot_and_reset", "persist"]
+    ),
     pytest.mark.parametrize("profile", ["volatile", "lasting"]),
 ]
 

@@ -142,6 +142,19 @@ async def test_what_is_noted_of_a_snapshot_can_be_changed(world: World) -> None:
         await job.wait()
 
 
+async def test_a_snapshot_tells_what_is_not_exact(world: World, expect_log: ExpectLog) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        world.mount("s").inexact = ("/busy",)
+        snapshot = await session.snapshot("one")
+        world.mount("s").inexact = ()
+        assert snapshot.inexact == ("/busy",)
+        assert session.record.snapshot("one") == snapshot
+        assert (await session.snapshot("two")).inexact == ()
+        await settled(world, session)
+        expect_log("1 files of a later moment")
+
+
 async def perform(session: Session, operation: str) -> None:
     match operation:
         case "reset":
