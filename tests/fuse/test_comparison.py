@@ -160,7 +160,7 @@ async def test_readers_that_never_read_keep_nobody_waiting(
         async with listing(changed, 1) as failures, trio.open_nursery() as nursery:
 
             async def count() -> None:
-                with pytest.raises(Failed, match="ended while it compared"):
+                with pytest.raises(Failed, match="ended while it was at work"):
                     await changed.changes()
 
             nursery.start_soon(count)
@@ -216,4 +216,4 @@ async def test_a_list_whose_worker_dies_is_not_complete(
     async with listing(changed, 1) as failures:
         os.kill(changed.worker, signal.SIGKILL)
         await until(failures)
-        assert "ended while it compared; try again" in str(failures()[0])
+        assert "ended while it was at work on that; try again" in str(failures()[0])
