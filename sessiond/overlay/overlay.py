@@ -308,6 +308,8 @@ class Overlay:
             for parent, _ in parents[1:]:
                 self._collect(parent)
             node = parents[0][0]
+            if self.nodes.get(node.number) is not node:
+                return  # it was above one of the others, and went with that
 
     def _refresh(self, node: Node) -> None:
         """Find out where a node of earlier layers, and so its parents, are in the present ones."""

@@ -26,7 +26,7 @@ _PATH_LIMIT = 4095
 """Of these, those that have a path that programs can use (PATH_MAX)."""
 
 _NAMES_LIMIT = 1_000_000
-"""Names that are remembered, at some 150 bytes each. Where more differ, they are compared anew."""
+"""Names that are remembered, at 100 to 250 bytes each. Where more differ, all are compared."""
 
 _KINDS = tuple(ChangeKind)
 _DELETED, _RENAMED = _KINDS.index(ChangeKind.DELETED), _KINDS.index(ChangeKind.RENAMED)
