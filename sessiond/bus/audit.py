@@ -150,5 +150,5 @@ def _log(attempt: Attempt, outcome: Outcome, result: object) -> None:
 def _error_name(error: Exception) -> str:
     """Return what the D-Bus error is called, without what all of them begin with."""
     if isinstance(error, SessiondError):
-        return type(error).__name__
+        return names.error_name(error).rpartition(".")[2]
     return error.name.rpartition(".")[2] if isinstance(error, BusError) else "Failed"

@@ -12,7 +12,7 @@ import trio
 from sessiond.bus import audit, client, names, service
 from sessiond.bus.audit import Attempt, Audit, Outcome
 from sessiond.bus.client import Client
-from sessiond.errors import Busy, NotAuthorized, SessiondError
+from sessiond.errors import AuthorizationRequired, Busy, NotAuthorized, SessiondError
 from sessiond.journal import Event
 from sessiond.session.model import Uid
 from tests.bus.fake_manager import FakeManager
@@ -111,6 +111,15 @@ async def test_a_call_that_is_cut_off_is_told(
             await until(lambda: trail)
             asking.cancel_scope.cancel()
     assert [fields["outcome"] for fields in trail] == ["interrupted"]
+
+
+async def test_errors_have_the_names_that_they_have_on_the_bus(trail: list[Fields]) -> None:
+    error = AuthorizationRequired("Type.")
+    Audit().answered(Attempt(Uid(1000), "reset", "desk", "alice"), error)
+    assert (trail[0]["outcome"], trail[0]["error"]) == (
+        "refused",
+        "InteractiveAuthorizationRequired",
+    )
 
 
 def test_a_flood_of_failures_hides_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import subprocess
@@ -64,24 +65,30 @@ def debian(request: pytest.FixtureRequest) -> Path:
     """A squashfs of a Debian root that can be booted; made once, and kept with pytest's cache."""
     suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
     image = Path(request.config.cache.mkdir("images")) / f"{suite}-polkit.squashfs"
-    if not image.exists():
-        archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
-        make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={_PACKAGES}"]
-        done = subprocess.run(
-            [*make, suite, str(archive)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if done.returncode != 0:
-            pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
-        with open(archive, "rb") as tar:
-            made.unlink(missing_ok=True)
-            # With file handles, as mksquashfs makes images: they keep hard links together.
-            options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
-            pack = ["sqfstar", *options, str(made)]
-            subprocess.run(pack, stdin=tar, check=True, capture_output=True)
-        archive.unlink()
-        made.rename(image)
+    with open(image.with_suffix(".lock"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
+        if not image.exists():
+            _make_debian(suite, image)
     return image
+
+
+def _make_debian(suite: str, image: Path) -> None:
+    archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
+    make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={_PACKAGES}"]
+    done = subprocess.run(
+        [*make, suite, str(archive)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
+    with open(archive, "rb") as tar:
+        made.unlink(missing_ok=True)
+        # With file handles, as mksquashfs makes images: they keep hard links together.
+        options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
+        pack = ["sqfstar", *options, str(made)]
+        subprocess.run(pack, stdin=tar, check=True, capture_output=True)
+    archive.unlink()
+    made.rename(image)
