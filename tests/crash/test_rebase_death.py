@@ -38,10 +38,18 @@ def top(scratch: str) -> Iterator[Path]:
     top = Path(scratch, "rebase")
     top.mkdir()
     yield top
-    mounts = SystemMounts()
-    for target in mounts.mounted_below(top):
-        mounts.detach(target)
     shutil.rmtree(top)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    """One with a disk."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    yield Machine(tmp_path)
+    mounts = SystemMounts()
+    for target in mounts.mounted_below(tmp_path):
+        mounts.detach(target)
 
 
 OLD_IMAGE: Tree = {
@@ -138,8 +146,8 @@ def start(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.soak)])
-def test_a_session(top: Path, stride: int) -> None:
-    machine = Machine(top)
+def test_a_session(machine: Machine, stride: int) -> None:
+    top = machine.directory
     machine.pack(OLD)
 
     async def prepare() -> None:
