@@ -81,9 +81,12 @@ class Daemon:
     def _wait_ready(self, process: subprocess.Popen[bytes], notifications: socket.socket) -> None:
         ended = os.pidfd_open(process.pid)
         messages = notifications.fileno()
+        waiting = select.poll()  # a test run may have more than select(2) takes
+        waiting.register(messages, select.POLLIN)
+        waiting.register(ended, select.POLLIN)
         try:
             while True:
-                readable, _, _ = select.select([messages, ended], [], [], BOUND)
+                readable = [fd for fd, _ in waiting.poll(BOUND * 1000)]
                 assert messages in readable, f"sessiond did not start: {self.log()}"
                 if b"READY=1" in notifications.recv(4096).split(b"\n"):
                     return
