@@ -32,6 +32,8 @@ class Action(StrEnum):
     RESTORE = "restore this session"
     EDIT_SNAPSHOT = "change or delete a snapshot of this session"
     PERSIST = "make this session persistent"
+    COMMIT = "save files of this session for later ones"
+    KEEP = "change what outlives resets of this session"
     CLOSE = "close this session"
     COMPARE = "see what has changed in this session"
     CANCEL = "cancel a job of this session"

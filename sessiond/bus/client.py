@@ -12,7 +12,7 @@ the bus or the daemon does not answer.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -118,6 +118,8 @@ class SessionInfo(_Info):
     """How many files are written in RAM still, since before it moved to disk."""
     created_at: _Moment
     last_reset: Annotated[datetime | None, BeforeValidator(_moment)]
+    keep: tuple[str, ...]
+    """Rules for what outlives resets."""
     snapshots: tuple[str, ...]
     """Object paths, oldest first."""
     last_job: str
@@ -402,6 +404,14 @@ class Session(_Proxy):
         """
         options = {} if verify else {"verify": Variant("b", False)}
         return await self._start("Persist", "a{sv}", options)
+
+    async def commit(self, paths: Sequence[str]) -> Job:
+        """Start to save what is at paths, so that it outlives resets and the session."""
+        return await self._start("Commit", "asa{sv}", list(paths), {})
+
+    async def set_keep(self, rules: Sequence[str]) -> None:
+        """Have what these rules name outlive resets. For root."""
+        await self._call("SetKeep", "asa{sv}", list(rules), {}, timeout=OPERATION_TIMEOUT)
 
     async def pending_files(self, *, interactive: bool | None = None) -> list[PendingFile]:
         """Return the files that are written in RAM still, and by whom.

@@ -115,6 +115,7 @@ class SessionObject(Interface):
         Property("Pending", "u"),
         Property("CreatedAt", "t", Change.NEVER),
         Property("LastReset", "t"),
+        Property("Keep", "as"),
         Property("Snapshots", "ao"),
         Property("LastJob", "o"),
     )
@@ -145,6 +146,7 @@ class SessionObject(Interface):
             "Pending": session.pending,
             "CreatedAt": _microseconds(session.created_at),
             "LastReset": _microseconds(session.last_reset),
+            "Keep": [shown(rule) for rule in session.keep],
             "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
             "LastJob": names.job_path(session.last_job.id) if session.last_job else "/",
         }
@@ -164,6 +166,14 @@ class SessionObject(Interface):
     @method("Persist", "a{sv} options", "o job")
     async def persist(self, caller: Caller, options: Options) -> str:
         return await self._operations.persist(caller, self._session, options)
+
+    @method("Commit", "as paths, a{sv} options", "o job")
+    async def commit(self, caller: Caller, paths: list[str], options: Options) -> str:
+        return await self._operations.commit(caller, self._session, paths, options)
+
+    @method("SetKeep", "as rules, a{sv} options")
+    async def set_keep(self, caller: Caller, rules: list[str], options: Options) -> None:
+        await self._operations.set_keep(caller, self._session, rules, options)
 
     @method("Close", "a{sv} options")
     async def close(self, caller: Caller, options: Options) -> None:

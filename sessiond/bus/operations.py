@@ -67,6 +67,21 @@ class Operations:
         chosen = parse(PersistOptions, options)
         return self._publish(session.persist(started_by=uid, verify=chosen.verify))
 
+    async def commit(
+        self, caller: Caller, session: Session, paths: list[str], options: Options
+    ) -> str:
+        uid = await authorise(caller, Action.COMMIT, session)
+        parse(NoOptions, options)
+        return self._publish(session.commit(paths, started_by=uid))
+
+    async def set_keep(
+        self, caller: Caller, session: Session, rules: list[str], options: Options
+    ) -> None:
+        # The profile's rules are root's, whoever owns the session.
+        await authorise(caller, Action.KEEP, NewSession(session.id, session.user, session.profile))
+        parse(NoOptions, options)
+        await session.set_keep(rules)
+
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
         await authorise(caller, Action.CLOSE, session)
         parse(NoOptions, options)

@@ -81,6 +81,7 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
         ("Created", when(info.created_at)),
         ("Last reset", when(info.last_reset)),
+        ("Kept", ", ".join(info.keep) or "nothing"),
         ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
     ]
     if job is not None:
@@ -190,6 +191,18 @@ async def cancel(client: Client, asked: Arguments) -> None:
     await session.cancel()
 
 
+async def commit(client: Client, asked: Arguments) -> None:
+    """Save files and directories of a session for later ones."""
+    session = await client.session(asked.session)
+    await carry_out(session.commit(asked.paths), f"Committing files of {asked.session}")
+
+
+async def keep(client: Client, asked: Arguments) -> None:
+    """Set the rules for what outlives resets."""
+    session = await client.session(asked.session)
+    await session.set_keep(asked.rules)
+
+
 async def close(client: Client, asked: Arguments) -> None:
     """End a session."""
     session = await client.session(asked.session)
@@ -233,6 +246,8 @@ COMMANDS: dict[str, Command] = {
     "edit-snapshot": edit_snapshot,
     "delete-snapshot": delete_snapshot,
     "persist": persist,
+    "commit": commit,
+    "keep": keep,
     "diff": diff,
     "cancel": cancel,
     "close": close,

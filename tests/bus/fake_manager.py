@@ -94,6 +94,8 @@ class FakeSession:
         self.created_at = EPOCH
         self.last_reset: datetime | None = None
         self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
+        self.keep: tuple[str, ...] = ("/home/*/Documents",)
+        self.committed: list[str] = []
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
@@ -149,6 +151,14 @@ class FakeSession:
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify
         return self._start(Operation.PERSIST, started_by)
+
+    def commit(self, paths: list[str], *, started_by: Uid) -> FakeJob:
+        self.committed += paths
+        return self._start(Operation.COMMIT, started_by)
+
+    async def set_keep(self, rules: list[str]) -> None:
+        self.keep = tuple(rules)
+        self._manager.tell("session_changed", self)
 
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False

@@ -67,6 +67,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "pending": 0,
             "created_at": "2024-05-06T07:08:09.123456Z",
             "last_reset": None,
+            "keep": ["/home/*/Documents"],
         }
     ]
 
