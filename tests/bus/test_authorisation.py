@@ -53,6 +53,7 @@ OWNERS_OPERATIONS: list[Call] = [
     (SESSION, names.SESSION, "Snapshot", ("sa{sv}", "more", "0")),
     (SESSION, names.SESSION, "Restore", ("sa{sv}", "fresh", "0")),
     (SESSION, names.SESSION, "Persist", ("a{sv}", "0")),
+    (SESSION, names.SESSION, "Commit", ("asa{sv}", "1", "/etc", "0")),
     (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
     (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
     (SESSION, names.SESSION, "PendingFiles", ("a{sv}", "0")),
@@ -65,6 +66,7 @@ OWNERS_OPERATIONS: list[Call] = [
 
 ROOTS_OPERATIONS: list[Call] = [
     (ROOT, names.MANAGER, "CreateSession", ("ssa{sv}", "nobody", "live", "0")),
+    (SESSION, names.SESSION, "SetKeep", ("asa{sv}", "1", "/etc", "0")),
 ]
 
 

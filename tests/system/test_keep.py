@@ -186,3 +186,23 @@ def test_the_sessions_user_is_hostile(daemon: Daemon) -> None:
     daemon.sessionctl("reset", "one")
     assert (root / "home/nobody").stat().st_uid == 65534
     assert sorted(os.listdir(root / "home/nobody/docs")) == ["a", "etc"]
+
+
+def test_the_checker_looks_at_what_is_kept(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    (root / "home/guest/docs/below").mkdir(parents=True)
+    (root / "home/guest/docs/letter").write_text("letter\n")
+    (root / "etc/motd").unlink()
+    (root / "srv/data/file1").rename(root / "srv/data/renamed")
+    daemon.sessionctl("commit", "one", "/srv/data")
+    daemon.leave()
+    for worker in daemon.workers():
+        os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: daemon.workers() == [])
+    arguments = ("check", "--config", str(daemon.configuration), "--json")
+    assert "error" not in daemon.sessionctl(*arguments).stdout.replace('"errors"', "")
+    os.mkfifo(daemon.state / "kept/0/guest/fs/home/guest/docs/fifo")
+    os.setxattr(daemon.state / "kept/0/guest/fs/home", "trusted.overlay.redirect", b"/a/../b")
+    found = daemon.sessionctl(*arguments, code=ExitCode.DAMAGED).stdout
+    assert "redirect" in found
+    daemon.start()
