@@ -76,6 +76,7 @@ def test_from_session_to_session(daemon: Daemon) -> None:
     assert "is in use by session two" in refused.stderr
 
 
+@pytest.mark.soak
 def test_rules_are_reloaded(daemon: Daemon) -> None:
     root = create(daemon, "one")
     (root / "srv/data/file1").write_text("not kept when it was written")
@@ -93,7 +94,7 @@ def test_rules_are_reloaded(daemon: Daemon) -> None:
     assert (root / "etc/motd").read_text() == "Kept until the reset.\n"  # as it was kept
 
 
-@pytest.mark.parametrize("who", ["manager", "worker", "both"])
+@pytest.mark.parametrize("who", ["manager", "worker", pytest.param("both", marks=pytest.mark.soak)])
 def test_deaths(daemon: Daemon, who: str) -> None:
     root = create(daemon, "one")
     with open(root / "etc/motd", "w") as file:
@@ -188,6 +189,7 @@ def test_the_sessions_user_is_hostile(daemon: Daemon) -> None:
     assert sorted(os.listdir(root / "home/nobody/docs")) == ["a", "etc"]
 
 
+@pytest.mark.soak
 def test_the_checker_looks_at_what_is_kept(daemon: Daemon) -> None:
     root = create(daemon, "one")
     (root / "home/guest/docs/below").mkdir(parents=True)
