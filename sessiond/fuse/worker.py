@@ -283,6 +283,7 @@ async def _run(
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
             if start.keep is not None:
                 await controlled.keep(KeepRules(start.keep.rules))
+            if not is_current:
                 await controlled.thaw()
             controlled.leave_former()
             nursery.start_soon(controlled.counting.run)

@@ -266,7 +266,10 @@ def carry(stack: Stack, old: Place, new_stack: Stack, new: Place, limit: int) ->
             if new.node is not None:
                 _prepare_replacement(new_stack, new_stack.workdir, new)
             _announce(node, new)
-            syscalls.rename(prepared, _upper_name(new_stack, new.parent, new.name))
+            target = _upper_name(new_stack, new.parent, new.name)
+            syscalls.rename(prepared, target)
+            # Before the old name goes, which may be on another disk.
+            syscalls.fsync_directory(target.directory)
         if new.node is not None:
             new.node.drop_link(new.parent, new.name)
             drop_index(new_stack, new.node)
