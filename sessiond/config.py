@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from sessiond.errors import ConfigError
+from sessiond.keep_rules import RULES_LIMIT, checked_rule
 
 DEFAULT_FILE = Path("/etc/sessiond/sessiond.toml")
 
@@ -148,6 +149,12 @@ class Profile(_Table):
     """Limit of a session on disk, also of one that is moved there: bytes with a suffix."""
     quota_inodes: _Inodes | None = None
     """Most files on disk, whiteouts included; with a quota, one for 16 KiB of it if not given."""
+    keep: tuple[Annotated[str, AfterValidator(checked_rule)], ...] | None = None
+    """What outlives resets; if not given, nothing, and nothing can be committed."""
+    keep_quota: Annotated[str, Field(pattern=rf"^({_BYTES}|{_TERABYTES})$")] | None = None
+    """Limit of what is kept for one user."""
+    keep_quota_inodes: _Inodes | None = None
+    """Most files kept, whiteouts included; with a keep_quota, one for 16 KiB of it if not given."""
     space_warning: Annotated[int, Field(ge=1, le=100)] = 80
     """Percent of bytes or inodes from which on the storage is reported to be filling up."""
     space_critical: Annotated[int, Field(ge=1, le=100)] = 95
@@ -185,6 +192,22 @@ class Profile(_Table):
         if inodes is not None and known.data.get("quota", "malformed") is None:
             raise ValueError("quota is needed with it")
         return inodes
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _keep(cls, rules: object) -> object:
+        if isinstance(rules, list) and len(rules) > RULES_LIMIT:
+            raise ValueError(f"at most {RULES_LIMIT} rules are allowed")
+        return tuple(rules) if isinstance(rules, list) else rules
+
+    @field_validator("keep_quota", "keep_quota_inodes")
+    @classmethod
+    def _keep_quota(cls, limit: str | int | None, known: ValidationInfo) -> str | int | None:
+        if limit is not None and known.data.get("keep", ()) is None:
+            raise ValueError("keep is needed with it")
+        if isinstance(limit, int) and known.data.get("keep_quota", "malformed") is None:
+            raise ValueError("keep_quota is needed with it")
+        return limit
 
     @field_validator("space_critical")
     @classmethod
@@ -353,6 +376,7 @@ def _table_of(key: _Key) -> type[_Table]:
 _PATTERNS: Mapping[str, str] = {
     "size": "a size is like '512M', '2G', or a part of RAM like '50%'",
     "quota": "a quota is like '512M' or '20G'",
+    "keep_quota": "a quota is like '512M' or '20G'",
     "max_bytes": "a size is like '512M' or '20G'",
     "every": "a time is like '30min', '1h' or '7d'",
     "volatile_limit": "a limit is like '4G', a part of RAM like '85%', or 'none'",

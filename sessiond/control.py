@@ -40,10 +40,21 @@ class LayerStack(_Message):
     """The same, of the storage from which the session moved to this one; it may be gone."""
 
 
+class KeptLayers(_Message):
+    """The upper of what outlives resets, over the bottom-most lower, and which paths that is."""
+
+    upper: Path
+    work: Path
+    orphans: Path
+    rules: tuple[str, ...]
+    """As `sessiond.keep_rules.checked_rule` has them."""
+
+
 class Start(_Message):
     """What a worker is told at its birth."""
 
     stack: LayerStack
+    keep: KeptLayers | None = None
     data_path: str
     reachable: tuple[Path, ...]
     """All that the worker will see of the machine: layers swapped in later have to be there."""
@@ -117,8 +128,29 @@ class MergeLayers(_Message):
     bottom: Path
 
 
+class Keep(_Message):
+    """Have other rules for what outlives resets. Precondition: the worker began with some layers
+    for that.
+    """
+
+    kind: Literal["keep"] = "keep"
+    rules: tuple[str, ...]
+
+
+class Commit(_Message):
+    """Copy what the merged view shows at paths to the layers of what outlives resets.
+
+    Nothing changes in the view: that takes a `Keep`. Precondition: changes are held back. The
+    outcome comes as that of `Changes`; if its socket closes before, copying ends soon.
+    """
+
+    kind: Literal["commit"] = "commit"
+    paths: tuple[str, ...]
+    """Absolute in the merged view."""
+
+
 class Sync(_Message):
-    """Write the upper back to disk, and before that what is still written to storage that was left.
+    """Write the uppers back to disk, and before, what is still written to storage that was left.
 
     It may take long; the outcome comes as that of `Changes`.
     """
@@ -139,7 +171,7 @@ class Stop(_Message):
 
 
 Request = Annotated[
-    Swap | Freeze | Thaw | Changes | Diff | MergeLayers | Sync | Pending | Stop,
+    Swap | Freeze | Thaw | Changes | Diff | MergeLayers | Keep | Commit | Sync | Pending | Stop,
     Field(discriminator="kind"),
 ]
 

@@ -34,6 +34,8 @@ class Action(StrEnum):
     EDIT_SNAPSHOT = "change or delete a snapshot of this session"
     PERSIST = "make this session persistent"
     REBASE = "rebase this session"
+    COMMIT = "save files of this session for later ones"
+    KEEP = "change what outlives resets of this session"
     CLOSE = "close this session"
     COMPARE = "see what has changed in this session"
     EXPORT = "export a snapshot of this session"

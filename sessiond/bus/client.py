@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -164,6 +164,8 @@ class SessionInfo(_Info):
     next_reset_reason: str
     inhibitors: tuple[Inhibitor, ...]
     """Who holds back such resets."""
+    keep: tuple[str, ...]
+    """Rules for what outlives resets."""
     snapshots: tuple[str, ...]
     """Object paths, oldest first."""
     last_job: str
@@ -517,6 +519,14 @@ class Session(_Proxy):
         """
         options = {} if verify else {"verify": Variant("b", False)}
         return await self._start("Persist", "a{sv}", options)
+
+    async def commit(self, paths: Sequence[str]) -> Job:
+        """Start to save what is at paths, so that it outlives resets and the session."""
+        return await self._start("Commit", "asa{sv}", list(paths), {})
+
+    async def set_keep(self, rules: Sequence[str]) -> None:
+        """Have what these rules name outlive resets. For root."""
+        await self._call("SetKeep", "asa{sv}", list(rules), {}, timeout=OPERATION_TIMEOUT)
 
     async def pending_files(self, *, interactive: bool | None = None) -> list[PendingFile]:
         """Return the files that are written in RAM still, and by whom.

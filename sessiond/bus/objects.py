@@ -139,6 +139,7 @@ class SessionObject(Interface):
         Property("NextReset", "t"),
         Property("NextResetReason", "s"),
         Property("Inhibitors", "a(ssut)"),
+        Property("Keep", "as"),
         Property("Snapshots", "ao"),
         Property("LastJob", "o"),
     )
@@ -175,6 +176,7 @@ class SessionObject(Interface):
                 (shown(one.who), shown(one.why), one.uid, microseconds(one.since))
                 for one in session.timer.inhibitors.all
             ],
+            "Keep": [shown(rule) for rule in session.keep],
             "Snapshots": [names.snapshot_path(session.id, name) for name in session.snapshots],
             "LastJob": names.job_path(session.last_job.id) if session.last_job else "/",
         }
@@ -214,6 +216,14 @@ class SessionObject(Interface):
     @method("Rebase", "a{sv} options", "o job")
     async def rebase(self, caller: Caller, options: Options) -> str:
         return await self._operations.rebase(caller, self._session, options)
+
+    @method("Commit", "as paths, a{sv} options", "o job")
+    async def commit(self, caller: Caller, paths: list[str], options: Options) -> str:
+        return await self._operations.commit(caller, self._session, paths, options)
+
+    @method("SetKeep", "as rules, a{sv} options")
+    async def set_keep(self, caller: Caller, rules: list[str], options: Options) -> None:
+        await self._operations.set_keep(caller, self._session, rules, options)
 
     @method("Close", "a{sv} options")
     async def close(self, caller: Caller, options: Options) -> None:

@@ -181,6 +181,22 @@ class Operations:
             session.rebase(source, conflicts=conflicts, remount=chosen.remount, started_by=uid)
         )
 
+    async def commit(
+        self, caller: Caller, session: Session, paths: list[str], options: Options
+    ) -> str:
+        uid = await authorise(caller, Action.COMMIT, session)
+        parse(NoOptions, options)
+        await session.undisturbed()
+        return self._publish(session.commit(paths, started_by=uid))
+
+    async def set_keep(
+        self, caller: Caller, session: Session, rules: list[str], options: Options
+    ) -> None:
+        # The profile's rules are root's, whoever owns the session.
+        await authorise(caller, Action.KEEP, NewSession(session.id, session.user, session.profile))
+        parse(NoOptions, options)
+        await session.set_keep(rules)
+
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
         await authorise(caller, Action.CLOSE, session)
         parse(NoOptions, options)

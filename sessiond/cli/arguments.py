@@ -41,6 +41,8 @@ class Arguments(argparse.Namespace):
     user: str
     profile: str
     id: str | None
+    paths: list[str]
+    rules: list[str]
     program: list[str]
     step: str
     """Of a maintenance."""
@@ -231,6 +233,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also if it is in use: programs lose what they have open in it",
     )
     command("shadowed", "List what both a session and its image have changed", telling, one)
+    commit = command("commit", "Save files and directories for later sessions of the user", one)
+    commit.add_argument(
+        "paths", metavar="PATH", nargs="+", help="absolute, as the session's programs see it"
+    )
+    keep = command("keep", "Set the rules for what outlives resets; for root", one)
+    keep.add_argument("rules", metavar="RULE", nargs="*", help="path, or glob; none: nothing more")
     diff = command("diff", "List what differs from the image, or from a snapshot", telling, one)
     diff.add_argument(
         "--from",

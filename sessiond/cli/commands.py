@@ -88,6 +88,7 @@ async def status(client: Client, asked: Arguments) -> None:
         ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
         ("Created", when(info.created_at)),
         ("Last reset", when(info.last_reset)),
+        ("Kept", ", ".join(info.keep) or "nothing"),
         ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
     ]
     if info.next_reset_reason:
@@ -319,6 +320,18 @@ async def shadowed(client: Client, asked: Arguments) -> None:
             print_line(f"{one.outcome:<7}  {kind:<9}  {one.path}{saved}  ({', '.join(where)})")
 
 
+async def commit(client: Client, asked: Arguments) -> None:
+    """Save files and directories of a session for later ones."""
+    session = await client.session(asked.session)
+    await carry_out(session.commit(asked.paths), f"Committing files of {asked.session}")
+
+
+async def keep(client: Client, asked: Arguments) -> None:
+    """Set the rules for what outlives resets."""
+    session = await client.session(asked.session)
+    await session.set_keep(asked.rules)
+
+
 async def close(client: Client, asked: Arguments) -> None:
     """End a session."""
     session = await client.session(asked.session)
@@ -371,6 +384,8 @@ COMMANDS: dict[str, Command] = {
     "maintenance": maintenance,
     "rebase": rebase,
     "shadowed": shadowed,
+    "commit": commit,
+    "keep": keep,
     "diff": diff,
     "cancel": cancel,
     "close": close,

@@ -19,7 +19,7 @@ import trio
 from pydantic import ValidationError
 
 from sessiond import control
-from sessiond.control import LayerStack, Reply, Start
+from sessiond.control import KeptLayers, LayerStack, Reply, Start
 from sessiond.descriptors import DescriptorStore, NoDescriptorStore
 from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import data_path
@@ -205,6 +205,7 @@ class FuseMount:
         """
         self._request = request
         self._stack = request.stack
+        self._rules = request.keep.rules if request.keep is not None else ()
         self._spawner = spawner
         self.device = device
         self.journal = journal
@@ -237,6 +238,7 @@ class FuseMount:
         self._channel = trio.socket.from_stdlib_socket(ours)
         start = Start(
             stack=_layers(self._stack),
+            keep=self._kept_layers(),
             data_path=self._request.data_path,
             reachable=self._request.reachable,
             inherits=inherits,
@@ -247,6 +249,14 @@ class FuseMount:
             except OSError as error:
                 raise Failed("The fork server is gone: restart sessiond.") from error
         self._know(_checked(await self._reply()))
+
+    def _kept_layers(self) -> KeptLayers | None:
+        keep = self._request.keep
+        if keep is None:
+            return None
+        return KeptLayers(
+            upper=keep.upper.fs, work=keep.upper.work, orphans=keep.orphans, rules=self._rules
+        )
 
     def _listening(self) -> socket.socket:
         """Return the socket at which each worker of this mount in turn can be found.
@@ -288,6 +298,8 @@ class FuseMount:
             # That manager had recorded what it was about to serve.
             moved = report.stack.orphans != wanted.orphans
             await self._ask(control.Swap(stack=wanted, moved=moved))
+        if self._request.keep is not None:
+            await self.keep(self._rules)
         if report.frozen:
             await self._ask(control.Thaw())
 
@@ -332,7 +344,7 @@ class FuseMount:
 
     async def _ask_for_outcome(
         self,
-        request: control.Changes | control.Diff | control.Sync,
+        request: control.Changes | control.Diff | control.Sync | control.Commit,
         descriptors: tuple[int, ...] = (),
     ) -> Reply:
         """Ask for what takes long; other requests are served meanwhile."""
@@ -438,6 +450,15 @@ class FuseMount:
                 reply.obstacle,
             )
         return MergeState(reply.merging or MergeState.NEVER)
+
+    async def keep(self, rules: tuple[str, ...]) -> None:
+        """See `Mount.keep`."""
+        self._rules = rules  # also of a worker that has to go on for this one
+        await self._ask(control.Keep(rules=rules))
+
+    async def commit(self, paths: tuple[str, ...]) -> None:
+        """See `Mount.commit`."""
+        await self._ask_for_outcome(control.Commit(paths=paths))
 
     async def sync(self) -> None:
         """See `Mount.sync`."""

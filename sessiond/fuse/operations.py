@@ -41,6 +41,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
+from sessiond.keep_rules import KeepRules
 from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.nodes import Node
@@ -150,6 +151,11 @@ class OverlayOperations(pyfuse3.Operations):
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
         return self.overlay.swap(stack, moved=moved)
+
+    def keep_paths(self, rules: KeepRules) -> Outdated:
+        """Keep what `rules` say from now on; see `Overlay.keep_paths`. Precondition: frozen."""
+        self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
+        return self.overlay.keep_paths(rules)
 
     async def settle_all(self, *, only_closed: bool = False) -> None:
         """Bring what is written to storage that the session has left to where it belongs.

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import tempfile
@@ -25,6 +27,7 @@ from pydantic import ValidationError
 from sessiond import control
 from sessiond.control import (
     ChangeCounts,
+    KeptLayers,
     LayerStack,
     PendingFile,
     PendingFiles,
@@ -36,11 +39,15 @@ from sessiond.fuse.counting import Counting
 from sessiond.fuse.merging import Merging
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
+from sessiond.keep_rules import KeepRules
+from sessiond.overlay import commit
 from sessiond.overlay.fastpath import Inherited
-from sessiond.overlay.nodes import STACK_FACT
+from sessiond.overlay.keep import Keep
+from sessiond.overlay.nodes import KEEP_FACT, STACK_FACT
 from sessiond.overlay.orphans import Orphans
-from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.stack import Stack, StackOptions
+from sessiond.overlay.workdir import remove_tree
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
@@ -90,6 +97,19 @@ def _open_lowers(lowers: control.Lowers) -> Stack:
     )
 
 
+def open_keep(layers: KeptLayers, session: Stack) -> Keep:
+    """Open the layers of what outlives resets of `session`, as `open_stack` does."""
+    stack = Stack.open_over(
+        session.lowers[-1], os.fsencode(layers.upper), os.fsencode(layers.work), session.options
+    )
+    try:
+        stack.orphans = _open_orphans(layers.orphans)
+    except BaseException:
+        stack.close()
+        raise
+    return Keep(stack, session, KeepRules(layers.rules))
+
+
 _orphans: dict[Path, Orphans] = {}
 """Those of the present layers, and of earlier ones as long as something is there."""
 
@@ -103,8 +123,9 @@ def _open_orphans(directory: Path) -> Orphans:
 
 def _close_unused_orphans(overlay: Overlay) -> None:
     """Let go of storage that the session has left, and its space with it."""
+    in_use = [stack.orphans for stack in overlay.stacks]
     for directory, orphans in list(_orphans.items()):
-        if orphans is not overlay.stack.orphans and not any(map(orphans.has, overlay.nodes.all())):
+        if orphans not in in_use and not any(map(orphans.has, overlay.nodes.all())):
             orphans.close()
             del _orphans[directory]
             if orphans is overlay.stack.former:
@@ -263,6 +284,9 @@ async def _run(
             await operations.initialised.wait()
             if not is_current:
                 await controlled.swap(start.stack, moved=served.orphans != start.stack.orphans)
+            if start.keep is not None:
+                await controlled.keep(KeepRules(start.keep.rules))
+            if not is_current:
                 await controlled.thaw()
             controlled.leave_former()
             nursery.start_soon(controlled.counting.run)
@@ -283,24 +307,42 @@ def _prepare(
     """
     if path is DataPath.PLAIN:
         stack = open_stack(start.stack, StackOptions())
-        return _operations(stack, path), start.stack, True
+        overlay = Overlay(stack, keep=_open_keep(start, stack))
+        overlay.find_ways()
+        return OverlayOperations(overlay), start.stack, True
     if not _kernel_io.record(connection, journal, start.inherits):
         raise ValueError("What the worker before this one has left cannot be read.")
     inherited = [Inherited(*left) for left in _kernel_io.inherited()]
     before = _stack_of(inherited)
     layers, stack = _open_either(before or start.stack, start.stack)
     fast_path = KernelFastPath(path, recorded=True)
-    operations = KernelOperations(Overlay(stack, fast_path, inherited), path)
+    keep = _open_keep(start, stack, _rules_of(inherited))
+    operations = KernelOperations(Overlay(stack, fast_path, inherited, keep), path)
     if start.inherits:
         moved = before is not None and before.orphans != layers.orphans
         operations.take_over(inherited, moved=moved)
     else:
-        for kept in (stack.orphans, stack.former):
-            if kept is not None:
-                kept.remove_others(())
+        operations.overlay.remove_orphans()
+    operations.overlay.find_ways()
     if before is None:
         _note_stack(layers)
+    if keep is not None:
+        _note_rules(keep.rules)
     return operations, layers, before in {None, layers}
+
+
+def _open_keep(start: Start, stack: Stack, rules: tuple[str, ...] | None = None) -> Keep | None:
+    """Open what outlives resets of `stack`, which is closed where that fails. `rules`: those that
+    are in force.
+    """
+    if start.keep is None:
+        return None
+    layers = start.keep if rules is None else start.keep.model_copy(update={"rules": rules})
+    try:
+        return open_keep(layers, stack)
+    except BaseException:
+        stack.close()
+        raise
 
 
 def _stack_of(inherited: list[Inherited]) -> LayerStack | None:
@@ -312,6 +354,17 @@ def _stack_of(inherited: list[Inherited]) -> LayerStack | None:
 
 def _note_stack(layers: LayerStack) -> None:
     _kernel_io.note(0, STACK_FACT, layers.model_dump_json().encode())
+
+
+def _rules_of(inherited: list[Inherited]) -> tuple[str, ...] | None:
+    """Return the rules that a predecessor went by, if it has noted them."""
+    facts = next((left.facts for left in inherited if left.number == 0), {})
+    text = facts.get(KEEP_FACT)
+    return tuple(json.loads(text)) if text else None
+
+
+def _note_rules(rules: KeepRules) -> None:
+    _kernel_io.note(0, KEEP_FACT, json.dumps(rules.rules).encode())
 
 
 def _open_either(first: LayerStack, second: LayerStack) -> tuple[LayerStack, Stack]:
@@ -358,6 +411,9 @@ class _Controlled:
         self._merging = Merging(operations)
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self.counting = Counting(operations.overlay, self._comparisons)
+        self._committing = trio.Lock()
+        self._committed: list[bytes] = []
+        """Paths that were copied, and that the next rules are expected to name."""
         self._frozen = AsyncExitStack()
         self._is_frozen = False
         self._unannounced: list[Callable[[], Awaitable[None]]] = []
@@ -411,26 +467,31 @@ class _Controlled:
         try:
             match request:
                 case control.Swap():
-                    if request.moved and not self._is_frozen:
-                        # They were copied while a predecessor of this process held changes back.
-                        return Reply(error="A worker died while changes were held; try again.")
-                    return Reply(inexact=await self.swap(request.stack, moved=request.moved))
+                    return await self._answer_swap(request)
                 case control.Freeze():
                     await self.freeze()
                 case control.Thaw():
                     await self.thaw()
-                case control.Changes() | control.Diff() | control.Sync():
+                case control.Changes() | control.Diff() | control.Sync() | control.Commit():
                     return self._begin(request, descriptors)
                 case control.Pending():
                     return Reply(pending=self._pending())
                 case control.MergeLayers():
                     return self._merge(request)
+                case control.Keep():
+                    await self.keep(KeepRules(request.rules))
         except OSError as error:
             return _failure(error)
         except Exception:
             log.exception("request %s failed", request)
             return Reply(error="the worker failed; its log has the reason")
         return Reply()
+
+    async def _answer_swap(self, request: control.Swap) -> Reply:
+        if request.moved and not self._is_frozen:
+            # They were copied while a predecessor of this process held changes back.
+            return Reply(error="A worker died while changes were held; try again.")
+        return Reply(inexact=await self.swap(request.stack, moved=request.moved))
 
     def _merge(self, request: control.MergeLayers) -> Reply:
         if self._comparisons.borrowed_tokens:  # they rely on where things are
@@ -440,11 +501,76 @@ class _Controlled:
     def _copy(self) -> Stack:
         return self._operations.overlay.stack.copy()
 
+    def _copies(self) -> list[Stack]:
+        return [stack.copy() for stack in self._operations.overlay.stacks]
+
+    async def keep(self, rules: KeepRules) -> None:
+        """Keep what `rules` say from now on."""
+        overlay = self._operations.overlay
+        if overlay.keep is None or overlay.keep.rules.rules == rules.rules:
+            return
+        if self._is_frozen:
+            outdated = self._operations.keep_paths(rules)
+        else:
+            async with self._operations.frozen():
+                outdated = self._operations.keep_paths(rules)
+        announce = functools.partial(self._announce_rules, rules, outdated)
+        if self._is_frozen:
+            self._unannounced.append(announce)
+        else:
+            await announce()
+
+    async def _announce_rules(self, rules: KeepRules, outdated: Outdated) -> None:
+        await trio.to_thread.run_sync(self._tell_kernel, outdated, [])
+        if self._operations.data_path is not DataPath.PLAIN:
+            _note_rules(rules)
+        overlay, committed, self._committed = self._operations.overlay, self._committed, []
+        for path in committed:
+            if rules.keep(path) and (hidden := overlay.take_hidden(path)) is not None:
+                await trio.to_thread.run_sync(remove_tree, hidden)
+
+    def _tell_kernel(self, outdated: Outdated, lost: list[tuple[int, bytes]]) -> None:
+        """Tell the kernel what it must not take for granted any more. In a thread."""
+        device.expire(self._connection, outdated.names)
+        device.invalidate(lost, outdated.directories)
+
+    def _start_commit(self, request: control.Commit, descriptor: int) -> Reply:
+        keep = self._operations.overlay.keep
+        if not self._is_frozen or keep is None:
+            return Reply(error="Nothing can be committed now.")
+        overlay = self._operations.overlay
+        paths = [os.fsencode(path)[1:] for path in request.paths]
+        for path in paths:
+            overlay.make_way(path)
+        outcome = _socket(descriptor)
+        work = commit.Commit(overlay.stack.copy(), keep, paths, lambda: _hung_up(outcome))
+        self._nursery.start_soon(self._commit, work, outcome)
+        return Reply()
+
+    async def _commit(self, work: commit.Commit, outcome: trio.socket.SocketType) -> None:
+        with outcome:
+            async with self._committing:
+                try:
+                    await trio.to_thread.run_sync(work.run)
+                    self._committed = work.paths
+                    reply = Reply()
+                except OSError as error:
+                    reply = _failure(error)
+                except Exception:
+                    log.exception("a commit failed")
+                    reply = Reply(error="the worker failed; its log has the reason")
+            with suppress(OSError):
+                await control.send(outcome, reply)
+
     def _begin(
-        self, request: control.Changes | control.Diff | control.Sync, descriptors: list[int]
+        self,
+        request: control.Changes | control.Diff | control.Sync | control.Commit,
+        descriptors: list[int],
     ) -> Reply:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
+        if isinstance(request, control.Commit):
+            return self._start_commit(request, descriptors[0])
         outcome = _socket(descriptors[0])
         if isinstance(request, control.Sync):
             self._nursery.start_soon(self._sync, outcome)
@@ -506,7 +632,7 @@ class _Controlled:
         with outcome:
             try:
                 await self._operations.settle_all()
-                await trio.to_thread.run_sync(_sync, self._copy())
+                await trio.to_thread.run_sync(_sync, self._copies())
                 reply = Reply()
             except OSError as error:
                 reply = _failure(error)
@@ -556,7 +682,8 @@ class _Controlled:
             if size > control.MESSAGE_LIMIT // 8:  # a character may become six in JSON
                 break
             files.append(PendingFile(path=path, inode=node.kept_number))
-        return PendingFiles(files=tuple(files), count=len(linked), in_use=len(_orphans) > 1)
+        in_use = len(_orphans) > len(overlay.stacks)
+        return PendingFiles(files=tuple(files), count=len(linked), in_use=in_use)
 
     async def freeze(self) -> None:
         """Hold changes back."""
@@ -630,8 +757,7 @@ class _Controlled:
 
         def tell_kernel() -> None:
             if not same_view:
-                device.expire(self._connection, outdated.names)
-                device.invalidate(lost, outdated.directories)
+                self._tell_kernel(outdated, lost)
 
         return tell_kernel, outdated.inexact
 
@@ -646,8 +772,17 @@ def _socket(descriptor: int) -> trio.socket.SocketType:
         raise
 
 
-def _sync(stack: Stack) -> None:
+def _hung_up(outcome: trio.socket.SocketType) -> bool:
+    """Say whether nobody waits for an outcome any more."""
+    poll = select.poll()
+    poll.register(outcome.fileno(), 0)
+    return bool(poll.poll(0))
+
+
+def _sync(stacks: list[Stack]) -> None:
     try:
-        stack.sync()
+        for stack in stacks:
+            stack.sync()
     finally:
-        stack.close()
+        for stack in stacks:
+            stack.close()

@@ -15,6 +15,7 @@ import re
 import stat as modes
 
 from sessiond.overlay import origin, orphans, syscalls
+from sessiond.overlay.keep import is_way
 from sessiond.overlay.lookup import origin_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
@@ -27,12 +28,16 @@ _NLINK = re.compile(rb"([UL])([+-][0-9]{1,9})")
 
 
 def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
-    """Get `node` into the upper if it is not there. Precondition: of the current generation.
+    """Get `node` into the upper of `stack` if it is not there: of its own layers, or, for a
+    directory, of those of what is kept in it. Precondition: of the current generation.
 
     `size`: copy only that many bytes of contents, since the rest is about to be cut off.
     Raises OSError: EROFS without an upper, ESTALE for a node that is gone, and what copying raises
     (ENOSPC).
     """
+    if stack.ways is not None and not node.lasting:
+        stack.ways.make(node)
+        return
     if node.upper:
         if node.metacopy:
             _fill(stack, node)
@@ -45,8 +50,13 @@ def copy_up(stack: Stack, node: Node, size: int | None = None) -> None:
 def _copy_up_parents(stack: Stack, node: Node) -> None:
     """Get the directories above `node` into the upper, from the top down."""
     missing: list[Node] = []
-    while node.links and not node.parent.upper:
+    while node.links:
         node = node.parent
+        if is_way(stack, node):
+            copy_up(stack, node)
+            break
+        if node.upper:
+            break
         missing.append(node)
     while missing:
         with CopyUp(stack, missing.pop()) as copy:
@@ -251,7 +261,7 @@ def locate(stack: Stack, node: Node) -> At:
 
 def mark_impure(stack: Stack, directory: Node) -> None:
     """Say on an upper directory that it has entries with an origin (ovl_set_impure)."""
-    if directory.impure:
+    if directory.impure or is_way(stack, directory):
         return
     syscalls.setxattr(locate(stack, directory), stack.xattrs.impure, b"y")
     directory.impure = True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat as modes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -27,12 +27,13 @@ from sessiond.overlay.copy_up import (
     mark_impure,
     must_index,
 )
-from sessiond.overlay.lookup import Presence, covered, join, names
+from sessiond.overlay.keep import is_way, seen_by
+from sessiond.overlay.lookup import Presence, covered, join
 from sessiond.overlay.nodes import EXCHANGE_FACT, Node, pack_identity
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.workdir import Workdir
-from sessiond.overlay.xattrs import copy_attributes, default_acl, set_default_acl
+from sessiond.overlay.xattrs import OverlayXattrs, copy_attributes, default_acl, set_default_acl
 
 _REDIRECT_LIMIT = 256  # OVL_REDIRECT_MAX
 
@@ -47,6 +48,15 @@ class NewObject(NamedTuple):
     """Takes bits off the mode, unless the directory has a default ACL (acl(5))."""
     device: int = 0
     target: bytes = b""
+
+
+class Place(NamedTuple):
+    """One end of a rename: a name, and the node that has it, if any."""
+
+    parent: Node
+    name: bytes
+    node: Node | None
+    presence: Presence
 
 
 def _upper_name(stack: Stack, parent: Node, name: bytes) -> At:
@@ -194,7 +204,7 @@ def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
     copy_up(stack, parent)
     target = _upper_name(stack, parent, name)
     in_upper = node.links[parent, name]
-    hide = in_upper and covered(stack, parent.directory, name)
+    hide = in_upper and covered(stack, seen_by(stack, parent), name)
     count_from_upper(stack, node)
     _keep_in_reach(stack, node, stat)
     if not in_upper:
@@ -207,6 +217,95 @@ def unlink(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
         syscalls.unlink(target)
     node.drop_link(parent, name)
     drop_index(stack, node)
+
+
+@contextmanager
+def _removing(stack: Stack, parent: Node, name: bytes, *, in_upper: bool) -> Iterator[None]:
+    """Remove a file's name on the way out; what may fail for want of space is done before."""
+    work = stack.workdir
+    copy_up(stack, parent)
+    target = _upper_name(stack, parent, name)
+    if in_upper and not covered(stack, seen_by(stack, parent), name):
+        yield
+        syscalls.unlink(target)
+        return
+    with work.publishing() as whiteout:
+        work.make_whiteout(whiteout)
+        yield
+        syscalls.rename(whiteout, target)
+
+
+def carry(stack: Stack, old: Place, new_stack: Stack, new: Place, limit: int) -> os.stat_result:
+    """Move a file to a name that belongs to other layers: a copy of it takes that name, as in a
+    rename, and then the old name goes. Who dies in between leaves both.
+
+    Return the stat(2) of the copy; the caller binds the node to it. Raises OSError: EISDIR; EXDEV,
+    upon which mv(1) copies, for a file of more than `limit` bytes, with more than one name, or that
+    is being written past the overlay.
+    """
+    node = old.node
+    assert node is not None
+    source = locate(stack, node)
+    stat = syscalls.stat(source)
+    if (
+        node.index is not None
+        or stat.st_nlink > 1
+        or node.writers
+        or node.kept >= 0
+        or (modes.S_ISREG(node.kind) and stat.st_size > limit)
+    ):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+    if new.node is not None:
+        check_replaceable(node, new.node)
+    in_upper = node.links[old.parent, old.name]
+    with _removing(stack, old.parent, old.name, in_upper=in_upper):
+        copy_up(new_stack, new.parent)
+        with new_stack.workdir.publishing() as prepared:
+            contents = node.data_lower().at() if node.metacopy else source
+            copy_object(contents, source, prepared, new_stack.xattrs)
+            if new.node is not None:
+                _prepare_replacement(new_stack, new_stack.workdir, new)
+            _announce(node, new)
+            target = _upper_name(new_stack, new.parent, new.name)
+            syscalls.rename(prepared, target)
+            # Before the old name goes, which may be on another disk.
+            syscalls.fsync_directory(target.directory)
+        if new.node is not None:
+            new.node.drop_link(new.parent, new.name)
+            drop_index(new_stack, new.node)
+    node.drop_link(old.parent, old.name)
+    return syscalls.stat(_upper_name(new_stack, new.parent, new.name))
+
+
+def copy_object(
+    contents: At,
+    source: At,
+    target: At,
+    xattrs: OverlayXattrs,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Make `target` a copy of a file, on disk when this returns; `contents`: where its data is.
+
+    Raises OSError: ECANCELED soon after `cancelled` has begun to return True.
+    """
+    stat = syscalls.stat(source)
+    if not modes.S_ISREG(stat.st_mode):
+        if modes.S_ISLNK(stat.st_mode):
+            syscalls.symlink(target, syscalls.readlink(source))
+        else:
+            syscalls.mknod(target, modes.S_IFMT(stat.st_mode) | 0o600, stat.st_rdev)
+        copy_attributes(source, target, stat, xattrs)
+        return
+    file, copy = syscalls.open_file(contents, os.O_RDONLY), -1
+    try:
+        copy = syscalls.create_file(target, 0o600)
+        syscalls.copy_data(file, copy, stat.st_size, cancelled)
+        copy_attributes(source, copy, stat, xattrs)
+        syscalls.fsync(copy)
+    finally:
+        for fd in (file, copy):
+            if fd >= 0:
+                syscalls.close(fd)
 
 
 def _keep_in_reach(stack: Stack, node: Node, stat: os.stat_result) -> None:
@@ -225,17 +324,15 @@ def _keep_in_reach(stack: Stack, node: Node, stat: os.stat_result) -> None:
 
 
 def rmdir(stack: Stack, node: Node, parent: Node, name: bytes) -> None:
-    """Remove a directory. Raises ENOTEMPTY if the merged view of it has an entry."""
+    """Remove a directory. Precondition: the merged view of it has no entry."""
     work = stack.workdir
-    if names(stack, node.directory):
-        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     copy_up(stack, parent)
     orphans.anchor(stack, node, locate(stack, node))
     target = _upper_name(stack, parent, name)
     path = parent.child_path(name)
     if not node.upper:
         work.make_whiteout(target)
-    elif covered(stack, parent.directory, name):
+    elif covered(stack, seen_by(stack, parent), name):
         with work.preparing() as whiteout:
             work.make_whiteout(whiteout)
             syscalls.rename(whiteout, target, syscalls.RENAME_EXCHANGE)
@@ -256,19 +353,10 @@ def _remove_empty(work: Workdir, target: At) -> None:
             syscalls.rename(target, aside)
 
 
-class Place(NamedTuple):
-    """One end of a rename: a name, and the node that has it, if any."""
-
-    parent: Node
-    name: bytes
-    node: Node | None
-    presence: Presence
-
-
 def rename(stack: Stack, old: Place, new: Place) -> None:
-    """Move `old.node` to `new`, replacing a file or an empty directory there.
+    """Move `old.node` to `new`, replacing a file, or a directory, which must be empty, there.
 
-    Raises OSError: ENOTEMPTY, EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects
+    Raises OSError: EISDIR, ENOTDIR; EXDEV for a directory of a lower where redirects
     cannot be written, upon which mv(1) copies.
     """
     work = stack.workdir
@@ -277,7 +365,7 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     if new.node is node:  # two names of one file: nothing to do (rename(2))
         return
     if new.node is not None:
-        _check_replaceable(stack, node, new.node)
+        check_replaceable(node, new.node)
     _bring_up(stack, old)
     copy_up(stack, new.parent)
     if new.node is not None:
@@ -343,13 +431,11 @@ def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes, stat: os.s
         copy_up_name(stack, node, parent, name)
 
 
-def _check_replaceable(stack: Stack, node: Node, replaced: Node) -> None:
+def check_replaceable(node: Node, replaced: Node) -> None:
     if replaced.is_directory and not node.is_directory:
         raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
     if node.is_directory and not replaced.is_directory:
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if replaced.is_directory and names(stack, replaced.directory):
-        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
 
 
 def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
@@ -397,7 +483,7 @@ def _hides_lower(stack: Stack, place: Place) -> bool:
     if place.presence is Presence.LOWER:
         return True
     return place.presence is not Presence.ABSENT and covered(
-        stack, place.parent.directory, place.name
+        stack, seen_by(stack, place.parent), place.name
     )
 
 
@@ -426,7 +512,10 @@ def _path_below(stack: Stack, node: Node) -> bytes:
     """
     path = b""
     while not node.is_root and not path.startswith(b"/"):
-        name = syscalls.getxattr(locate(stack, node), stack.xattrs.redirect) or _own_name(node)
+        moved = not is_way(stack, node) and syscalls.getxattr(
+            locate(stack, node), stack.xattrs.redirect
+        )
+        name = moved or _own_name(node)
         path = join(name, path) if path else name
         node = node.parent
     return path if path.startswith(b"/") else b"/" + path

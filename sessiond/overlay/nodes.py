@@ -26,6 +26,10 @@ from sessiond.overlay.lookup import Directory, Entry, Identity, Lower, Presence,
 from sessiond.overlay.syscalls import At
 
 ROOT_NUMBER = 1
+KEPT_DEVICE = 1 << 63
+"""Set in the device of an identity: of an object among what is kept. So an inode of the image that
+is seen there is never taken for itself elsewhere; the two are changed apart from each other.
+"""
 _INODE_BITS = 48
 _FILE_SYSTEM_BITS = 8
 _VERSIONS = 1 << 7
@@ -47,6 +51,8 @@ MOVING_FACT = 6
 """Where a file was that moves from one upper to the next; see `writers`."""
 PENDING_FACT = 7
 """Where a file is that is written in storage that was left; see `pending`."""
+KEEP_FACT = 16
+"""Of the mount: by which rules it is kept, as who serves it writes it."""
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
 _IDENTITY = struct.Struct("=QQ")
 _DEVICE = struct.Struct("=Q")
@@ -58,7 +64,8 @@ class Node:
     `links` are its known names, each with whether that name is in the upper; a directory has one,
     the root and an unlinked node have none. An unlinked open file is reached by `anchor`, a
     descriptor that was opened before the last name went away; one without is stale. All but
-    `number` and `kind` is valid only while `generation` is the overlay's.
+    `number` and `kind` is valid only while `generation` is the overlay's. `lasting`: it is among
+    what is kept; see `keep`. "Upper" means that of its own layers.
     """
 
     __slots__ = (
@@ -79,6 +86,7 @@ class Node:
         "kept_name",
         "kept_number",
         "kind",
+        "lasting",
         "links",
         "lowers",
         "marked",
@@ -130,6 +138,7 @@ class Node:
         self.metacopy = entry.metacopy
         self.marked = entry.marked
         self.identity = entry.identity
+        self.lasting = bool(entry.identity[0] & KEPT_DEVICE)
         self.real = (entry.stat.st_dev, entry.stat.st_ino)
         self.impure = False
         self.generation = generation

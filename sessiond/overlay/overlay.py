@@ -9,18 +9,23 @@ import errno
 import logging
 import os
 import stat as modes
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
+from sessiond.keep_rules import KeepRules
 from sessiond.overlay import directory, lookup, orphans, pending, syscalls
 from sessiond.overlay.copy_up import CopyUp, copy_up, link_count, locate
 from sessiond.overlay.directory import NewObject, Place
 from sessiond.overlay.fastpath import FastPath, Inherited
+from sessiond.overlay.keep import Keep, seen_by
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.lookup import Entry, Identity, Lower, Presence
+from sessiond.overlay.lookup import Entry, Identity, Lower, Presence, join
 from sessiond.overlay.nodes import (
     EXCHANGE_FACT,
     IDENTITY_FACT,
+    KEPT_DEVICE,
     MOVING_FACT,
     ORPHAN_FACT,
     PENDING_FACT,
@@ -35,6 +40,7 @@ from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.tally import Touched
 from sessiond.overlay.writers import MovingFile, put_back, settle, with_contents_of
+from sessiond.overlay.xattrs import copy_attributes
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +49,8 @@ _STALE = -1
 """Generation of a node that has to be found anew, though the layers are the same. No directory has
 it for longer than a call.
 """
+_CARRY_LIMIT = 16 << 20
+"""Bytes of a file that a rename may copy from one set of layers to another, while all wait."""
 
 
 def _error(code: int) -> OSError:
@@ -56,7 +64,7 @@ class Outdated(NamedTuple):
     """Found or missing: number of the directory, and name in it."""
     directories: list[int]
     """Numbers; their attributes and listings."""
-    inexact: tuple[bytes, ...]
+    inexact: tuple[bytes, ...] = ()
     """Paths of files in the layer that was frozen that are of another moment than the rest of it:
     they were written to while they were copied.
     """
@@ -74,13 +82,19 @@ class Overlay:
         stack: Stack,
         fast_path: FastPath | None = None,
         inherited: Sequence[Inherited] = (),
+        keep: Keep | None = None,
     ) -> None:
-        """Take over `stack`. `inherited`: see `take_over`, which has to be called next then."""
+        """Take over `stack` and `keep`. `inherited`: see `take_over`, which has to be called next
+        then. Last of all, `find_ways` has to be.
+        """
         self.stack = stack
+        self.keep = keep
         self._fast_path = fast_path or FastPath()
         self.nodes = NodeTable(self._fast_path, inherited)
         for layer in reversed(stack.layers):
             self.nodes.numbering(layer.device)  # so that numbers are the same at each mount
+        for layer in reversed(keep.stack.layers if keep is not None else ()):
+            self.nodes.numbering(layer.device | KEPT_DEVICE)
         self._generation = 0
         self.touched = Touched()
         self._open_here: set[Node] = set()
@@ -103,6 +117,77 @@ class Overlay:
         for node in self.nodes.all():
             self.nodes.remove(node)
         self.stack.close()
+        if self.keep is not None:
+            self.keep.close()
+
+    # What belongs to which layers
+
+    def _stack(self, node: Node) -> Stack:
+        """Return the layers that a node belongs to."""
+        if node.lasting:
+            assert self.keep is not None
+            return self.keep.stack
+        return self.stack
+
+    def _locate(self, node: Node) -> At:
+        """Return where the node's topmost object is. Raises ESTALE."""
+        return locate(self._stack(node), node)
+
+    def _stack_of(self, parent: Node, name: bytes) -> Stack:
+        """Return the layers that a name belongs to. Raises ENOENT if `parent` has been removed."""
+        self._live(parent)
+        keep = self.keep
+        if keep is not None and (
+            parent.lasting or (keep.rules.rules and keep.rules.keep(parent.child_path(name)))
+        ):
+            return keep.stack
+        return self.stack
+
+    def _leads(self, path: bytes) -> bool:
+        """Say whether something below a directory, which is not kept, may be."""
+        return self.keep is not None and self.keep.rules.lead(path)
+
+    def _own(self, stack: Stack, entry: Entry) -> Entry:
+        """Return `entry`, found in `stack`, as that of a node that belongs to it."""
+        if stack is self.stack:
+            return entry
+        device, inode = entry.identity
+        return entry._replace(identity=(device | KEPT_DEVICE, inode))
+
+    def _made(self, stack: Stack, stat: os.stat_result) -> Entry:
+        """Return the entry of an object that has just been made in the upper of `stack`."""
+        return self._own(stack, Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino)))
+
+    def _touch(self, stack: Stack, parent: Node) -> None:
+        """After a change to what `stack` has in a directory: that is its own change, too."""
+        if stack is not self.stack and not parent.lasting:
+            self.touched.node(parent)
+            with suppress(OSError):  # its own layers may be full
+                copy_up(self.stack, parent)
+                now = time.time_ns()
+                at = locate(self.stack, parent)
+                syscalls.utime(at, syscalls.stat(at).st_atime_ns, now)
+
+    def find_ways(self) -> None:
+        """Make the directories above what is kept, where the session's layers lack them."""
+        for path in self.keep.lost_ways() if self.keep is not None else ():
+            try:
+                self._find_way(path)
+            except OSError as error:
+                log.warning(
+                    "what is kept below /%s cannot be reached: %s", os.fsdecode(path), error
+                )
+
+    def _find_way(self, path: bytes) -> None:
+        assert self.keep is not None
+        parent, name = self.find_parent(path), path.rpartition(b"/")[2]
+        if not self._lookup(parent, name).positive:
+            way = self.keep.stack.writable.at(path)
+            stat = syscalls.stat(way)
+            made, _ = self.create(parent, name, NewObject(stat.st_mode, stat.st_uid, stat.st_gid))
+            copy_attributes(way, locate(self.stack, made), stat, self.stack.xattrs)
+            parent = made
+        self._collect(parent)
 
     # Nodes
 
@@ -194,13 +279,23 @@ class Overlay:
                 self._setting[left.number] = left.facts[SETTING_FACT]
             if left.number > ROOT_NUMBER and self.nodes.get(left.number) is None:
                 self._inherit(left)
-        for kept_in in (self.stack.orphans, self.stack.former):
-            if kept_in is not None:
-                names = (
-                    name for node in self.nodes.all() for name in (node.orphan, node.kept_name)
-                )
-                kept_in.remove_others([name for name in names if name is not None])
+        self.remove_orphans()
         self._moving = False
+
+    def remove_orphans(self) -> None:
+        """Give up files without a name that nobody holds."""
+        nodes = self.nodes.all()
+        named = [name for node in nodes for name in (node.orphan, node.kept_name)]
+        held = [name for name in named if name is not None]
+        for stack in self.stacks:
+            for orphans_there in (stack.orphans, stack.former):
+                if orphans_there is not None:
+                    orphans_there.remove_others(held)
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """All layers, in sets that are independent of each other; the session's first."""
+        return [self.stack] if self.keep is None else [self.stack, self.keep.stack]
 
     def _put_back(self, left: Inherited) -> None:
         try:
@@ -226,12 +321,19 @@ class Overlay:
 
     def _inherit(self, left: Inherited) -> None:
         fact = left.facts.get(PENDING_FACT)
-        copies = Copies(fact) if fact and self.stack.former is not None else None
+        may_be_left = self.stack.former is not None or self.keep is not None
+        copies = Copies(fact) if fact and may_be_left else None
         if copies is not None:
-            copies.unite(self.stack)
+            for stack in self.stacks:
+                copies.unite(stack)
         self._inherit_place(left, copies)
         node = self.nodes.get(left.number)
-        if node is not None and not node.gone and copies is not None:
+        if (
+            node is not None
+            and not node.gone
+            and copies is not None
+            and (node.lasting or self.stack.former is not None)
+        ):
             if pending.find(self.stack, node, left.number):
                 self._kept.add(node)
                 if node.linked:
@@ -250,7 +352,7 @@ class Overlay:
             if self._claim_at(*place, identity, copies) is not None:
                 return
         fact = left.facts.get(ORPHAN_FACT)
-        found = orphans.find(self.stack, fact) if fact else None
+        found = self._find_orphan(fact) if fact else None
         if found is not None and (node := self.nodes.by_orphan(found.orphan)) is not None:
             syscalls.close(found.anchor)
             self.nodes.alias(node, left.number)
@@ -263,19 +365,31 @@ class Overlay:
             node.anchor, node.orphan, node.gone = found.anchor, found.orphan, found.gone
         self._collect(node)  # the kernel may have it open and have forgotten it
 
+    def _find_orphan(self, fact: bytes) -> orphans.Found | None:
+        for stack in self.stacks:
+            if (found := orphans.find(stack, fact)) is not None:
+                return found._replace(entry=self._own(stack, found.entry))
+        return None
+
     def serve(self, node: Node) -> bool:
         """Let the fast path answer for names in a directory; return whether it has begun to."""
         if not node.linked or self.stack.data or self._fast_path.is_served(node.number):
             return False
+        if not node.lasting and self._leads(node.path):
+            return False  # some names in it, or below, belong to other layers
+        stack = self._stack(node)
         parts = [lower.layer.directory(lower.path) for lower in node.lowers]
         if node.upper:
-            parts.insert(0, self.stack.writable.directory(node.path))
-        bottom = self.stack.lowers[-1]
+            parts.insert(0, stack.writable.directory(node.path))
+        bottom = stack.lowers[-1]
         has_bottom = bool(node.lowers) and node.lowers[-1].layer is bottom
-        numbering = self.nodes.numbering(syscalls.stat(At(parts[-1], b"")).st_dev)
+        numbering = self._numbering(node, syscalls.stat(At(parts[-1], b"")).st_dev)
         if has_bottom and (bottom.may_hold_marks or numbering is None):
             return False
         return self._fast_path.serve(node.number, tuple(parts), has_bottom, numbering or 0)
+
+    def _numbering(self, node: Node, device: int) -> int | None:
+        return self.nodes.numbering(device | (KEPT_DEVICE if node.lasting else 0))
 
     def forget(self, number: int, count: int) -> None:
         """Give back `count` references that `refer` has taken. An unknown number is ignored."""
@@ -298,6 +412,8 @@ class Overlay:
             or node.is_root
             or node.kept >= 0
         ):
+            if self.nodes.get(node.number) is not node:
+                return  # dropped already: of two directories with names of it, one is in the other
             self.touched.leave(node)
             parents = list(node.links)
             for parent, name in parents:
@@ -364,7 +480,7 @@ class Overlay:
             elif node.is_directory and self.stack.work is not None:
                 node.anchor = self.stack.work.removed_directory()
         if node.anchor >= 0:
-            orphans.record(self.stack, node, At(node.anchor, b""), gone=True)
+            orphans.record(self._stack(node), node, At(node.anchor, b""), gone=True)
         for link in list(node.links):
             node.drop_link(*link)
         node.index = None
@@ -378,7 +494,8 @@ class Overlay:
         return directory_node
 
     def _lookup(self, parent: Node, name: bytes) -> Entry:
-        return lookup.lookup(self.stack, self._live(parent).directory, name)
+        stack = self._stack_of(parent, name)
+        return self._own(stack, lookup.lookup(stack, seen_by(stack, parent), name))
 
     def lookup(self, parent: Node, name: bytes) -> tuple[Node, os.stat_result]:
         """Return the node of that name and its stat(2). Raises ENOENT, ENAMETOOLONG."""
@@ -423,6 +540,9 @@ class Overlay:
         if node is not None and self._is_same(node, entry, parent, name):
             return node
         known = parent.children.get(name)
+        if known is not None and known.generation != self._generation:
+            self._refresh(known)  # a directory goes on by its name
+            known = parent.children.get(name)
         return known if known is not None and self._is_same(known, entry, parent, name) else None
 
     def _is_same(self, node: Node, entry: Entry, parent: Node, name: bytes) -> bool:
@@ -437,7 +557,8 @@ class Overlay:
         if node.is_directory:
             return False
         # Names of one lower file are names of one node only if copy-up will keep them together.
-        return node.upper or lookup.origin_of(self.stack, entry.lowers[0]) is not None
+        stack = self._stack(node)
+        return node.upper or lookup.origin_of(stack, entry.lowers[0]) is not None
 
     def _place(self, parent: Node, name: bytes) -> Place:
         """Look a name up for a change to it."""
@@ -462,28 +583,28 @@ class Overlay:
         """Return the stat(2) of the topmost object; see also `link_count`."""
         if node.remains is not None and not node.linked:
             return node.remains
-        stat = syscalls.stat(locate(self.stack, node))
+        stat = syscalls.stat(self._locate(node))
         if node.kept >= 0:
             return with_contents_of(stat, syscalls.stat(At(node.kept, b"")))
         return stat
 
     def link_count(self, node: Node, stat: os.stat_result) -> int:
         """Return the node's ``st_nlink``, given its stat(2)."""
-        return link_count(self.stack, node, stat)
+        return link_count(self._stack(node), node, stat)
 
     def readlink(self, node: Node) -> bytes:
-        return syscalls.readlink(locate(self.stack, node))
+        return syscalls.readlink(self._locate(node))
 
     def open_bottom(self, node: Node) -> tuple[int, int]:
         """Open the bottom layer's part of a directory, to list it; return the descriptor, and what
         is added to inode numbers there to make the numbers of nodes. Raises ENOENT.
         """
-        bottom = self.stack.lowers[-1]
+        bottom = self._stack(node).lowers[-1]
         if not node.lowers or node.lowers[-1].layer is not bottom:
             raise _error(errno.ENOENT)
         return (
             syscalls.open_readable(bottom.directory(node.lowers[-1].path)),
-            self.nodes.numbering(bottom.device) or 0,
+            self._numbering(node, bottom.device) or 0,
         )
 
     def statvfs(self) -> os.statvfs_result:
@@ -493,7 +614,7 @@ class Overlay:
     def resize(self, node: Node, size: int, *, by_name: bool = False) -> None:
         """Set the size of a regular file, in bytes; see `syscalls.truncate`."""
         self.touched.node(node)
-        copy_up(self.stack, node, size)
+        copy_up(self._stack(node), node, size)
         if node.kept >= 0:
             fd = syscalls.open_file(At(node.kept, b""), os.O_WRONLY)
             syscalls.truncate(fd, size)
@@ -501,7 +622,7 @@ class Overlay:
         if node.fd_writable:
             syscalls.truncate(node.fd, size, by_name=by_name)
             return
-        fd = syscalls.open_file(locate(self.stack, node), os.O_WRONLY)
+        fd = syscalls.open_file(self._locate(node), os.O_WRONLY)
         try:
             syscalls.truncate(fd, size, by_name=by_name)
         finally:
@@ -509,20 +630,22 @@ class Overlay:
 
     def chmod(self, node: Node, mode: int) -> None:
         self.touched.node(node)
-        copy_up(self.stack, node)
-        syscalls.chmod(locate(self.stack, node), modes.S_IMODE(mode))
+        copy_up(self._stack(node), node)
+        syscalls.chmod(self._locate(node), modes.S_IMODE(mode))
+        self._refresh_way(node)
 
     def chown(self, node: Node, uid: int, gid: int) -> None:
         """Set the owner; -1 leaves a part as it is."""
         self.touched.node(node)
-        copy_up(self.stack, node)
-        syscalls.chown(locate(self.stack, node), uid, gid)
+        copy_up(self._stack(node), node)
+        syscalls.chown(self._locate(node), uid, gid)
+        self._refresh_way(node)
 
     def utime(self, node: Node, atime: int | None, mtime: int | None) -> None:
         """Set times, in nanoseconds; None leaves one as it is."""
         self.touched.node(node)
-        copy_up(self.stack, node)
-        at = locate(self.stack, node)
+        copy_up(self._stack(node), node)
+        at = self._locate(node)
         if atime is None or mtime is None:
             stat = self.stat(node)
             atime = stat.st_atime_ns if atime is None else atime
@@ -533,37 +656,50 @@ class Overlay:
 
     def getxattr(self, node: Node, name: bytes) -> bytes:
         """Raises ENODATA, also where the layer's file system has no xattrs."""
-        value = syscalls.getxattr(locate(self.stack, node), self.stack.xattrs.stored(name))
+        value = syscalls.getxattr(self._locate(node), self.stack.xattrs.stored(name))
         if value is None:
             raise _error(errno.ENODATA)
         return value
 
     def listxattr(self, node: Node) -> list[bytes]:
-        return self.stack.xattrs.shown(syscalls.listxattr(locate(self.stack, node)))
+        return self.stack.xattrs.shown(syscalls.listxattr(self._locate(node)))
 
     def setxattr(self, node: Node, name: bytes, value: bytes) -> None:
         self.touched.node(node)
-        copy_up(self.stack, node)
+        copy_up(self._stack(node), node)
         self._fast_path.note(node.number, SETTING_FACT, name)
         try:
-            syscalls.setxattr(locate(self.stack, node), self.stack.xattrs.stored(name), value)
+            syscalls.setxattr(self._locate(node), self.stack.xattrs.stored(name), value)
         finally:
             self._fast_path.note(node.number, SETTING_FACT, b"")
+        self._refresh_way(node)
+
+    def _refresh_way(self, node: Node) -> None:
+        if node.is_directory and node.links and not node.lasting and self._leads(node.path):
+            assert self.keep is not None
+            self.keep.ways.refresh(node)
 
     def removexattr(self, node: Node, name: bytes) -> None:
         """Raises ENODATA."""
         stored = self.stack.xattrs.stored(name)
-        if not node.upper and syscalls.getxattr(locate(self.stack, node), stored) is None:
+        if not node.upper and syscalls.getxattr(self._locate(node), stored) is None:
             raise _error(errno.ENODATA)
         self.touched.node(node)
-        copy_up(self.stack, node)
-        syscalls.removexattr(locate(self.stack, node), stored)
+        copy_up(self._stack(node), node)
+        syscalls.removexattr(self._locate(node), stored)
 
     # Directories
 
     def names(self, node: Node) -> list[bytes]:
         """List a directory, without ``.`` and ``..``. A removed one is empty."""
-        return lookup.names(self.stack, node.directory) if node.linked else []
+        if not node.linked:
+            return []
+        listed = lookup.names(self._stack(node), node.directory)
+        if self.keep is None or node.lasting or not self._leads(node.path):
+            return listed
+        path, rules = node.path, self.keep.rules
+        others = [name for name in listed if not rules.keep(join(path, name))]
+        return others + self.keep.names(path)
 
     def create(self, parent: Node, name: bytes, new: NewObject) -> tuple[Node, os.stat_result]:
         """Create any object. Raises EEXIST, EPERM for a whiteout (ovl_create_object)."""
@@ -596,38 +732,45 @@ class Overlay:
         entry = self._lookup(parent, name)
         if entry.positive:
             raise _error(errno.EEXIST)
+        stack = self._stack_of(parent, name)
         self.touched.name(parent, name)
-        fd = directory.create(self.stack, parent, name, entry.presence, new)
-        made = fd if fd >= 0 else At(self.stack.writable.directory(parent.path), name)
+        fd = directory.create(stack, parent, name, entry.presence, new)
+        self._touch(stack, parent)
+        made = fd if fd >= 0 else At(stack.writable.directory(parent.path), name)
         stat = syscalls.stat(made)
-        entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
-        node = self._adopt(parent, name, entry)
+        node = self._adopt(parent, name, self._made(stack, stat))
         if fd >= 0:
             self.touched.written(node)
         return node, stat, fd
 
     def create_anonymous(self, parent: Node, new: NewObject) -> tuple[Node, os.stat_result, int]:
         """Create a regular file without a name (O_TMPFILE); return a descriptor of it, too."""
-        fd = directory.create_anonymous(self.stack, self._live(parent), new)
+        stack = self._stack(parent)
+        fd = directory.create_anonymous(stack, self._live(parent), new)
         stat = syscalls.stat(At(fd, b""))
-        entry = Entry(Presence.UPPER, stat, (stat.st_dev, stat.st_ino))
-        node = self.nodes.add(entry, self._generation)
+        node = self.nodes.add(self._made(stack, stat), self._generation)
         node.anchor = syscalls.duplicate(fd)
-        orphans.record(self.stack, node, At(fd, b""))
+        orphans.record(stack, node, At(fd, b""))
         self.touched.written(node)
         return node, self.stat(node), fd
 
     def link(self, node: Node, parent: Node, name: bytes) -> os.stat_result:
-        """Give `node` another name. Raises EEXIST, EPERM for a directory."""
+        """Give `node` another name. Raises EEXIST, EPERM for a directory, EXDEV if only one of both
+        is kept.
+        """
         if node.is_directory:
             raise _error(errno.EPERM)
         entry = self._lookup(parent, name)
         if entry.positive:
             raise _error(errno.EEXIST)
+        stack = self._stack_of(parent, name)
+        if stack is not self._stack(node):
+            raise _error(errno.EXDEV)
         self.touched.node(node)
         self.touched.name(parent, name)
         self.touched.written(node)
-        directory.link(self.stack, node, parent, name, entry.presence)
+        directory.link(stack, node, parent, name, entry.presence)
+        self._touch(stack, parent)
         return self.stat(node)
 
     def unlink(self, parent: Node, name: bytes) -> None:
@@ -635,37 +778,92 @@ class Overlay:
         if node.is_directory:
             raise _error(errno.EISDIR)
         self.touched.node(node)
-        directory.unlink(self.stack, node, parent, name)
+        stack = self._stack(node)
+        directory.unlink(stack, node, parent, name)
+        self._touch(stack, parent)
         self._after_removal(node)
 
     def rmdir(self, parent: Node, name: bytes) -> None:
         _, node = self._existing(parent, name)
         if not node.is_directory:
             raise _error(errno.ENOTDIR)
+        self._require_empty(node)
         self.touched.name(parent, name, whole=True)
-        directory.rmdir(self.stack, node, parent, name)
+        stack, path = self._stack(node), node.path
+        directory.rmdir(stack, node, parent, name)
+        if not node.lasting and self._leads(path):
+            assert self.keep is not None
+            self.keep.ways.remove(path)
+        self._touch(stack, parent)
         self._after_removal(node)
 
+    def _require_empty(self, node: Node) -> None:
+        if self.names(node):
+            raise _error(errno.ENOTEMPTY)
+
     def rename(self, old: tuple[Node, bytes], new: tuple[Node, bytes], flags: int = 0) -> None:
-        """Rename; `flags` as for renameat2(2): RENAME_NOREPLACE or RENAME_EXCHANGE, else EINVAL."""
+        """Rename; `flags` as for renameat2(2): RENAME_NOREPLACE or RENAME_EXCHANGE, else EINVAL.
+
+        Raises EXDEV, upon which mv(1) copies, where a directory would come to belong to other
+        layers, or something below it might; see also `directory.carry`.
+        """
         if flags not in {0, syscalls.RENAME_NOREPLACE, syscalls.RENAME_EXCHANGE}:
             raise _error(errno.EINVAL)
-        source, _ = self._existing(*old)
+        source, node = self._existing(*old)
         target = self._place(*new)
+        if flags == syscalls.RENAME_EXCHANGE and target.node is None:
+            raise _error(errno.ENOENT)
+        if flags == syscalls.RENAME_NOREPLACE and target.node is not None:
+            raise _error(errno.EEXIST)
+        stacks = self._stack_of(*old), self._stack_of(*new)
+        self._require_movable(source, target, stacks, flags)
         for place in (source, target):
             if place.node is not None:
                 self.touched.node(place.node)
             self.touched.name(place.parent, place.name, whole=True)
         if flags == syscalls.RENAME_EXCHANGE:
-            if target.node is None:
-                raise _error(errno.ENOENT)
-            directory.exchange(self.stack, source, target)
+            directory.exchange(stacks[0], source, target)
+        else:
+            self._rename(source, node, target, stacks)
+        for stack, (parent, _) in zip(stacks, (old, new), strict=True):
+            self._touch(stack, parent)
+
+    def _require_movable(
+        self, source: Place, target: Place, stacks: tuple[Stack, Stack], flags: int
+    ) -> None:
+        if self.keep is None:
             return
-        if flags == syscalls.RENAME_NOREPLACE and target.node is not None:
-            raise _error(errno.EEXIST)
-        directory.rename(self.stack, source, target)
-        if target.node is not None and target.node is not source.node:
+        nodes = [node for node in (source.node, target.node) if node is not None]
+        directories = any(node.is_directory for node in nodes)
+        if stacks[0] is not stacks[1]:
+            if directories or flags == syscalls.RENAME_EXCHANGE:
+                raise _error(errno.EXDEV)
+        elif directories and stacks[0] is self.stack:
+            places = (source, target)
+            if any(self._leads(place.parent.child_path(place.name)) for place in places):
+                raise _error(errno.EXDEV)
+
+    def _rename(
+        self, source: Place, node: Node, target: Place, stacks: tuple[Stack, Stack]
+    ) -> None:
+        if target.node is not None and target.node is not node:
+            directory.check_replaceable(node, target.node)
+            if target.node.is_directory:
+                self._require_empty(target.node)
+        if stacks[0] is stacks[1]:
+            directory.rename(stacks[0], source, target)
+        else:
+            self._carry(source, node, target, stacks)
+        if target.node is not None and target.node is not node:
             self._after_removal(target.node)
+
+    def _carry(self, source: Place, node: Node, target: Place, stacks: tuple[Stack, Stack]) -> None:
+        stat = directory.carry(stacks[0], source, stacks[1], target, _CARRY_LIMIT)
+        self._fast_path.withdraw(node.number)
+        self.nodes.rebind(node, self._made(stacks[1], stat), self._generation)
+        node.add_link(target.parent, target.name, in_upper=True)
+        if node.fd >= 0:
+            self._open_data(node, write=False)
 
     def _after_removal(self, node: Node) -> None:
         if not node.linked:
@@ -688,7 +886,7 @@ class Overlay:
         Precondition: `needs_copy_up`.
         """
         self.touched.node(node)
-        return CopyUp(self.stack, node)
+        return CopyUp(self._stack(node), node)
 
     def make_writable(self, node: Node, size: int | None = None) -> None:
         """Copy a regular file up; only the first `size` bytes of it, if the rest is to be cut off.
@@ -696,7 +894,7 @@ class Overlay:
         Raises EROFS, ENOSPC.
         """
         self.touched.node(node)
-        copy_up(self.stack, node, size)
+        copy_up(self._stack(node), node, size)
 
     def drop_privileges(self, node: Node) -> None:
         """Clear set-user-ID and set-group-ID, as before a write (setattr_should_drop_suidgid)."""
@@ -715,18 +913,18 @@ class Overlay:
         elif node.metacopy:
             at = node.data_lower().at()
         else:
-            at = locate(self.stack, node)
+            at = self._locate(node)
         return syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
 
     def open_storage(self, node: Node) -> int:
         """Return a new descriptor of where the contents are, or will be, in the upper."""
-        return syscalls.open_file(locate(self.stack, node), os.O_RDONLY)
+        return syscalls.open_file(self._locate(node), os.O_RDONLY)
 
     def open_file(self, node: Node, *, write: bool, truncate: bool = False) -> None:
         """Open the contents of a regular file, until `release_file`; opens are counted."""
         if write or truncate:
             self.touched.node(node)
-            copy_up(self.stack, node, 0 if truncate else None)
+            copy_up(self._stack(node), node, 0 if truncate else None)
         if node.fd < 0:
             self._open_data(node, write=write)
         node.opens += 1
@@ -764,7 +962,7 @@ class Overlay:
         """
         self.touched.written(node)
         if not node.fd_writable:
-            copy_up(self.stack, node)
+            copy_up(self._stack(node), node)
             self._open_data(node, write=True)
         return syscalls.write(node.fd, data, offset)
 
@@ -772,7 +970,9 @@ class Overlay:
         """Write an open file, or a directory, back to disk."""
         if node.is_directory:
             if node.upper and node.linked:
-                syscalls.fsync_directory(self.stack.writable.directory(node.path))
+                syscalls.fsync_directory(self._stack(node).writable.directory(node.path))
+            if self.keep is not None and node.linked and not node.lasting:
+                self.keep.ways.sync(node.path)
         elif node.fd_upper:
             syscalls.fsync(node.fd, data_only=data_only)
 
@@ -803,8 +1003,8 @@ class Overlay:
         Precondition: it is `pending`, and nothing large is left to copy up.
         """
         self.touched.node(node)
-        copy_up(self.stack, node)
-        return Renewal(self.stack, node)
+        copy_up(self._stack(node), node)
+        return Renewal(self._stack(node), node)
 
     def end_renewal(self, renewal: Renewal, node: Node) -> None:
         """Let what was copied be the file. Precondition: it has a name, and the layers are those
@@ -875,18 +1075,7 @@ class Overlay:
         if moved:
             self._keep_writers(opened)
         self._exchange(stack)
-        directories = self._fast_path.begin_generation()
-        # Now: what was answered until then is among them, and nothing has found its new place.
-        names = self._fast_path.names()
-        for node in self.nodes.all():
-            names += [(parent.number, name) for parent, name in node.links]
-        self._refresh(self.root)
-        self._moving = True
-        try:
-            for node in opened if moved else [file.node for file in moving]:
-                self.node(node.number)
-        finally:
-            self._moving = False
+        outdated = self._begin_generation(opened if moved else [file.node for file in moving])
         if moved:
             self._note_pending()
         for file in moving:
@@ -895,7 +1084,25 @@ class Overlay:
         if self._fast_path.recorded:  # a successor could not find what only the old layers have
             for node in opened:
                 self.node(node.number)
-        return Outdated(names, [*directories, *self.nodes.directories], inexact)
+        return outdated._replace(inexact=inexact)
+
+    def _begin_generation(self, moved: list[Node]) -> Outdated:
+        """Find all nodes anew from now on; those that have `moved`, by their names."""
+        self._generation += 1
+        directories = self._fast_path.begin_generation()
+        # Now: what was answered until then is among them, and nothing has found its new place.
+        names = self._fast_path.names()
+        for node in self.nodes.all():
+            names += [(parent.number, name) for parent, name in node.links]
+        self._refresh(self.root)
+        self.find_ways()
+        self._moving = True
+        try:
+            for node in moved:
+                self.node(node.number)
+        finally:
+            self._moving = False
+        return Outdated(names, [*directories, *self.nodes.directories])
 
     def lowers_changed(self, changed: Collection[Identity]) -> None:
         """Find anew what is in those layers: it is in another of them by now.
@@ -942,6 +1149,69 @@ class Overlay:
             self._fast_path.withdraw(node.number)
             self.node(node.number)
 
+    def keep_paths(self, rules: KeepRules) -> Outdated:
+        """Keep what `rules` name from now on, and nothing else.
+
+        Files that are open where it is kept from now on go on in what is kept there, if they were
+        committed, and as unlinked ones if not.
+        """
+        assert self.keep is not None
+        self.settle()
+        opened = self._opened()
+        moved = [node for node in opened if node.linked and node.lasting != rules.keep(node.path)]
+        entering = [node for node in moved if not node.lasting]
+        self._keep_writers(entering)
+        self._hold_contents(moved)
+        self.keep.change(rules)
+        outdated = self._begin_generation(entering)
+        self._note_pending()
+        return outdated
+
+    def take_hidden(self, path: bytes) -> At | None:
+        """Take what the session's upper has at `path`, which is kept now, out of the way: nobody
+        sees it. Return where it is, for the caller to remove; None if there is nothing.
+        """
+        upper = self.stack.writable
+        if self._kept:
+            return None  # the contents of files that are still open may be there
+        try:
+            at = upper.at(path)
+            if syscalls.stat_or_none(at) is None:
+                return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        self.touched.path(path, whole=True)
+        aside = self.stack.workdir.temporary()
+        syscalls.rename(at, aside)
+        upper.forget_tree(path)
+        return aside
+
+    def find_parent(self, path: bytes) -> Node:
+        """Return the directory above `path`, symlinks not followed. Raises ENOENT, ENOTDIR."""
+        node = self.root
+        for component in path.split(b"/")[:-1]:
+            node, _ = self.lookup(node, component)
+            if not node.is_directory:
+                raise _error(errno.ENOTDIR)
+        return node
+
+    def make_way(self, path: bytes) -> None:
+        """Prepare for `path`, which is not kept, to be copied to what is.
+
+        Raises as above, with words for people.
+        """
+        assert self.keep is not None
+        try:
+            parent = self.find_parent(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            reason = "there is no directory of that name to find it in (symlinks do not count)"
+            raise OSError(error.errno, reason, b"/" + path) from error
+        try:
+            if not parent.lasting:
+                self.keep.ways.make(parent)
+        finally:
+            self._collect(parent)
+
     def _opened(self) -> list[Node]:
         """Return files that are, or may be, open, each found in the present layers."""
         numbers = self._fast_path.opened()
@@ -957,7 +1227,8 @@ class Overlay:
         if [one.identity for one in self.stack.layers] != [one.identity for one in stack.lowers]:
             self.touched.everything()  # and not, as at a snapshot, the same view
         old, self.stack = self.stack, stack
-        self._generation += 1
+        if self.keep is not None:
+            self.keep.ways.session = stack
         old.close()
 
     def _move_writers(
@@ -969,12 +1240,12 @@ class Overlay:
         """
         old = self.stack.upper
         if old is None or not any(old.is_same(layer) for layer in new.lowers):
-            self._hold_contents(opened)
+            self._hold_contents([node for node in opened if not node.lasting])
             return [], ()
         moving: list[MovingFile] = []
         try:
             for node in opened:
-                if node.upper and node.linked and node.writers and node.kept < 0:
+                if self._is_written(node):
                     contents = self._fast_path.duplicate(node.number)
                     moving.append(MovingFile(self.stack, new, node, contents))
         except BaseException:
@@ -986,9 +1257,15 @@ class Overlay:
             file.leave()
         return moving, inexact
 
+    def _is_written(self, node: Node) -> bool:
+        """Say whether someone may write to a file of the session's upper past the overlay."""
+        return bool(
+            node.upper and node.linked and not node.lasting and node.writers and node.kept < 0
+        )
+
     def _keep_writers(self, opened: list[Node]) -> None:
         for node in opened:
-            if node.upper and node.linked and node.writers and node.kept < 0:
+            if self._is_written(node):
                 contents = self._fast_path.duplicate(node.number)
                 if contents < 0:
                     continue  # lost when a predecessor died
@@ -1012,12 +1289,12 @@ class Overlay:
                 self._fast_path.give_up(node.kept_number)
 
     def _hold_contents(self, opened: list[Node]) -> None:
-        """Keep files of the upper, which goes away, within reach of who may have them open."""
+        """Keep files of an upper, which goes away, within reach of who may have them open."""
         held: list[Node] = []
         for node in opened:
             if node.upper and node.linked and not self._fast_path.holds(node.number):
                 try:
-                    node.anchor_to(locate(self.stack, node))
+                    node.anchor_to(self._locate(node))
                 except OSError as error:
                     if error.errno != errno.EMFILE:
                         raise

@@ -88,15 +88,12 @@ def keep(stack: Stack, node: Node, contents: int) -> None:
 
 def find(stack: Stack, node: Node, number: int) -> bool:
     """Find the file that a predecessor has kept for `node`; say whether it is there."""
-    name = stack.former.at(number) if stack.former is not None else None
-    if name is None or syscalls.stat_or_none(name) is None:
-        return False
-    node.kept, node.kept_name, node.kept_number = (
-        syscalls.open_file(name, os.O_RDONLY),
-        name,
-        number,
-    )
-    return True
+    for orphans in (stack.former, stack.orphans):  # left by Persist, or, for what is kept, a commit
+        if orphans is not None and syscalls.stat_or_none(name := orphans.at(number)) is not None:
+            node.kept = syscalls.open_file(name, os.O_RDONLY)
+            node.kept_name, node.kept_number = name, number
+            return True
+    return False
 
 
 def finish(node: Node) -> None:

@@ -16,6 +16,7 @@ from sessiond.overlay.workdir import Workdir
 from sessiond.overlay.xattrs import OverlayXattrs
 
 if TYPE_CHECKING:
+    from sessiond.overlay.keep import Ways
     from sessiond.overlay.orphans import Orphans
 
 
@@ -59,6 +60,8 @@ class Stack:
         """Where removed files are kept for a successor of this process, if there can be one."""
         self.former: Orphans | None = None
         """The same, in storage that was left, as long as something is there; see `pending`."""
+        self.ways: Ways | None = None
+        """Of the layers of what is kept: the directories above that, which belong to others."""
         self._locks = locks
         for layer in self.layers:
             root = At(layer.root, b".")
@@ -88,23 +91,40 @@ class Stack:
             if upper is None or work is None:
                 stack = cls(below, None, None, options, data=data_only, indexes=kept)
             else:
-                upper_layer = open_layer(upper, "upper directory", undo, writable=True)
-                work_layer = open_layer(work, "workdir", undo, writable=True)
-                check_pair(upper_layer, upper, work_layer, work)
-                locks = (lock_layer(upper_layer, upper, undo), lock_layer(work_layer, work, undo))
-                workdir = _open_workdir(work_layer, work)
-                _check_renames(workdir, upper)
-                stack = cls(
-                    below,
-                    upper_layer,
-                    workdir,
-                    options,
-                    data=data_only,
-                    indexes=kept,
-                    locks=locks,
-                )
-                workdir.drop_unnamed(stack.xattrs.nlink)
+                stack = cls._over(below, upper, work, options, undo, data=data_only, indexes=kept)
             undo.pop_all()
+        return stack
+
+    @classmethod
+    def open_over(cls, lower: Layer, upper: bytes, work: bytes, options: StackOptions) -> Stack:
+        """Open an upper over a layer of another stack, which keeps its own. Raises as `open`."""
+        with ExitStack() as undo:
+            below = lower.copy()
+            undo.callback(below.close)
+            stack = cls._over((below,), upper, work, options, undo)
+            undo.pop_all()
+        return stack
+
+    @classmethod
+    def _over(
+        cls,
+        below: tuple[Layer, ...],
+        upper: bytes,
+        work: bytes,
+        options: StackOptions,
+        undo: ExitStack,
+        *,
+        data: tuple[Layer, ...] = (),
+        indexes: tuple[Layer, ...] = (),
+    ) -> Stack:
+        upper_layer = open_layer(upper, "upper directory", undo, writable=True)
+        work_layer = open_layer(work, "workdir", undo, writable=True)
+        check_pair(upper_layer, upper, work_layer, work)
+        locks = (lock_layer(upper_layer, upper, undo), lock_layer(work_layer, work, undo))
+        workdir = _open_workdir(work_layer, work)
+        _check_renames(workdir, upper)
+        stack = cls(below, upper_layer, workdir, options, data=data, indexes=indexes, locks=locks)
+        workdir.drop_unnamed(stack.xattrs.nlink)
         return stack
 
     @property

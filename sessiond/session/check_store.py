@@ -322,8 +322,14 @@ class _StoreCheck:
             return
         async with self._image(record) as image:
             for number, below in _stacks(record):
-                if not self._check_layer(record, number, below, image):
+                lowers = [self._store.layer(record, lower) / "fs" for lower in below]
+                layer = self._store.layer(record, number)
+                if not self._check_layer(record, layer, number, lowers, image):
                     return
+            kept = self._store.kept.directory(record)
+            if record.keep is not None and kept.is_dir():
+                self._check_access(kept, _PRIVATE, session=record.id)
+                self._check_layer(record, kept, None, [], image)
 
     def _check_unreferenced(self, record: SessionRecord, layers: Path) -> None:
         known = {str(number) for number in record.all_layers}
@@ -339,13 +345,16 @@ class _StoreCheck:
     def _check_layer(
         self,
         record: SessionRecord,
-        number: LayerNumber,
-        below: tuple[LayerNumber, ...],
+        layer: Path,
+        number: LayerNumber | None,
+        below: list[Path],
         image: Path | None,
     ) -> bool:
-        """Check one layer; return whether it makes sense to check others of the session."""
-        layer = self._store.layer(record, number)
-        lowers = [os.fsencode(self._store.layer(record, lower) / "fs") for lower in below]
+        """Check one layer; return whether it makes sense to check others of the session.
+
+        That of what outlives resets has no `number`.
+        """
+        lowers = [os.fsencode(lower) for lower in below]
         target = Target(
             upper=os.fsencode(layer / "fs"),
             work=os.fsencode(layer / "work"),

@@ -191,6 +191,7 @@ class Manager:
         account = await trio.to_thread.run_sync(find_account, user)
         new_id = self._unused_id(account, session_id)
         target = self._mount_point(settings, new_id, account)
+        self._require_kept_unused(settings, account, profile)
         with self._creating(new_id, target):
             image = await self._services.images.acquire(image_source(settings))
             began = Instant.now(self._services.surroundings.clock)
@@ -258,6 +259,15 @@ class Manager:
         resolved = mount_point.resolve(Path(text))
         self._require_apart(resolved)
         return resolved
+
+    def _require_kept_unused(self, settings: Profile, account: Account, profile: str) -> None:
+        for session in self._sessions.values() if settings.keep is not None else ():
+            record = session.record
+            if (record.uid, record.profile) == (account.uid, profile) and record.keep is not None:
+                raise SessionExists(
+                    f"What is kept for {account.name} in profile {profile} is in use by session "
+                    f"{session.id}; close that."
+                )
 
     def _require_apart(self, path: Path) -> None:
         taken = {session.mount_point: session.id for session in self._sessions.values()}
@@ -415,11 +425,25 @@ class Manager:
         """
         if config.daemon != self._config.daemon:
             log.warning("Changes in [daemon] take effect when sessiond is restarted.")
-        self._config = config
+        before, self._config = self._config, config
         for session in tuple(self._sessions.values()):
+            self._services.nursery.start_soon(self._reload_keep, session, before)
             if session.state is SessionState.FAILED:
                 await self._start_again(session)
         await self._create_configured()
+
+    async def _reload_keep(self, session: Session, before: Config) -> None:
+        profile, old = (one.profile.get(session.profile) for one in (self._config, before))
+        if profile is None or profile.keep is None or session.record.keep is None:
+            return
+        if old is not None and old.keep == profile.keep:
+            return
+        try:
+            await session.set_keep(list(profile.keep), when_idle=True)
+        except SessiondError as error:
+            log.error(  # noqa: TRY400
+                "Session %s keeps by its rules of before: %s", session.id, error
+            )
 
     async def shut_down(self) -> None:
         """End all sessions: volatile ones for good, persistent ones until the next start."""
@@ -513,7 +537,9 @@ def _new_record(
         nodev=unprivileged if settings.nodev is None else settings.nodev,
         data_path=DataPath(settings.data_path),
         storage=StorageKind(settings.storage),
-        quota=_quota(settings),
+        quota=_quota(settings.quota, settings.quota_inodes),
+        keep=settings.keep,
+        keep_quota=_quota(settings.keep_quota, settings.keep_quota_inodes),
         thresholds=SpaceThresholds(
             warning=settings.space_warning, critical=settings.space_critical
         ),
@@ -543,12 +569,11 @@ def _snapshot_rules(settings: Profile) -> SnapshotRules:
     return SnapshotRules(count=rule.count, daily=rule.daily, max_bytes=most, every=every)
 
 
-def _quota(settings: Profile) -> Quota | None:
-    if settings.quota is None:
+def _quota(limit: str | None, inodes: int | None) -> Quota | None:
+    if limit is None:
         return None
-    size = ram.size_in_bytes(settings.quota)
-    inodes = ram.default_inodes(size) if settings.quota_inodes is None else settings.quota_inodes
-    return Quota(bytes=size, inodes=inodes)
+    size = ram.size_in_bytes(limit)
+    return Quota(bytes=size, inodes=ram.default_inodes(size) if inodes is None else inodes)
 
 
 def _detach_stale_views(mounts: Mounts, directory: Path, kept: Collection[SessionId]) -> None:

@@ -42,6 +42,9 @@ class MemoryMount:
         """What is served now."""
         self.inexact: tuple[str, ...] = ()
         """What the next swaps are to say."""
+        self.rules = request.keep.rules if request.keep is not None else ()
+        """What is kept now."""
+        self.committed: tuple[str, ...] = ()
         self.frozen_times = 0
         self.recovered_times = 0
         self.mounted = True
@@ -110,6 +113,18 @@ class MemoryMount:
             if point is not None:
                 _require_lowers(point)
         self.compared = span
+
+    async def keep(self, rules: tuple[str, ...]) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("keep")
+        self._require_alive()
+        self.rules = rules
+
+    async def commit(self, paths: tuple[str, ...]) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("commit")
+        self._require_alive()
+        self.committed += paths
 
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 from sessiond.config import NAME, NAME_LIMIT, TIME_OF_DAY
 from sessiond.errors import InvalidName, NoSuchSnapshot
+from sessiond.keep_rules import RULES_LIMIT, checked_rule
 from sessiond.overlay.rebase import Conflicts as Conflicts
 from sessiond.session.clock import Instant
 from sessiond.session.faults import quoted
@@ -53,6 +54,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Seconds = Annotated[float, Field(ge=0, le=SECONDS_LIMIT)]
 _Percent = Annotated[int, Field(ge=1, le=100)]
 _Path = Annotated[Path, AfterValidator(_without_nul)]
+_Rule = Annotated[str, AfterValidator(checked_rule)]
 _Moment = Annotated[AwareDatetime, Field(ge=datetime.fromtimestamp(0, UTC))]  # D-Bus has no earlier
 
 
@@ -132,6 +134,7 @@ class Operation(StrEnum):
     MAINTENANCE = "maintenance"
     EXPORT = "export"
     IMPORT = "import"
+    COMMIT = "commit"
 
 
 class Manner(BaseModel):
@@ -282,6 +285,14 @@ class SessionRecord(BaseModel):
     """What it may take on disk, now or once it is moved there; None: as much as there is."""
     thresholds: SpaceThresholds = SpaceThresholds()
     snapshot_rules: SnapshotRules = SnapshotRules()
+    keep: tuple[_Rule, ...] | None = None
+    """What outlives resets (`sessiond.keep_rules`); None: nothing ever will."""
+    keep_quota: Quota | None = None
+    """What that may take; None: as much as there is."""
+    kept_still: tuple[_Rule, ...] = ()
+    """Rules that were taken back, which hold until the next reset."""
+    commits: tuple[_Rule, ...] = ()
+    """Rules of what was committed, as far as it is known."""
     created_at: _Moment
     last_reset: _Moment | None = None
     maintenance: bool = False
@@ -313,6 +324,11 @@ class SessionRecord(BaseModel):
         if len({snapshot.name for snapshot in self.snapshots}) != len(self.snapshots):
             raise ValueError("two snapshots have the same name")
         return self
+
+    @property
+    def keep_rules(self) -> tuple[str, ...]:
+        """All rules in force."""
+        return tuple(dict.fromkeys((*(self.keep or ()), *self.kept_still, *self.commits)))
 
     @property
     def all_layers(self) -> frozenset[LayerNumber]:
@@ -355,6 +371,7 @@ class SessionRecord(BaseModel):
             update={
                 "last_reset": at.wall,
                 "began": at,
+                "kept_still": (),
                 "scheduled": None if scheduled else self.scheduled,
             }
         )
@@ -397,6 +414,13 @@ class SessionRecord(BaseModel):
         ]
         return self.with_snapshots(snapshots).model_copy(update={"layers": rest(self.layers)})
 
+    def with_keep(self, rules: tuple[str, ...]) -> Self:
+        """Other rules; what is kept by those of before is so until the next reset."""
+        gone = [rule for rule in (*(self.keep or ()), *self.kept_still) if rule not in rules]
+        return self.model_copy(
+            update={"keep": rules, "kept_still": tuple(dict.fromkeys(gone))[:RULES_LIMIT]}
+        )
+
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""
         return self.model_copy(update={"snapshots": tuple(snapshots)})
@@ -431,6 +455,8 @@ class JobRecord(BaseModel):
     """Committed layers of the merged view once it is done; None: as they are."""
     image: str = ""
     """The digest of its image then."""
+    committing: tuple[str, ...] = ()
+    """The rules that it adds, if it is a commit."""
     finished: bool = False
     error: str = ""
     """The name of the class of the error of a job that has failed; else empty."""
@@ -448,6 +474,8 @@ class JobRecord(BaseModel):
             return False  # the session would have ended with it
         if self.operation is Operation.REBASE:
             return record.rebasing or record.image != self.image
+        if self.operation is Operation.COMMIT:
+            return set(self.committing) <= set(record.commits)
         # A snapshot that was made first, so that it can be undone, has changed the upper, too.
         return record.upper != self.upper and self.layers in {None, record.layers}
 
@@ -545,6 +573,17 @@ class LargeFile(NamedTuple):
     """What has happened to it, as in the list of differences."""
     size: int
     """In bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptLayers:
+    """What outlives resets of a session: an upper of its own, and which paths belong there."""
+
+    upper: UpperDirectories
+    orphans: Path
+    """As `Stack.orphans`."""
+    rules: tuple[str, ...]
+    """See `sessiond.keep_rules`."""
 
 
 @dataclass(frozen=True, slots=True)

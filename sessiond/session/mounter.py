@@ -16,6 +16,7 @@ from sessiond.session.model import (
     WHOLE,
     ChangeSummary,
     DataPath,
+    KeptLayers,
     PendingWrites,
     SessionId,
     Span,
@@ -50,6 +51,8 @@ class MountRequest:
     """The one wanted; another is used where it cannot be had."""
     reachable: tuple[Path, ...]
     """Directories that hold the layers of `stack` and of all stacks swapped in later."""
+    keep: KeptLayers | None = None
+    """What outlives resets; None: nothing ever will."""
 
 
 class Mount(Protocol):
@@ -95,6 +98,19 @@ class Mount(Protocol):
         Each moment leaves the merged view, and that of all stacks in which the two lie on each
         other, as it was, also when it is the last. `swap` can take `top` away when it is empty; the
         upper stays the same then. Raises `NoSpace`, `Failed`: it may be tried again.
+        """
+
+    async def keep(self, rules: tuple[str, ...]) -> None:
+        """Keep what these rules name from now on; what is named no more is as the stack has it.
+
+        Files that are open under a path that is kept from now on go on there, if it was committed.
+        Precondition: `MountRequest.keep`. Raises `Failed`.
+        """
+
+    async def commit(self, paths: tuple[str, ...]) -> None:
+        """Copy what the merged view shows at `paths`, deletions included, to what is kept.
+
+        The view changes only by `keep`. Precondition: `frozen`. Raises `NoSpace`, `Failed`.
         """
 
     async def sync(self) -> None:

@@ -31,7 +31,7 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.journal import Event, event
-from sessiond.session import conflicts, mount_point, rebase
+from sessiond.session import conflicts, kept, mount_point, rebase
 from sessiond.session.attempts import Attempts
 from sessiond.session.clock import Instant
 from sessiond.session.conflicts import Program
@@ -183,6 +183,11 @@ class Session:
         return self._deletions > 0
 
     @property
+    def keep(self) -> tuple[str, ...]:
+        """The rules for what outlives resets."""
+        return self.record.keep_rules
+
+    @property
     def usage(self) -> Usage:
         """Bytes and inodes used now; of a session without a limit, those of the whole disk."""
         return self._space.usage(self.services.store.storage(self.record), self._limited_by)
@@ -265,6 +270,33 @@ class Session:
         return self._start_job(
             Operation.PERSIST, started_by, lambda job: move_to_disk(self, job, verify=verify)
         )
+
+    def commit(self, paths: list[str], *, started_by: Uid) -> Job:
+        """Save what is at `paths` now, so that it outlives resets and this session.
+
+        Raises `InvalidOption`, `NotSupported`, `Busy`, `NoSuchSession`.
+        """
+        rules = kept.committed_rules(self.record, paths)
+        return self._start_job(
+            Operation.COMMIT,
+            started_by,
+            lambda _: kept.commit(self, paths, rules),
+            committing=rules,
+        )
+
+    async def set_keep(self, rules: list[str], *, when_idle: bool = False) -> None:
+        """Have what `rules` name outlive resets; those that are gone hold until the next one.
+
+        `when_idle`: wait for an operation that runs. Raises `InvalidOption`, `NotSupported`,
+        `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        checked = kept.checked_rules(self.record, rules)
+        if when_idle:
+            await self.become_idle()
+        with self.operating("the rules for what is kept are being changed"):
+            await self.write(self.record.with_keep(checked))
+            with trio.CancelScope(shield=True):
+                await kept.use_rules(self)
 
     @property
     def pending(self) -> int:
@@ -546,7 +578,9 @@ class Session:
 
     async def _adopt_view(self) -> bool:
         """Go on with what an earlier manager has mounted, if that can be."""
-        request = self._mount_request(self.record, await self._require_image())
+        image = await self._require_image()
+        self.record = await self._prepare_kept(self.record, image)
+        request = self._mount_request(self.record, image)
         mount = await self.services.mounter.adopt(request)
         if mount is None:
             return False
@@ -755,6 +789,7 @@ class Session:
         body: Callable[[Job], Awaitable[None]],
         *,
         layers: tuple[LayerNumber, ...] | None = None,
+        committing: tuple[str, ...] = (),
     ) -> Job:
         """`layers`: see `JobRecord`."""
         self._begin(f"a {operation} is running", SessionState.BUSY)
@@ -763,7 +798,7 @@ class Session:
         self._job = self.last_job = job
         self._tell(lambda observer: observer.job_added(job))
         self._tell(lambda observer: observer.session_changed(self))
-        self._tasks.start_soon(self._run_job, job, body, layers)
+        self._tasks.start_soon(self._run_job, job, body, layers, committing)
         return job
 
     async def _run_job(
@@ -771,6 +806,7 @@ class Session:
         job: Job,
         body: Callable[[Job], Awaitable[None]],
         layers: tuple[LayerNumber, ...] | None,
+        committing: tuple[str, ...],
     ) -> None:
         begun = JobRecord(
             number=job.id,
@@ -780,6 +816,7 @@ class Session:
             upper=self.record.upper,
             layers=layers,
             image=self.record.image,
+            committing=committing,
         )
         try:
             await self._note_job(begun)
@@ -810,7 +847,10 @@ class Session:
 
     async def _reset(self, scheduled: bool) -> None:
         now = Instant.now(self.services.surroundings.clock)
+        rules_before = self.record.keep_rules
         await self.switch(self.record.reset(now, scheduled=scheduled))
+        if self.record.keep_rules != rules_before:
+            await kept.use_rules(self)
         self._tell(lambda observer: observer.reset_done(self))
 
     # Record and layers
@@ -1048,6 +1088,9 @@ class Session:
         image = await self._require_image()
         if self._limited_by is LimitedBy.QUOTA:
             await trio.to_thread.run_sync(self.services.store.enforce_quota, record)
+        record = await self._prepare_kept(record, image)
+        if self.record.keep is not None:
+            self.record = self.record.model_copy(update={"commits": record.commits})
         await trio.to_thread.run_sync(
             mount_point.prepare, record.mount_point, record.uid, self.services.mounts
         )
@@ -1060,6 +1103,17 @@ class Session:
         )
         self._own(mount)
 
+    async def _prepare_kept(self, record: SessionRecord, image: Image) -> SessionRecord:
+        """Have a place for what outlives resets; return the record with what was committed."""
+        if record.keep is None:
+            return record
+        store = self.services.store.kept
+        rules = await trio.to_thread.run_sync(store.prepare, record, image.root)
+        record, before = kept.with_committed(record, rules), record
+        if set(before.commits) - set(rules):  # a commit that a manager has died in
+            await trio.to_thread.run_sync(store.write, record)
+        return record
+
     def _mount_request(self, record: SessionRecord, image: Image) -> MountRequest:
         return MountRequest(
             session=record.id,
@@ -1069,6 +1123,7 @@ class Session:
             nodev=record.nodev,
             data_path=record.data_path,
             reachable=(*self.services.store.reachable(record), image.root),
+            keep=None if record.keep is None else self.services.store.kept.layers(record),
         )
 
     async def mount_view(self) -> None:

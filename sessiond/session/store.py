@@ -9,6 +9,7 @@
     STORAGE/spare/{fs,work}/           an empty layer, for a reset when the storage is full
     STORAGE/drafts/NAME/{fs,work}/     a layer that is being imported, and gets a number at last
     session.json.spare                 see `durable`
+    STATE/kept/                        what outlives resets, and sessions: see `kept`
     {RUNTIME,STATE}/trash/             being deleted
     {RUNTIME,STATE}/set-aside/         sessions whose record is missing or makes no sense
 
@@ -42,6 +43,7 @@ from sessiond.errors import Failed, NotSupported, SessiondError
 from sessiond.session import durable, quota
 from sessiond.session.durable import FULL
 from sessiond.session.faults import explained
+from sessiond.session.kept import KeptFiles
 from sessiond.session.model import (
     JobRecord,
     LayerNumber,
@@ -102,6 +104,8 @@ class Store:
         self._bases = {StorageKind.TMPFS: runtime, StorageKind.PERSISTENT: state}
         self._mounts = mounts
         self._spares = threading.Lock()
+        self.kept = KeptFiles(state)
+        """What outlives resets."""
 
     def prepare(self) -> None:
         """Make the directories that hold all others. Raises `Failed`, `NoSpace`.
@@ -163,7 +167,8 @@ class Store:
         disk = self._bases[StorageKind.PERSISTENT] / "sessions"
         if record.storage is StorageKind.PERSISTENT:
             disk = self.storage(record)
-        return self._volatile_storage(record.id), disk
+        kept = () if record.keep is None else (self.kept.directory(record),)
+        return self._volatile_storage(record.id), disk, *kept
 
     # Changes
 

@@ -122,6 +122,8 @@ class FakeSession:
         self.created_at = EPOCH
         self.last_reset: datetime | None = None
         self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
+        self.keep: tuple[str, ...] = ("/home/*/Documents",)
+        self.committed: list[str] = []
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
@@ -227,6 +229,14 @@ class FakeSession:
     ) -> FakeJob:
         self.imported[name] = os.read(source, 4096)
         return self._start(Operation.IMPORT, started_by)
+
+    def commit(self, paths: list[str], *, started_by: Uid) -> FakeJob:
+        self.committed += paths
+        return self._start(Operation.COMMIT, started_by)
+
+    async def set_keep(self, rules: list[str]) -> None:
+        self.keep = tuple(rules)
+        self._manager.tell("session_changed", self)
 
     async def snapshot(
         self, name: str, *, description: str = "", pinned: bool = False

@@ -11,7 +11,7 @@ import pytest
 
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
-from sessiond.session.model import DataPath, SessionId, Stack, UpperDirectories
+from sessiond.session.model import DataPath, KeptLayers, SessionId, Stack, UpperDirectories
 from sessiond.session.mounter import MountRequest
 
 
@@ -45,9 +45,17 @@ class Playground:
         upper = UpperDirectories(layer / "fs", layer / "work")
         return Stack(upper, (*committed, self.image), orphans=self._directory / "orphans")
 
+    def kept(self, *rules: str) -> KeptLayers:
+        """The layers of what outlives resets, and which paths that is."""
+        directory = self._directory / "kept"
+        for name in ("fs", "work"):
+            (directory / name).mkdir(parents=True, exist_ok=True)
+        upper = UpperDirectories(directory / "fs", directory / "work")
+        return KeptLayers(upper, directory / "orphans", rules)
+
     @asynccontextmanager
     async def mounted(
-        self, stack: Stack, reachable: tuple[Path, ...] = ()
+        self, stack: Stack, reachable: tuple[Path, ...] = (), keep: KeptLayers | None = None
     ) -> AsyncIterator[FuseMount]:
         request = MountRequest(
             SessionId("test"),
@@ -57,6 +65,7 @@ class Playground:
             nodev=False,
             data_path=self.data_path,
             reachable=reachable or (self._directory,),
+            keep=keep,
         )
         mount = await self._mounter.mount(request)
         try:

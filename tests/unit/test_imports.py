@@ -20,14 +20,16 @@ CHECKER = {"sessiond.session.check", "sessiond.session.check_store"}
 
 ALLOWED: dict[str, set[str]] = {
     "sessiond.errors": set(),
-    "sessiond.config": {"sessiond.errors"},
+    "sessiond.keep_rules": set(),
+    "sessiond.config": {"sessiond.errors", "sessiond.keep_rules"},
     "sessiond.control": {"sessiond.errors"},
     "sessiond.descriptors": set(),
     "sessiond.journal": set(),
     "sessiond.systemd": {"sessiond.descriptors"},
-    "sessiond.overlay": set(),
+    "sessiond.overlay": {"sessiond.keep_rules"},
     "sessiond.fuse": {
         "sessiond.overlay",
+        "sessiond.keep_rules",
         "sessiond.control",
         "sessiond.descriptors",
         "sessiond.errors",
@@ -38,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "sessiond.config",
         "sessiond.errors",
         "sessiond.journal",
+        "sessiond.keep_rules",
     },
     "sessiond.bus": {"sessiond.session", "sessiond.errors", "sessiond.journal"},
     "sessiond.cli": {"sessiond.bus.client", "sessiond.config", "sessiond.errors", *CHECKER},
@@ -47,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
 
 LIBRARIES: dict[str, set[str]] = {
     "sessiond.errors": set(),
+    "sessiond.keep_rules": set(),
     "sessiond.config": {"pydantic", "pydantic_core"},
     "sessiond.control": {"pydantic", "trio"},
     "sessiond.descriptors": set(),

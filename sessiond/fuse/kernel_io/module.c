@@ -424,7 +424,8 @@ static PyObject *opens(PyObject *self, PyObject *argument)
     if (node && node->contents) {
         count = node->contents->opens;
         /* What the kernel hands on to be written goes where it has to. */
-        writers = (node->contents->backing ? node->contents->writers : 0) + node->contents->mapped;
+        writers = (node->contents->backing ? node->contents->writers : 0) +
+                  contents_mapped(node->contents);
     }
     unlock();
     return Py_BuildValue("II", count, writers);

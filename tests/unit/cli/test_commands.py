@@ -82,6 +82,7 @@ async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -
             "next_reset": None,
             "next_reset_reason": "",
             "inhibitors": [],
+            "keep": ["/home/*/Documents"],
         }
     ]
 

@@ -29,6 +29,15 @@ def test_numbers_survive_copy_up_and_reopening(bench: Bench) -> None:
     assert find(bench.overlay("low"), "file").number == number
 
 
+def test_a_file_with_names_in_a_directory_and_in_one_above_is_let_go(bench: Bench) -> None:
+    (bench.layer("low") / "a/b").mkdir(parents=True)
+    overlay = bench.overlay("low")
+    node, _ = overlay.create_file(find(overlay, "a"), b"above", new_file())
+    overlay.link(node, find(overlay, "a/b"), b"below")
+    overlay.release_file(node)
+    assert overlay.nodes.all() == [overlay.root]
+
+
 def test_a_held_file_and_its_successor_have_different_numbers(bench: Bench) -> None:
     overlay = bench.overlay("low")
     first, _ = overlay.create_file(overlay.root, b"file", new_file())

@@ -1,0 +1,164 @@
+"""What outlives a reset: the names that rules name, and all below them, have layers of their own.
+
+These are just two, an upper on disk and the image, so what is kept depends on nothing that a reset,
+a snapshot or a move to disk exchanges. A name belongs to one set of layers or the other; in the
+merged view, nothing is ever looked for in both. `Overlay` decides, by the rules, for which
+directory and name it calls the functions of this package with which stack.
+
+The directories above what is kept belong to the session's layers. Where something is made in one,
+the kept upper gets a directory of that name, too: a *way*, of no significance but that it leads
+there, and that it is what the directory was like, should the session's layers lack it one day.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+
+from sessiond.keep_rules import KeepRules
+from sessiond.overlay import syscalls
+from sessiond.overlay.lookup import Directory, Lower, Presence, join, lookup, names
+from sessiond.overlay.nodes import Node
+from sessiond.overlay.stack import Stack
+from sessiond.overlay.syscalls import At
+from sessiond.overlay.xattrs import copy_attributes
+
+_KNOWN_LIMIT = 1024
+_NOTHING = Directory(None, ())
+
+
+class Keep:
+    """The layers of what is kept, and the rules. Takes over `stack`: an upper over the image."""
+
+    def __init__(self, stack: Stack, session: Stack, rules: KeepRules) -> None:
+        self.stack = stack
+        self.rules = rules
+        self.ways = stack.ways = Ways(stack, session)
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def change(self, rules: KeepRules) -> None:
+        """Go by other rules. What was a directory of one kind may be one of the other now."""
+        self.rules = rules
+        self.stack.writable.forget_all()  # a commit may have replaced directories
+        self.ways.forget(b"")
+
+    def names(self, path: bytes) -> list[bytes]:
+        """List what is kept of the directory `path`, which is not kept itself."""
+        listed = names(self.stack, self.ways.directory(path))
+        return [name for name in listed if self.rules.keep(join(path, name))]
+
+    def lost_ways(self, path: bytes = b"") -> Iterator[bytes]:
+        """Return paths of ways, from the top down, below which something is kept."""
+        for name, _ in syscalls.scan(self.stack.writable.directory(path)):
+            below = join(path, name)
+            if self.rules.lead(below) and self.ways.directory(below).upper is not None:
+                deeper = list(self.lost_ways(below))
+                if deeper or self.names(below):
+                    yield below
+                    yield from deeper
+
+
+class Ways:
+    """The directories above what is kept."""
+
+    def __init__(self, kept: Stack, session: Stack) -> None:
+        self._kept = kept
+        self.session = session
+        """The layers that they belong to at present."""
+        self._known: dict[bytes, Directory] = {}
+
+    def directory(self, path: bytes) -> Directory:
+        """Return what the kept layers have of a directory that is not kept: by its path alone."""
+        known = self._known.get(path)
+        if known is None:
+            if len(self._known) >= _KNOWN_LIMIT:
+                self._known.clear()
+            known = self._known[path] = self._find(path)
+        return known
+
+    def _find(self, path: bytes) -> Directory:
+        kept = self._kept
+        if not path:
+            lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in kept.lowers)
+            return Directory(b"", lowers, kept.writable.may_hold_marks)
+        parent, _, name = path.rpartition(b"/")
+        above = self.directory(parent)
+        if above == _NOTHING:
+            return _NOTHING
+        entry = lookup(kept, above, name)
+        if not entry.is_directory:
+            return _NOTHING
+        upper = path if entry.presence is Presence.UPPER else None
+        return Directory(upper, entry.lowers, entry.marked)
+
+    def make(self, directory: Node) -> None:
+        """Have a way where `directory`, of the session's layers, is; on disk when this returns."""
+        missing = []
+        while not directory.is_root and self.directory(directory.path).upper is None:
+            missing.append(directory)
+            directory = directory.parent
+        while missing:
+            self._make(missing.pop())
+
+    def _make(self, directory: Node) -> None:
+        path = directory.path
+        parent, _, name = path.rpartition(b"/")
+        target = At(self._kept.writable.directory(parent), name)
+        with self._kept.workdir.preparing() as prepared:
+            syscalls.mkdir(prepared, 0o700)
+            self._copy_attributes(directory, prepared)
+            syscalls.setxattr(prepared, self._kept.xattrs.impure, b"y")
+            there = syscalls.stat_or_none(target) is not None  # of other rules, once
+            syscalls.rename(prepared, target, syscalls.RENAME_EXCHANGE if there else 0)
+        syscalls.fsync_directory(target.directory)
+        self.forget(path)
+
+    def refresh(self, directory: Node) -> None:
+        """Note that the attributes of a directory have changed, if there is a way."""
+        if self.directory(directory.path).upper is not None:
+            self._copy_attributes(directory, self._kept.writable.at(directory.path))
+
+    def _copy_attributes(self, directory: Node, target: At) -> None:
+        source = topmost(self.session, directory)
+        copy_attributes(source, target, syscalls.stat(source), self._kept.xattrs)
+
+    def remove(self, path: bytes) -> None:
+        """Remove a way whose directory has been removed, unless it tells what is gone below it."""
+        if self.directory(path).upper is None:
+            return
+        try:
+            syscalls.rmdir(self._kept.writable.at(path))
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            return
+        self.forget(path)
+
+    def forget(self, path: bytes) -> None:
+        """Find directories anew from now on: there is another at `path`."""
+        self._known.clear()
+        self._kept.writable.forget_tree(path)
+
+    def sync(self, path: bytes) -> None:
+        """Write what was done in a way back to disk, if there is one."""
+        if self.directory(path).upper is not None:
+            syscalls.fsync_directory(self._kept.writable.directory(path))
+
+
+def topmost(stack: Stack, directory: Node) -> At:
+    """Return the topmost real directory of a linked node."""
+    return stack.writable.at(directory.path) if directory.upper else directory.lowers[0].at()
+
+
+def is_way(stack: Stack, directory: Node) -> bool:
+    """Say whether a directory is above what `stack` holds, and not in it."""
+    return stack.ways is not None and not directory.lasting
+
+
+def seen_by(stack: Stack, directory: Node) -> Directory:
+    """Return the real directories, in `stack`, of a node. Precondition: linked."""
+    if stack.ways is not None and not directory.lasting:
+        return stack.ways.directory(directory.path)
+    return directory.directory

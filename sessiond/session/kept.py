@@ -1,0 +1,202 @@
+"""What outlives resets of a user's sessions of one profile, on disk; and the operations on it.
+
+    STATE/kept/UID/PROFILE/{fs,work}/      the layer; see `sessiond.overlay.keep`
+    STATE/kept/UID/PROFILE/orphans/        see `sessiond.overlay.orphans`
+    STATE/kept/UID/PROFILE/committed.json  rules of what was committed
+    STATE/kept/new-UID-PROFILE/            one that is being made; garbage at any other time
+
+It outlives sessions, and serves one at a time. Nothing of it is ever removed but by a person.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import trio
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from sessiond.errors import Failed, InvalidOption, NotSupported, SessiondError
+from sessiond.keep_rules import RULES_LIMIT, checked_rule, rule_for
+from sessiond.session import durable, quota
+from sessiond.session.faults import explained
+from sessiond.session.model import KeptLayers, SessionRecord, UpperDirectories
+from sessiond.session.records import fsync_directory
+from sessiond.session.tree import copy_root, remove_tree
+
+if TYPE_CHECKING:
+    from sessiond.session.session import Session
+
+log = logging.getLogger(__name__)
+
+_DIRECTORIES = ("fs", "work", "work/work", "work/index", "orphans")
+_FILE = "committed.json"
+_FILE_LIMIT = 8 << 20
+
+
+class _Committed(BaseModel):
+    """The contents of ``committed.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rules: tuple[Annotated[str, AfterValidator(checked_rule)], ...]
+
+
+class KeptFiles:
+    """What of the state directory outlives sessions. Functions block."""
+
+    def __init__(self, state: Path) -> None:
+        self._base = state / "kept"
+
+    def directory(self, record: SessionRecord) -> Path:
+        """Where what outlives resets of a session is."""
+        return self._base / str(record.uid) / record.profile
+
+    def prepare(self, record: SessionRecord, image: Path) -> tuple[str, ...]:
+        """Have a place for what outlives resets of a session on `image`; return what was committed.
+
+        Raises `Failed`, `NoSpace` or, for its quota, `NotSupported`: it must not be served then.
+        """
+        directory = self.directory(record)
+        with explained(f"prepare what outlives resets of session {record.id}, in {directory}"):
+            if not directory.is_dir():
+                self._make(record, directory, image)
+            elif record.keep_quota is not None:
+                quota.ensure(directory, record.keep_quota)
+            else:
+                with suppress(OSError, NotSupported):  # it never had one where there are none
+                    quota.release(directory)
+            return self._read(directory)
+
+    def layers(self, record: SessionRecord) -> KeptLayers:
+        """What is to be mounted."""
+        directory = self.directory(record)
+        upper = UpperDirectories(fs=directory / "fs", work=directory / "work")
+        return KeptLayers(upper, directory / "orphans", record.keep_rules)
+
+    def write(self, record: SessionRecord) -> None:
+        """Make what `record` says was committed so for all later sessions, too.
+
+        Raises `Failed`, `NoSpace`.
+        """
+        directory = self.directory(record)
+        with explained(f"write down in {directory} what was committed"):
+            text = _Committed(rules=record.commits).model_dump_json(indent=1)
+            durable.replace(directory / _FILE, text.encode())
+
+    def _make(self, record: SessionRecord, directory: Path, image: Path) -> None:
+        new = self._base / f"new-{record.uid}-{record.profile}"
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        remove_tree(new)
+        new.mkdir(mode=0o700)
+        if record.keep_quota is not None:
+            quota.assign(new, record.keep_quota)
+        for name in _DIRECTORIES:
+            (new / name).mkdir(mode=0o700)
+        copy_root(image, new / "fs")
+        for path in (new / "fs", new):
+            fsync_directory(path)
+        new.rename(directory)
+        for path in (directory.parent, self._base, self._base.parent):
+            fsync_directory(path)
+
+    def _read(self, directory: Path) -> tuple[str, ...]:
+        try:
+            fd = os.open(directory / _FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return ()
+        with open(fd, "rb") as file:
+            text = file.read(_FILE_LIMIT)
+        try:
+            return _Committed.model_validate_json(text).rules
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]["msg"]
+            raise Failed(
+                f"{directory / _FILE} makes no sense ({first}); correct it, or move it away: what "
+                "was committed is not shown then, unless the profile keeps it."
+            ) from None
+
+
+def with_committed(record: SessionRecord, rules: tuple[str, ...]) -> SessionRecord:
+    """Return `record`, knowing also of what was committed by others."""
+    commits = tuple(dict.fromkeys((*rules, *record.commits)))
+    return record.model_copy(update={"commits": commits})
+
+
+def committed_rules(record: SessionRecord, paths: list[str]) -> tuple[str, ...]:
+    """Return the rules that a commit of `paths` adds. Raises `InvalidOption`, `NotSupported`."""
+    if record.keep is None:
+        raise NotSupported(
+            f"Nothing outlives resets of session {record.id}: the profile it was made from has no "
+            "'keep'. Add keep = [] to it, and make a new session."
+        )
+    if not paths:
+        raise InvalidOption("There is nothing to commit: name the paths of files or directories.")
+    try:
+        rules = tuple(rule_for(os.fsencode(checked_rule_path(path))) for path in paths)
+    except ValueError as error:
+        raise InvalidOption(f"{error}.") from None
+    _require_few(record, (*record.keep_rules, *rules))
+    return rules
+
+
+def checked_rule_path(path: str) -> str:
+    """Return `path`, absolute in a merged view, without its leading slash. Raises ValueError."""
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r}: an absolute path of the session is needed")
+    checked_rule(rule_for(os.fsencode(path[1:])))
+    return path[1:]
+
+
+def checked_rules(record: SessionRecord, rules: list[str]) -> tuple[str, ...]:
+    """Return rules that are to be those of a session. Raises `InvalidOption`, `NotSupported`."""
+    if record.keep is None:
+        raise NotSupported(
+            f"Nothing outlives resets of session {record.id}: the profile it was made from has no "
+            "'keep'. Make a new session."
+        )
+    try:
+        checked = tuple(checked_rule(rule) for rule in rules)
+    except ValueError as error:
+        raise InvalidOption(f"{error}.") from None
+    _require_few(record, checked)
+    return checked
+
+
+def _require_few(record: SessionRecord, rules: tuple[str, ...]) -> None:
+    if len(set(rules)) > RULES_LIMIT:
+        raise InvalidOption(
+            f"Session {record.id} would have {len(set(rules))} rules for what is kept; at most "
+            f"{RULES_LIMIT} are allowed. Name directories in place of what is in them."
+        )
+
+
+async def commit(session: Session, paths: list[str], rules: tuple[str, ...]) -> None:
+    """Save what a session shows at `paths`; within its operation. Programs that write wait.
+
+    `rules` are those of the paths. Raises `NoSpace`, `Failed`.
+    """
+    store = session.services.store
+    mount = session.require_mount()
+    async with mount.frozen():
+        await mount.commit(tuple(paths))
+        after = with_committed(session.record, rules)
+        with trio.CancelScope(shield=True):
+            # The record first: who finds the one and not the other finishes it (`KeptFiles`).
+            await trio.to_thread.run_sync(store.write, after)
+            session.adopt(after)
+            await trio.to_thread.run_sync(store.kept.write, after)
+            await mount.keep(after.keep_rules)
+
+
+async def use_rules(session: Session) -> None:
+    """Have the rules of the record in force, which is the last step of what changed them."""
+    if session.mount is None or session.record.keep is None:
+        return
+    try:
+        await session.mount.keep(session.record.keep_rules)
+    except SessiondError as error:
+        log.error("Session %s keeps by its rules of before: %s", session.id, error)  # noqa: TRY400

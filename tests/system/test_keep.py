@@ -1,0 +1,210 @@
+"""What outlives resets, with the whole daemon: configured, committed, found again after deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sessiond.cli.exit_codes import ExitCode
+from tests.support.daemon import Daemon, wait_until
+
+RULES = ("/home/*/docs", "/etc/motd")
+
+
+def configure(daemon: Daemon, *rules: str, **more: str) -> None:
+    daemon.configure(
+        {
+            "profile.guest": {
+                "image": str(daemon.directory / "image"),
+                "size": "64M",
+                "keep": rules,  # type: ignore[dict-item]
+                **more,
+            }
+        }
+    )
+
+
+@pytest.fixture
+def daemon(idle_daemon: Daemon) -> Daemon:
+    """A daemon whose profile ``guest`` keeps something, running."""
+    configure(idle_daemon, *RULES)
+    idle_daemon.start()
+    return idle_daemon
+
+
+def create(daemon: Daemon, session: str, user: str = "root") -> Path:
+    daemon.sessionctl("create", user, "guest", "--id", session)
+    return daemon.root(session)
+
+
+def test_from_session_to_session(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    (root / "home/guest/docs").mkdir(parents=True)
+    (root / "home/guest/docs/letter").write_text("letter\n")
+    (root / "etc/motd").write_text("Kept.\n")
+    (root / "etc/hosts").write_text("lost\n")
+    (root / "srv/data/file1").unlink()
+    (root / "srv/new").write_text("committed\n")
+    assert daemon.differences("one") == {  # what a reset would throw away
+        "/home/guest": "added",
+        "/etc/hosts": "contents",
+        "/srv/data/file1": "deleted",
+        "/srv/new": "added",
+    }
+    daemon.sessionctl("commit", "one", "/srv")
+    assert daemon.differences("one").keys() == {"/home/guest", "/etc/hosts"}
+    assert daemon.sessions()["one"]["keep"] == [*RULES, "/srv"]
+    daemon.sessionctl("reset", "one")
+    assert (root / "home/guest/docs/letter").read_text() == "letter\n"
+    daemon.sessionctl("close", "one")
+    daemon.stop()
+    daemon.start()
+    root = create(daemon, "two")
+    assert (root / "etc/motd").read_text() == "Kept.\n"
+    assert (root / "etc/hosts").read_text() == "::1 localhost\n"
+    assert (root / "home/guest/docs/letter").read_text() == "letter\n"
+    assert not (root / "srv/data/file1").exists()
+    assert (root / "srv/data/file2").exists()
+    assert (root / "srv/new").read_text() == "committed\n"
+    assert "/home/*/docs" in daemon.sessionctl("status", "two").stdout
+    refused = daemon.sessionctl("create", "root", "guest", code=ExitCode.EXISTS)
+    assert "is in use by session two" in refused.stderr
+
+
+@pytest.mark.soak
+def test_rules_are_reloaded(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    (root / "srv/data/file1").write_text("not kept when it was written")
+    configure(daemon, "/srv")
+    daemon.reload()
+    wait_until(lambda: daemon.sessions()["one"]["keep"] == ["/srv", *RULES])
+    (root / "srv/data/file2").write_text("kept")
+    (root / "etc/motd").write_text("Kept until the reset.\n")
+    daemon.sessionctl("reset", "one")
+    assert daemon.sessions()["one"]["keep"] == ["/srv"]
+    assert (root / "srv/data/file1").read_text() == "x"
+    assert (root / "srv/data/file2").read_text() == "kept"
+    assert (root / "etc/motd").read_text() == "Welcome.\n"
+    daemon.sessionctl("keep", "one", "/etc/*")
+    assert (root / "etc/motd").read_text() == "Kept until the reset.\n"  # as it was kept
+
+
+@pytest.mark.parametrize("who", ["manager", "worker", pytest.param("both", marks=pytest.mark.soak)])
+def test_deaths(daemon: Daemon, who: str) -> None:
+    root = create(daemon, "one")
+    with open(root / "etc/motd", "w") as file:
+        file.write("Kept")
+        file.flush()
+        if who == "worker":
+            (worker,) = daemon.workers()
+            os.kill(worker, signal.SIGKILL)
+        else:
+            daemon.kill() if who == "manager" else daemon.kill_all()
+            daemon.start()
+        if who != "both":  # without systemd, nobody has kept the connection
+            file.write(" by the next worker")
+    if who == "both":
+        assert (root / "etc/motd").read_text() == "Kept"
+    else:
+        assert (root / "etc/motd").read_text() == "Kept by the next worker"
+    daemon.sessionctl("reset", "one")
+    assert (root / "etc/motd").read_text().startswith("Kept")
+
+
+def test_commit_when_the_manager_is_killed_meanwhile(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    for number in range(600):
+        (root / f"srv/data/new{number}").write_text("new")
+    before = sorted(os.listdir(root / "srv/data"))
+    fs = daemon.state / "kept/0/guest/fs/srv/data"
+    with daemon.calling("commit", "one", "/srv/data"):
+        wait_until(lambda: fs.is_dir() and os.listdir(fs) != [])
+        daemon.kill()
+    daemon.start()
+    daemon.wait_idle("one")
+    (root / "srv/data/goes-on").write_text("")
+    assert sorted(os.listdir(root / "srv/data")) == sorted([*before, "goes-on"])
+    job = json.loads(daemon.sessionctl("status", "one", "--json").stdout)["last_job"]
+    assert job["operation"] == "commit"
+    assert job["state"] == ("succeeded" if daemon.sessions()["one"]["keep"][2:] else "failed")  # type: ignore[index]
+    daemon.sessionctl("commit", "one", "/srv/data")
+    daemon.sessionctl("reset", "one")
+    assert sorted(os.listdir(root / "srv/data")) == sorted([*before, "goes-on"])
+
+
+def test_a_full_disk(daemon: Daemon) -> None:
+    """What is kept has run out of space: a commit fails, and nothing has changed."""
+    kept = daemon.state / "kept"
+    kept.mkdir(mode=0o700)
+    disk = daemon.directory / "disk.img"
+    with open(disk, "wb") as file:
+        file.truncate(8 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-m0", disk], check=True)
+    subprocess.run(["mount", "-o", "loop", disk, kept], check=True)
+    root = create(daemon, "one")
+    (root / "srv/large").write_bytes(bytes(16 << 20))
+    done = daemon.sessionctl("commit", "one", "/srv", code=ExitCode.NO_SPACE)
+    assert "full" in done.stderr
+    assert daemon.sessions()["one"]["keep"] == [*RULES]
+    with pytest.raises(OSError, match="No space"):
+        (root / "etc/motd").write_bytes(bytes(16 << 20))
+    (root / "etc/motd").write_text("There is space.\n")
+    (root / "srv/small").write_text("written on")
+    daemon.sessionctl("commit", "one", "/srv/small")
+    daemon.sessionctl("reset", "one")
+    assert (root / "etc/motd").read_text() == "There is space.\n"
+    assert (root / "srv/small").read_text() == "written on"
+    daemon.sessionctl("close", "one")
+
+
+def test_the_sessions_user_is_hostile(daemon: Daemon) -> None:
+    root = create(daemon, "one", "nobody")
+    (root / "home/nobody").mkdir()
+    os.chown(root / "home/nobody", 65534, 65534)
+    script = """
+        ln -s /etc docs; echo evil > docs/evil 2>/dev/null || true
+        rm docs; mkdir docs; ln -s ../../../../../../../etc docs/etc
+        ln -s / ../nobody/x; mkdir -p a/b/c; mv a docs/a
+    """
+    subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "sh", "-c", script],
+        cwd=root / "home/nobody",
+        check=True,
+    )
+    fs = daemon.state / "kept/65534/guest/fs"
+    assert not (fs / "etc/evil").exists()
+    assert (fs / "home/nobody/docs/a/b/c").is_dir()
+    assert os.readlink(fs / "home/nobody/docs/etc") == "../../../../../../../etc"
+    for path in ("/home/nobody/docs/etc/motd", "/home/nobody/x/etc"):  # through symlinks
+        refused = daemon.sessionctl("commit", "one", path, code=ExitCode.FAILED)
+        assert f"{path}: there is no directory" in refused.stderr
+    daemon.sessionctl("commit", "one", "/../../etc", code=ExitCode.USAGE)
+    daemon.sessionctl("reset", "one")
+    assert (root / "home/nobody").stat().st_uid == 65534
+    assert sorted(os.listdir(root / "home/nobody/docs")) == ["a", "etc"]
+
+
+@pytest.mark.soak
+def test_the_checker_looks_at_what_is_kept(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    (root / "home/guest/docs/below").mkdir(parents=True)
+    (root / "home/guest/docs/letter").write_text("letter\n")
+    (root / "etc/motd").unlink()
+    (root / "srv/data/file1").rename(root / "srv/data/renamed")
+    daemon.sessionctl("commit", "one", "/srv/data")
+    daemon.leave()
+    for worker in daemon.workers():
+        os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: daemon.workers() == [])
+    arguments = ("check", "--config", str(daemon.configuration), "--json")
+    assert "error" not in daemon.sessionctl(*arguments).stdout.replace('"errors"', "")
+    os.mkfifo(daemon.state / "kept/0/guest/fs/home/guest/docs/fifo")
+    os.setxattr(daemon.state / "kept/0/guest/fs/home", "trusted.overlay.redirect", b"/a/../b")
+    found = daemon.sessionctl(*arguments, code=ExitCode.DAMAGED).stdout
+    assert "redirect" in found
+    daemon.start()

@@ -1,0 +1,485 @@
+"""What is kept, in the core: two sets of layers, one merged view."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+
+from sessiond.keep_rules import KeepRules, checked_rule, rule_for
+from sessiond.overlay.commit import Commit
+from sessiond.overlay.keep import Keep
+from sessiond.overlay.nodes import Node
+from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.syscalls import RENAME_EXCHANGE
+from tests.support.soak import factor
+from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
+
+pytestmark = pytest.mark.root
+
+
+class KeptBench(Bench):
+    """Overlays with kept layers."""
+
+    def kept(
+        self, *rules: str, upper: str = "upper", lowers: tuple[str, ...] = ("low",)
+    ) -> Overlay:
+        session = self.stack(*lowers, upper=upper)
+        keep = Keep(self.stack(lowers[-1], upper="kept"), session, KeepRules(rules))
+        overlay = Overlay(session, keep=keep)
+        overlay.find_ways()
+        self._opened.append(overlay)
+        return overlay
+
+    def reset(self, overlay: Overlay, upper: str) -> None:
+        overlay.swap(self.stack("low", upper=upper))
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[KeptBench]:
+    bench = KeptBench(tmp_path)
+    yield bench
+    bench.close()
+
+
+def parent_of(overlay: Overlay, path: str) -> tuple[Node, bytes]:
+    directory, _, name = path.rpartition("/")
+    parent = find(overlay, directory) if directory else overlay.root
+    if not parent.is_directory:
+        raise NotADirectoryError(directory)
+    return parent, os.fsencode(name)
+
+
+def write(overlay: Overlay, path: str, text: bytes) -> None:
+    parent, name = parent_of(overlay, path)
+    try:
+        node, _ = overlay.lookup(parent, name)
+        overlay.open_file(node, write=True, truncate=True)
+    except FileNotFoundError:
+        node, _ = overlay.create_file(parent, name, new_file())
+    overlay.write(node, text, 0)
+    overlay.release_file(node)
+
+
+def mkdir(overlay: Overlay, path: str) -> None:
+    parent, name = parent_of(overlay, path)
+    overlay.create(parent, name, new_directory())
+
+
+def rename(overlay: Overlay, old: str, new: str, flags: int = 0) -> None:
+    overlay.rename(parent_of(overlay, old), parent_of(overlay, new), flags)
+
+
+def unlink(overlay: Overlay, path: str) -> None:
+    overlay.unlink(*parent_of(overlay, path))
+
+
+def image(bench: KeptBench) -> Path:
+    low = bench.layer("low")
+    (low / "home/u/docs").mkdir(parents=True)
+    (low / "home/u/docs/letter").write_text("of the image")
+    (low / "home/u/.rc").write_text("of the image")
+    (low / "home/u/other").write_text("of the image")
+    return low
+
+
+RULES = ("/home/*/docs", "/home/*/.rc", "/var/lib/thing")
+
+
+def test_a_reset_spares_what_is_kept(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    write(overlay, "home/u/docs/letter", b"mine")
+    write(overlay, "home/u/docs/new", b"new")
+    write(overlay, "home/u/.rc", b"rc")
+    write(overlay, "home/u/other", b"lost")
+    assert sorted(os.listdir(bench.layer("upper") / "home/u")) == ["other"]
+    bench.reset(overlay, "second")
+    assert contents(overlay, "home/u/docs/letter") == b"mine"
+    assert names(overlay, "home/u/docs") == ["letter", "new"]
+    assert contents(overlay, "home/u/.rc") == b"rc"
+    assert contents(overlay, "home/u/other") == b"of the image"
+    unlink(overlay, "home/u/docs/letter")
+    unlink(overlay, "home/u/.rc")
+    assert names(overlay, "home/u") == ["docs", "other"]
+    bench.reset(overlay, "third")
+    assert names(overlay, "home/u") == ["docs", "other"]
+    assert names(overlay, "home/u/docs") == ["new"]
+
+
+def test_where_the_image_lacks_the_way_it_is_made_again(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    for path in ("var", "var/lib", "var/lib/thing"):
+        mkdir(overlay, path)
+    overlay.chmod(find(overlay, "var/lib"), 0o700)
+    overlay.chown(find(overlay, "var"), 7, 8)
+    write(overlay, "var/lib/thing/data", b"kept")
+    write(overlay, "var/lib/other", b"lost")
+    bench.reset(overlay, "second")
+    assert names(overlay, "var/lib") == ["thing"]
+    assert contents(overlay, "var/lib/thing/data") == b"kept"
+    assert stat.S_IMODE(overlay.stat(find(overlay, "var/lib")).st_mode) == 0o700
+    assert overlay.stat(find(overlay, "var")).st_uid == 7
+    unlink(overlay, "var/lib/thing/data")
+    overlay.rmdir(*parent_of(overlay, "var/lib/thing"))
+    overlay.rmdir(*parent_of(overlay, "var/lib"))
+    assert names(overlay, "var") == []
+    bench.reset(overlay, "third")
+    assert names(overlay) == ["home"]
+
+
+def test_a_directory_that_leads_to_what_is_kept_is_moved_by_copying(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    mkdir(overlay, "home/v")
+    mkdir(overlay, "elsewhere")
+    for old, new in (
+        ("home/u", "elsewhere/u"),
+        ("elsewhere", "home/w"),
+        ("home/u/docs", "home/u/letters"),
+        ("elsewhere", "home/v/docs"),
+    ):
+        with pytest.raises(OSError, match="cross-device"):
+            rename(overlay, old, new)
+    with pytest.raises(OSError, match="cross-device"):
+        rename(overlay, "home/u", "home/v", RENAME_EXCHANGE)
+    with pytest.raises(OSError, match="not empty"):
+        overlay.rmdir(*parent_of(overlay, "home/u"))
+    write(overlay, "plain", b"")
+    with pytest.raises(OSError, match="cross-device"):
+        overlay.link(find(overlay, "plain"), *parent_of(overlay, "home/v/.rc"))
+    with pytest.raises(OSError, match="cross-device"):
+        rename(overlay, "plain", "home/u/.rc", RENAME_EXCHANGE)
+
+
+@pytest.mark.parametrize("was", ["of the image", "written"])
+def test_a_file_crosses_the_border(bench: KeptBench, was: str) -> None:
+    """As an editor does that writes beside a file, and renames it over that."""
+    image(bench)
+    overlay = bench.kept(*RULES)
+    if was == "written":
+        write(overlay, "home/u/other", b"written")
+    node = find(overlay, "home/u/other")
+    overlay.setxattr(node, b"user.x", b"1")
+    overlay.chmod(node, 0o600)
+    number = node.number
+    overlay.open_file(node, write=False)
+    rename(overlay, "home/u/other", "home/u/.rc")
+    assert names(overlay, "home/u") == [".rc", "docs"]
+    moved = find(overlay, "home/u/.rc")
+    assert (moved, moved.number) == (node, number)
+    assert overlay.read(moved, 99, 0) == was.encode()
+    assert overlay.getxattr(moved, b"user.x") == b"1"
+    overlay.chmod(moved, 0o640)
+    overlay.release_file(node)
+    bench.reset(overlay, "second")
+    assert names(overlay, "home/u") == [".rc", "docs", "other"]
+    assert contents(overlay, "home/u/.rc") == was.encode()
+    assert stat.S_IMODE(overlay.stat(find(overlay, "home/u/.rc")).st_mode) == 0o640
+    # And back.
+    rename(overlay, "home/u/.rc", "home/u/rc")
+    assert names(overlay, "home/u") == ["docs", "other", "rc"]
+    bench.reset(overlay, "third")
+    assert names(overlay, "home/u") == ["docs", "other"]
+    bench.close()
+    assert os.listdir(bench.layer("kept-work") / "work") == []
+
+
+def test_what_is_large_or_has_names_does_not_cross(bench: KeptBench) -> None:
+    low = image(bench)
+    os.link(low / "home/u/other", low / "home/u/second")
+    with open(low / "home/u/large", "wb") as file:
+        file.truncate((16 << 20) + 1)
+    overlay = bench.kept(*RULES)
+    for name in ("other", "large"):
+        with pytest.raises(OSError, match="cross-device"):
+            rename(overlay, f"home/u/{name}", "home/u/.rc")
+    assert contents(overlay, "home/u/.rc") == b"of the image"
+
+
+def test_one_inode_of_the_image_on_both_sides(bench: KeptBench) -> None:
+    low = image(bench)
+    os.link(low / "home/u/other", low / "home/u/docs/linked")
+    overlay = bench.kept(*RULES)
+    kept, other = find(overlay, "home/u/docs/linked"), find(overlay, "home/u/other")
+    overlay.refer(kept)
+    overlay.refer(other)
+    assert kept is not other
+    assert kept.number != other.number
+    write(overlay, "home/u/docs/linked", b"kept")
+    assert contents(overlay, "home/u/other") == b"of the image"
+    write(overlay, "home/u/other", b"other")
+    assert contents(overlay, "home/u/docs/linked") == b"kept"
+
+
+def test_an_open_file_that_is_kept_goes_on_over_a_reset(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    node = find(overlay, "home/u/docs/letter")
+    overlay.open_file(node, write=True, truncate=True)
+    overlay.write(node, b"before", 0)
+    bench.reset(overlay, "second")
+    overlay.write(overlay.node(node.number), b"after", 6)
+    assert contents(overlay, "home/u/docs/letter") == b"beforeafter"
+
+
+def test_names_of_a_directory_change_its_time(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    before = overlay.stat(find(overlay, "home/u")).st_mtime_ns
+    unlink(overlay, "home/u/.rc")
+    assert overlay.stat(find(overlay, "home/u")).st_mtime_ns > before
+
+
+def test_a_snapshot_does_not_hold_what_is_kept(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept(*RULES)
+    write(overlay, "home/u/docs/letter", b"kept")
+    write(overlay, "home/u/other", b"first")
+    overlay.swap(bench.stack("upper", "low", upper="second"))
+    write(overlay, "home/u/docs/letter", b"later")
+    write(overlay, "home/u/other", b"second")
+    overlay.swap(bench.stack("upper", "low", upper="third"))
+    assert contents(overlay, "home/u/docs/letter") == b"later"
+    assert contents(overlay, "home/u/other") == b"first"
+
+
+@pytest.mark.parametrize(
+    "rule", ["relative", "/", "/a/../b", "/a//b", "/a/", "/a/**", "/a\0", "/" + "a/" * 64 + "a"]
+)
+def test_what_is_no_rule(rule: str) -> None:
+    with pytest.raises(ValueError, match=r"is needed|not known|at most"):
+        checked_rule(rule)
+
+
+def test_rules_match_as_a_shell_does() -> None:
+    rules = KeepRules(["/home/*/*.txt", "/etc/[ab]", rule_for(b"x/[*]\xff")])
+    assert rules.keep(b"home/u/a.txt")
+    assert rules.keep(b"home/u/a.txt/below")
+    assert not rules.keep(b"home/u/.txt")
+    assert not rules.keep(b"home/.u/a.txt")
+    assert rules.keep(b"etc/a")
+    assert not rules.keep(b"etc/c")
+    assert rules.keep(b"x/[*]\xff")
+    assert not rules.keep(b"x/*\xff")
+    assert [rules.lead(path) for path in (b"", b"home", b"home/u", b"etc", b"etc/a", b"y")] == [
+        *(True, True, True, True, False, False)
+    ]
+
+
+def commit(overlay: Overlay, *paths: str) -> None:
+    """Do what the manager has a worker do."""
+    keep = overlay.keep
+    assert keep is not None
+    for path in paths:
+        overlay.make_way(os.fsencode(path))
+    wanted = [os.fsencode(path) for path in paths]
+    Commit(overlay.stack.copy(), keep, wanted, lambda: False).run()
+    overlay.keep_paths(KeepRules((*keep.rules.rules, *map(rule_for, wanted))))
+
+
+def test_a_commit_saves_changes_and_deletions(bench: KeptBench) -> None:
+    low = image(bench)
+    (low / "home/u/gone").write_text("of the image")
+    overlay = bench.kept("/home/*/docs/sub")
+    mkdir(overlay, "home/u/docs/sub")
+    write(overlay, "home/u/docs/sub/kept", b"kept before")
+    write(overlay, "home/u/docs/new", b"new")
+    unlink(overlay, "home/u/docs/letter")
+    unlink(overlay, "home/u/gone")
+    write(overlay, "home/u/other", b"lost")
+    commit(overlay, "home/u/docs", "home/u/gone", "home/u/later")
+    write(overlay, "home/u/later", b"later")
+    for upper in ("second", "third"):
+        bench.reset(overlay, upper)
+        assert names(overlay, "home/u") == [".rc", "docs", "later", "other"]
+        assert names(overlay, "home/u/docs") == ["new", "sub"]
+        assert contents(overlay, "home/u/docs/sub/kept") == b"kept before"
+        assert contents(overlay, "home/u/other") == b"of the image"
+
+
+def test_a_file_that_is_open_goes_on_after_a_commit(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept()
+    node = find(overlay, "home/u/other")
+    overlay.open_file(node, write=True)
+    overlay.write(node, b"BEFORE", 0)
+    commit(overlay, "home/u/other")
+    overlay.write(overlay.node(node.number), b"AFTER", 6)
+    overlay.release_file(overlay.node(node.number))
+    bench.reset(overlay, "second")
+    assert contents(overlay, "home/u/other") == b"BEFOREAFTERe"
+
+
+def test_a_commit_that_is_cancelled_leaves_nothing(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept()
+    for number in range(10):
+        write(overlay, f"home/u/docs/{number}", b"x")
+    overlay.make_way(b"home/u/docs")
+    asked: list[None] = []
+    assert overlay.keep is not None
+    work = Commit(
+        overlay.stack.copy(),
+        overlay.keep,
+        [b"home/u/docs"],
+        lambda: asked.append(None) is None and len(asked) > 8,
+    )
+    with pytest.raises(OSError, match="ancel"):
+        work.run()
+    assert os.listdir(bench.layer("kept") / "home/u") == []
+    assert len(names(overlay, "home/u/docs")) == 11
+
+
+NAMES = ("a", "b", "c")
+SEEDS = max(1, round(6 * factor()))
+Shown: TypeAlias = "dict[str, tuple[int, int, bytes]]"
+Change: TypeAlias = "Callable[[Overlay], object]"
+RANDOM_RULES = ("/a/b", "/b", "/*/c")
+
+
+class Walker:
+    """Random changes, of which many fail, to one overlay or more: the same to all.
+
+    What the first refuses because of a border, which others do not have, they are not asked for.
+    """
+
+    def __init__(self, seed: int, *overlays: Overlay) -> None:
+        self.overlays = list(overlays)
+        self.random = random.Random(seed)
+        self.written = 0
+
+    def path(self) -> str:
+        return "/".join(self.random.choices(NAMES, k=self.random.randint(1, 3)))
+
+    def step(self) -> None:
+        self.written += 1
+        make = self.random.choice(
+            (self.write, self.write, self.mkdir, self.rename, self.remove, self.link, self.chmod)
+        )
+        change = make()
+        outcomes = []
+        for overlay in self.overlays:
+            try:
+                change(overlay)
+            except OSError as error:
+                outcomes.append(error.errno)
+                if error.errno == errno.EXDEV:
+                    return
+            else:
+                outcomes.append(0)
+        assert len(set(outcomes)) == 1, outcomes
+
+    def write(self) -> Change:
+        path, text = self.path(), b"%d" % self.written
+        return lambda overlay: write(overlay, path, text)
+
+    def mkdir(self) -> Change:
+        path = self.path()
+        return lambda overlay: mkdir(overlay, path)
+
+    def rename(self) -> Change:
+        paths, flags = (self.path(), self.path()), self.random.choice((0, 0, RENAME_EXCHANGE))
+        return lambda overlay: rename(overlay, *paths, flags)
+
+    def link(self) -> Change:
+        old, new = self.path(), self.path()
+        return lambda overlay: overlay.link(find(overlay, old), *parent_of(overlay, new))
+
+    def chmod(self) -> Change:
+        path, mode = self.path(), self.random.randrange(0o1000)
+        return lambda overlay: overlay.chmod(find(overlay, path), mode)
+
+    def remove(self) -> Change:
+        path = self.path()
+
+        def remove(overlay: Overlay) -> None:
+            if find(overlay, path).is_directory:
+                overlay.rmdir(*parent_of(overlay, path))
+            else:
+                unlink(overlay, path)
+
+        return remove
+
+
+def shown(overlay: Overlay) -> Shown:
+    """Return the merged view: mode, link count of files, and contents, by path."""
+    found = {}
+    pending = [""]
+    while pending:
+        path = pending.pop()
+        node = find(overlay, path) if path else overlay.root
+        stat_ = overlay.stat(node)
+        links = 0 if node.is_directory else overlay.link_count(node, stat_)
+        found[path] = (stat_.st_mode, links, b"" if node.is_directory else contents(overlay, path))
+        if node.is_directory:
+            pending += [f"{path}/{name}".lstrip("/") for name in names(overlay, path)]
+    return found
+
+
+def kept_part(overlay: Overlay) -> Shown:
+    assert overlay.keep is not None
+    rules = overlay.keep.rules
+    return {path: what for path, what in shown(overlay).items() if rules.keep(os.fsencode(path))}
+
+
+def random_image(bench: KeptBench) -> None:
+    low = bench.layer("low")
+    for path in ("a/b/a", "a/c", "b/a", "c/a/b", "c/c"):
+        (low / path).mkdir(parents=True)
+        (low / path / "c").write_text(f"of the image: {path}")
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("rules", [RANDOM_RULES, ("/*",), ("/*/*",), ()])
+def test_what_is_kept_is_seen_as_if_it_were_not(
+    bench: KeptBench, rules: tuple[str, ...], seed: int
+) -> None:
+    """But for EXDEV, programs see the same; what is kept is the same after a reset."""
+    random_image(bench)
+    overlay, other = bench.kept(*rules), bench.overlay("low", upper="other")
+    walker = Walker(seed, overlay, other)
+    untouched = shown(other)
+    for _ in range(3):
+        for _ in range(60):
+            walker.step()
+        assert shown(overlay) == shown(other)
+    kept = kept_part(overlay)
+    bench.close()
+    overlay = bench.kept(*rules)
+    assert kept_part(overlay) == kept
+    bench.reset(overlay, "second")
+    assert kept_part(overlay) == kept
+    for path, what in shown(overlay).items():
+        if path not in kept and path not in untouched:
+            assert stat.S_ISDIR(what[0])
+            assert any(one.startswith(f"{path}/") for one in kept)
+
+
+@pytest.mark.parametrize("seed", range(2 * SEEDS))
+def test_random_commits(bench: KeptBench, seed: int) -> None:
+    """A commit changes nothing in the view; what was committed is the same after a reset."""
+    random_image(bench)
+    overlay = bench.kept()
+    walker = Walker(seed, overlay)
+    for times in range(4):
+        for _ in range(40):
+            walker.step()
+        before = shown(overlay)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            commit(overlay, walker.path())
+        after = shown(overlay)
+        assert {path: what[::2] for path, what in after.items()} == {
+            path: what[::2] for path, what in before.items()
+        }
+        kept = kept_part(overlay)
+        bench.reset(overlay, f"upper-{times}")
+        assert kept_part(overlay) == kept

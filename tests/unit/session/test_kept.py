@@ -1,0 +1,196 @@
+"""What outlives resets: what is recorded, and what is asked of whoever serves the mount."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sessiond.config import Config
+from sessiond.errors import (
+    Failed,
+    Interrupted,
+    InvalidOption,
+    NoSpace,
+    NotSupported,
+    SessiondError,
+    SessionExists,
+)
+from sessiond.session.manager import Manager, Session
+from sessiond.session.model import SessionState
+from tests.support.sessions import UID, USER, World
+from tests.support.waiting import until
+
+ExpectLog = Callable[[str], None]
+RULES = ("/home/*/docs", "/data")
+
+
+def keeping(world: World, *rules: str, **profile: object) -> Config:
+    config = world.config().model_dump(mode="json", exclude_unset=True)
+    config["profile"]["volatile"] |= {"keep": rules, **profile}
+    return Config.model_validate(config, strict=False)
+
+
+def kept(world: World) -> Path:
+    return world.state / "kept" / str(UID) / "volatile"
+
+
+async def create(manager: Manager, session: str = "s") -> Session:
+    return await manager.create(USER, "volatile", session_id=session)
+
+
+async def test_what_is_kept_outlives_the_session(world: World) -> None:
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        assert session.keep == RULES
+        request = world.mount("s").request
+        assert request.keep is not None
+        assert (request.keep.upper.fs, request.keep.rules) == (kept(world) / "fs", RULES)
+        assert kept(world) in request.reachable
+        (request.keep.upper.fs / "data").write_text("kept")
+        await session.reset(started_by=UID).wait()
+        await manager.close("s")
+        await create(manager, "other")
+        assert (kept(world) / "fs/data").read_text() == "kept"
+
+
+async def test_without_rules_there_is_no_place_for_it(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        assert world.mount("s").request.keep is None
+        assert not kept(world).parent.exists()
+        with pytest.raises(NotSupported, match="Add keep = "):
+            session.commit(["/file"], started_by=UID)
+        with pytest.raises(NotSupported, match="Make a new session"):
+            await session.set_keep([])
+
+
+async def test_one_session_at_a_time(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        await create(manager)
+        with pytest.raises(SessionExists, match="is in use by session s; close that"):
+            await create(manager, "other")
+        await manager.create(USER, "lasting", session_id="another")
+        await manager.close("s")
+        await create(manager, "other")
+
+
+async def test_rules_follow_the_configuration(world: World) -> None:
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        await manager.reload(keeping(world, "/data", "/new"))
+        await until(lambda: session.keep == ("/data", "/new", "/home/*/docs"))
+        assert world.mount("s").rules == session.keep
+        await session.reset(started_by=UID).wait()
+        assert session.keep == world.mount("s").rules == ("/data", "/new")
+        await session.set_keep(["/data"])
+        await manager.reload(keeping(world, "/data", "/new"))
+        assert session.keep == ("/data", "/new")  # taken back, until the next reset
+        await session.reset(started_by=UID).wait()
+        assert session.keep == ("/data",)
+    async with world.manager(keeping(world)) as manager:
+        assert manager.sessions == {}
+
+
+async def test_a_job_that_runs_is_waited_for(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        async with world.mount("s").frozen():
+            job = session.commit(["/file"], started_by=UID)
+            await manager.reload(keeping(world, *RULES))
+            assert session.state is SessionState.BUSY
+        await job.wait()
+        await until(lambda: session.keep == (*RULES, "/file"))
+
+
+async def test_a_commit(world: World) -> None:
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        await session.commit(["/etc/a*b", "/etc/c"], started_by=UID).wait()
+        mount = world.mount("s")
+        assert mount.committed == ("/etc/a*b", "/etc/c")
+        assert mount.frozen_times == 1
+        assert session.keep == mount.rules == (*RULES, "/etc/a[*]b", "/etc/c")
+        written = json.loads((kept(world) / "committed.json").read_text())
+        assert written == {"rules": ["/etc/a[*]b", "/etc/c"]}
+        await session.reset(started_by=UID).wait()
+        assert session.keep == (*RULES, "/etc/a[*]b", "/etc/c")
+        await manager.close("s")
+        other = await create(manager, "other")
+        assert other.keep == world.mount("other").rules == (*RULES, "/etc/a[*]b", "/etc/c")
+
+
+@pytest.mark.parametrize(
+    "paths", [[], ["relative"], ["/"], ["/a/../b"], ["/a//b"], [f"/{n}" for n in range(257)]]
+)
+async def test_what_cannot_be_committed(world: World, paths: list[str]) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        with pytest.raises(InvalidOption):
+            session.commit(paths, started_by=UID)
+        with pytest.raises(InvalidOption):
+            await session.set_keep(paths or ["/a/**"])
+        assert session.keep == ()
+
+
+@pytest.mark.parametrize("fault", [NoSpace("full"), Failed("copying failed")])
+async def test_a_commit_that_fails_changes_nothing(world: World, fault: SessiondError) -> None:
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        world.mounter.injected["commit"] = [fault]
+        with pytest.raises(type(fault)):
+            await session.commit(["/file"], started_by=UID).wait()
+        assert session.keep == world.mount("s").rules == RULES
+        assert session.state is SessionState.ACTIVE
+        assert not (kept(world) / "committed.json").exists()
+
+
+async def test_a_commit_whose_manager_dies_is_done_or_undone(world: World) -> None:
+    """What counts is the record; what is missing then is made up for."""
+    async with world.crashing_manager() as manager:
+        await manager.reload(keeping(world))
+        session = await create(manager)
+        record = session.record
+        await session.commit(["/file"], started_by=UID).wait()
+        (kept(world) / "committed.json").unlink()
+        job = world.runtime / "sessions/s/job.json"
+        noted = json.loads(job.read_text()) | {"finished": False}
+        job.write_text(json.dumps(noted))
+    world.remember_mounts()
+    async with world.crashing_manager() as manager:
+        session = manager.get("s")
+        assert session.last_job is not None
+        assert session.last_job.error is None
+        assert session.keep == world.mount("s").rules == ("/file",)
+        assert "/file" in (kept(world) / "committed.json").read_text()
+        session.services.store.write(record)
+        job.write_text(json.dumps(noted))
+    async with world.crashing_manager() as manager:
+        last = manager.get("s").last_job
+        assert last is not None
+        assert isinstance(last.error, Interrupted)
+
+
+@pytest.mark.parametrize("text", ["", "no JSON", '{"rules": ["relative"]}', '{"rules": 7}'])
+async def test_a_damaged_list_of_commits_is_told(
+    world: World, text: str, expect_log: ExpectLog
+) -> None:
+    async with world.manager(keeping(world)) as manager:
+        await create(manager)
+        await manager.close("s")
+        (kept(world) / "committed.json").write_text(text)
+        with pytest.raises(Failed, match="makes no sense"):
+            await create(manager)
+        (kept(world) / "committed.json").unlink()
+        await create(manager)
+
+
+async def test_what_was_half_made_is_made_anew(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        new = world.state / "kept" / f"new-{UID}-volatile"
+        (new / "fs").mkdir(parents=True)
+        await create(manager)
+        assert not new.exists()
+        assert sorted(path.name for path in kept(world).iterdir()) == ["fs", "orphans", "work"]
