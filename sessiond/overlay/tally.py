@@ -37,6 +37,10 @@ _SHIFT = 4
 """Above: the size; where something that is no directory is deleted, its inode number in the image;
 so where it is replaced by a renamed directory, which has no size.
 """
+_ROUNDS = 8
+"""What directories that were renamed leave to be compared again may have that effect in turn; after
+so many times, which takes several renamed into each other's old places, all is compared at once.
+"""
 _SUMS_FROM = 64
 """From so many names, the sums of a directory are kept until one of them changes."""
 
@@ -305,7 +309,9 @@ class _Update:
     def run(self, touched: dict[bytes, bool]) -> list[bytes]:
         """See `Tally.update`."""
         tally, moved = self._tally, self._comparison.moved
-        while touched:
+        for _ in range(_ROUNDS):
+            if not touched:
+                return self._postponed
             before = set(moved)
             self._round(touched)
             moved -= self._left - self._arrived
@@ -317,6 +323,12 @@ class _Update:
                 if identity in tally.displaced
             }
             touched |= {path: False for path in self._siblings - self._seen if path not in touched}
+        moved.clear()
+        self._comparison.find_moved()
+        found = set(moved)
+        self._everything()
+        moved.clear()
+        moved |= found
         return self._postponed
 
     def _round(self, touched: dict[bytes, bool]) -> None:
