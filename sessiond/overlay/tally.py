@@ -342,8 +342,9 @@ class _Update:
                     return
                 continue
             parent, _, name = path.rpartition(b"/")
-            if (place := self._place(parent)) is not None and not self._is_done(path):
-                self._enter(*place, name, whole=touched[path])
+            if (place := self._place(parent)) is not None:
+                # Done or not: a hard link that was changed under another name is in no upper.
+                self._enter(*place, name, whole=touched[path] and not self._is_done(path))
 
     def _everything(self) -> None:
         self._tally.names = 0
