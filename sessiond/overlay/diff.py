@@ -373,6 +373,13 @@ class Comparison:
             raise Postponed
         return _same_bytes(at, other)
 
+    def identity(self, path: bytes) -> Identity:
+        """Return what a path is now; (0, 0) if there is nothing."""
+        try:
+            return _find(self._stack, path).identity
+        except (FileNotFoundError, NotADirectoryError):
+            return ABSENT.identity
+
     def pair_up(
         self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity]]
     ) -> Iterator[Change]:

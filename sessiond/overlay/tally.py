@@ -345,6 +345,9 @@ class _Update:
             if (place := self._place(parent)) is not None:
                 # Done or not: a hard link that was changed under another name is in no upper.
                 self._enter(*place, name, whole=touched[path] and not self._is_done(path))
+            else:  # nor, then, need its directory be
+                identity = self._comparison.identity(path)
+                self._siblings |= self._tally.linked.get(identity, set())
 
     def _everything(self) -> None:
         self._tally.names = 0
