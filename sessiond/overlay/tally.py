@@ -51,6 +51,7 @@ class Touched:
     def __init__(self) -> None:
         self._names: dict[bytes, bool] = {b"": True}
         """Paths; True where all that is below may have changed."""
+        self._identities: set[Identity] = set()
         self._written: dict[Node, None] = {}
         self.notify: Callable[[], None] = lambda: None
         """Called when something is touched."""
@@ -74,6 +75,8 @@ class Touched:
 
     def node(self, node: Node) -> None:
         """All names of a node may have changed."""
+        if not node.is_directory:
+            self._identities.add(node.identity)
         for parent, name in node.links:
             self.name(parent, name)
 
@@ -91,6 +94,11 @@ class Touched:
         if node in self._written:
             del self._written[node]
             self.node(node)
+
+    def take_identities(self) -> set[Identity]:
+        """Return whose names may have changed, if they have others than those that were touched."""
+        taken, self._identities = self._identities, set()
+        return taken
 
     def take(self, *, most: int | None = None) -> dict[bytes, bool]:
         """Return what was touched, and forget it; of files that may still be written, all but that.
@@ -192,6 +200,10 @@ class Tally:
         `TooManyError`, OSError.
         """
         return _Update(self, Comparison(stack, base, most_bytes)).run(touched)
+
+    def names_of(self, identities: Iterable[Identity]) -> dict[bytes, bool]:
+        """Return the known names of files that have several, as `update` takes them."""
+        return {path: False for one in identities for path in self.linked.get(one, ())}
 
     def sums(self) -> Sums:
         """Return how much differs in all."""
@@ -345,9 +357,6 @@ class _Update:
             if (place := self._place(parent)) is not None:
                 # Done or not: a hard link that was changed under another name is in no upper.
                 self._enter(*place, name, whole=touched[path] and not self._is_done(path))
-            else:  # nor, then, need its directory be
-                identity = self._comparison.identity(path)
-                self._siblings |= self._tally.linked.get(identity, set())
 
     def _everything(self) -> None:
         self._tally.names = 0
