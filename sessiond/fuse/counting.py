@@ -95,6 +95,7 @@ class Counting:
 
     async def _compare(self, batch: dict[bytes, bool], *, most_bytes: int | None) -> None:
         """Compare what was touched. Raises OSError, `TooManyError`."""
+        batch = self._tally.names_of(self._overlay.touched.take_identities()) | batch
         stack = self._overlay.stack.copy()
         update = partial(_update, self._tally, stack, batch, most_bytes)
         self._too_many = False

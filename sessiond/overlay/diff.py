@@ -448,9 +448,9 @@ def _find(stack: Stack, path: bytes) -> Entry:
     """Look a whole path up."""
     directory, entry, walked = root_of(stack), ABSENT, b""
     for name in path.split(b"/"):
-        entry = lookup.lookup(stack, directory, name)
-        if not entry.positive:
+        if walked and not entry.is_directory:
             return ABSENT
+        entry = lookup.lookup(stack, directory, name)
         walked = lookup.join(walked, name)
         in_upper = entry.presence is Presence.UPPER
         directory = Directory(walked if in_upper else None, entry.lowers, entry.marked)

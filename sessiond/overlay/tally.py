@@ -37,6 +37,10 @@ _SHIFT = 4
 """Above: the size; where something that is no directory is deleted, its inode number in the image;
 so where it is replaced by a renamed directory, which has no size.
 """
+_ROUNDS = 8
+"""What directories that were renamed leave to be compared again may have that effect in turn; after
+so many times, which takes several renamed into each other's old places, all is compared at once.
+"""
 _SUMS_FROM = 64
 """From so many names, the sums of a directory are kept until one of them changes."""
 
@@ -47,6 +51,7 @@ class Touched:
     def __init__(self) -> None:
         self._names: dict[bytes, bool] = {b"": True}
         """Paths; True where all that is below may have changed."""
+        self._identities: set[Identity] = set()
         self._written: dict[Node, None] = {}
         self.notify: Callable[[], None] = lambda: None
         """Called when something is touched."""
@@ -70,6 +75,8 @@ class Touched:
 
     def node(self, node: Node) -> None:
         """All names of a node may have changed."""
+        if not node.is_directory:
+            self._identities.add(node.identity)
         for parent, name in node.links:
             self.name(parent, name)
 
@@ -87,6 +94,11 @@ class Touched:
         if node in self._written:
             del self._written[node]
             self.node(node)
+
+    def take_identities(self) -> set[Identity]:
+        """Return whose names may have changed, if they have others than those that were touched."""
+        taken, self._identities = self._identities, set()
+        return taken
 
     def take(self, *, most: int | None = None) -> dict[bytes, bool]:
         """Return what was touched, and forget it; of files that may still be written, all but that.
@@ -188,6 +200,10 @@ class Tally:
         `TooManyError`, OSError.
         """
         return _Update(self, Comparison(stack, base, most_bytes)).run(touched)
+
+    def names_of(self, identities: Iterable[Identity]) -> dict[bytes, bool]:
+        """Return the known names of files that have several, as `update` takes them."""
+        return {path: False for one in identities for path in self.linked.get(one, ())}
 
     def sums(self) -> Sums:
         """Return how much differs in all."""
@@ -305,7 +321,9 @@ class _Update:
     def run(self, touched: dict[bytes, bool]) -> list[bytes]:
         """See `Tally.update`."""
         tally, moved = self._tally, self._comparison.moved
-        while touched:
+        for _ in range(_ROUNDS):
+            if not touched:
+                return self._postponed
             before = set(moved)
             self._round(touched)
             moved -= self._left - self._arrived
@@ -317,6 +335,12 @@ class _Update:
                 if identity in tally.displaced
             }
             touched |= {path: False for path in self._siblings - self._seen if path not in touched}
+        moved.clear()
+        self._comparison.find_moved()
+        found = set(moved)
+        self._everything()
+        moved.clear()
+        moved |= found
         return self._postponed
 
     def _round(self, touched: dict[bytes, bool]) -> None:
@@ -330,8 +354,9 @@ class _Update:
                     return
                 continue
             parent, _, name = path.rpartition(b"/")
-            if (place := self._place(parent)) is not None and not self._is_done(path):
-                self._enter(*place, name, whole=touched[path])
+            if (place := self._place(parent)) is not None:
+                # Done or not: a hard link that was changed under another name is in no upper.
+                self._enter(*place, name, whole=touched[path] and not self._is_done(path))
 
     def _everything(self) -> None:
         self._tally.names = 0

@@ -150,7 +150,9 @@ class Session:
     def count(self, _: str = "", __: str = "") -> None:
         """Have the tally, and the comparison, tell how much differs: they agree."""
         stack, base = self.overlay.stack.copy(), self.overlay.stack.bottom()
-        self.tally.update(stack, base, self.overlay.touched.take(), most_bytes=None)
+        touched = self.overlay.touched.take()
+        names = self.tally.names_of(self.overlay.touched.take_identities())
+        self.tally.update(stack, base, names | touched, most_bytes=None)
         expected = list(changes(stack, base))
         assert without_kinds(self.tally.sums()) == without_kinds(sums_of(expected)), expected
         stack.close()
