@@ -413,7 +413,7 @@ class Overlay:
             or node.kept >= 0
         ):
             if self.nodes.get(node.number) is not node:
-                return  # dropped already: of two directories with names of it, one is in the other
+                return  # dropped already: one of its parents was above another
             self.touched.leave(node)
             parents = list(node.links)
             for parent, name in parents:
@@ -424,8 +424,6 @@ class Overlay:
             for parent, _ in parents[1:]:
                 self._collect(parent)
             node = parents[0][0]
-            if self.nodes.get(node.number) is not node:
-                return  # it was above one of the others, and went with that
 
     def _refresh(self, node: Node) -> None:
         """Find out where a node of earlier layers, and so its parents, are in the present ones."""
