@@ -148,7 +148,8 @@ async def test_a_worker_lets_go_of_storage_that_its_session_has_left(
         for name in ("fs", "work"):
             (directory / name).mkdir(parents=True)
     old = Stack(UpperDirectories(before / "fs", before / "work"), (playground.image,))
-    new = Stack(UpperDirectories(after / "fs", after / "work"), (playground.image,))
+    upper = UpperDirectories(after / "fs", after / "work")
+    new = Stack(upper, (playground.image,), former=before / "orphans")
     reachable = (before, after, playground.image)
     async with playground.mounted(old, reachable) as mount:
         assert {str(before), str(after)} <= _mounted_in(mount.worker)
