@@ -271,22 +271,23 @@ class KernelOperations(OverlayOperations):
 
     # Contents
 
-    def _set_contents(self, node: Node, number: int, fd: int, *, write: bool) -> None:
+    def _set_contents(self, node: Node, number: int, fd: int, *, write: bool) -> bool:
         """Have the extension read the node through `fd`, which it takes over; also `write` it.
 
-        Raises ESTALE, and gives the node a new number, if the kernel has another file of it open.
+        Return False if it cannot, for the kernel asks by a number that the node had once, or, which
+        gives the node a new number, has another file of it open.
         """
         writable = write or self.overlay.touched.may_be_written(node)
         if write:
             self.overlay.touched.written(node)
-        if number == node.number and _kernel_io.set_contents(number, fd, writable):
-            return
-        if number == node.number:
-            self.overlay.nodes.renumber(node)
-            device.invalidate_attributes(number)
-        else:
+        if number != node.number:
             syscalls.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return False
+        if _kernel_io.set_contents(number, fd, writable):
+            return True
+        self.overlay.nodes.renumber(node)
+        device.invalidate_attributes(number)
+        return False
 
     @translated
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
@@ -299,7 +300,8 @@ class KernelOperations(OverlayOperations):
                 # Passthrough does it at no write (fuse_setattr leaves it to the server).
                 self.overlay.drop_privileges(node)
         fd = self.overlay.open_contents(node, write=False)
-        self._set_contents(node, inode, fd, write=write or truncate)
+        if not self._set_contents(node, inode, fd, write=write or truncate):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # it is looked up again
         if truncate:
             self.overlay.resize(node, 0)
         return FileInfo(fh=inode, keep_cache=not truncate)
@@ -319,7 +321,8 @@ class KernelOperations(OverlayOperations):
                 raise
             node, stat = self.overlay.lookup(parent, name)
             fd = self.overlay.open_contents(node, write=True)
-        self._set_contents(node, node.number, fd, write=True)
+        if not self._set_contents(node, node.number, fd, write=True):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return FileInfo(fh=node.number), self._given(node, stat)
 
     def _make_file(

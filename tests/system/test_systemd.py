@@ -74,7 +74,7 @@ def bystander(service: Machine) -> Iterator[Callable[[], None]]:
     service.run("mkfifo /srv/ask")
     script = (
         f"cd {ROOT} && exec 3>gone 4<motd && rm gone"
-        "; while read -r command </srv/ask; do eval $command; done"
+        "; while :; do read -r command </srv/ask && eval $command; done"
     )
     service.run(f"systemd-run --quiet --unit bystander sh -c '{script}'")
     number = 0
