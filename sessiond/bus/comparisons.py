@@ -55,7 +55,7 @@ class Comparisons:
     async def count(self, uid: int, session: Session, states: States) -> ChangeSummary:
         """Count for `uid`. Raises `BusError` beyond the limits, and what the session raises."""
         with self._shares(uid, session):
-            return await session.changes(*states)
+            return await session.differences.count(*states)
 
     def open_list(
         self,

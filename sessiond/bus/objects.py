@@ -277,7 +277,7 @@ class SnapshotObject(Interface):
 
     def property_values(self) -> dict[str, object]:
         record = self._session.snapshots[self._name]
-        size = self._session.snapshot_size(self._name)
+        size = self._session.snapshots.size(self._name)
         return {
             "Name": self._name,
             "Description": shown(record.description),

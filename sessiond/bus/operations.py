@@ -155,7 +155,9 @@ class Operations:
         await authorise(caller, Action.SNAPSHOT, session)
         chosen = parse(SnapshotOptions, options)
         await session.undisturbed()
-        record = await session.snapshot(name, description=chosen.description, pinned=chosen.pinned)
+        record = await session.snapshots.make(
+            name, description=chosen.description, pinned=chosen.pinned
+        )
         return names.snapshot_path(session.id, record.name)
 
     async def restore(self, caller: Caller, session: Session, name: str, options: Options) -> str:
@@ -223,9 +225,9 @@ class Operations:
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:
         uid = await authorise(caller, Action.COMPARE, session)
         asked = parse(DiffOptions, options)
-        session.require_snapshots(asked.start, asked.end)
+        session.snapshots.require(asked.start, asked.end)
         reader = uid if asked.content else None
-        write = partial(session.diff, start=asked.start, end=asked.end, reader=reader)
+        write = partial(session.differences.write, start=asked.start, end=asked.end, reader=reader)
         return self._comparisons.open_list(uid, session, write, caller.start_soon)
 
     async def pending_files(
@@ -241,7 +243,7 @@ class Operations:
     async def open_shadowed(self, caller: Caller, session: Session, options: Options) -> int:
         uid = await authorise(caller, Action.COMPARE, session)
         parse(NoOptions, options)
-        write = partial(session.shadowed, self._manager.source_of(session))
+        write = partial(session.differences.shadowed, self._manager.source_of(session))
         return self._comparisons.open_list(uid, session, write, caller.start_soon)
 
     async def export_snapshot(
@@ -250,7 +252,7 @@ class Operations:
         # Not for owners: a snapshot has files in it that they may not read in the merged view.
         uid = await authorise(caller, Action.EXPORT, apart_from_owner(session))
         parse(ExportOptions, options)
-        return self._publish(session.export_snapshot(name, target, started_by=uid))
+        return self._publish(session.snapshots.export(name, target, started_by=uid))
 
     async def import_snapshot(
         self, caller: Caller, session: Session, source: int, name: str, options: Options
@@ -259,27 +261,27 @@ class Operations:
         uid = await authorise(caller, Action.IMPORT, apart_from_owner(session))
         chosen = parse(ImportOptions, options)
         description = chosen.description
-        job = session.import_snapshot(name, source, description=description, started_by=uid)
+        job = session.snapshots.add(name, source, description=description, started_by=uid)
         return self._publish(job)
 
     async def delete_snapshot(self, caller: Caller, session: Session, name: str) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.undisturbed()
-        await session.delete_snapshot(name)
+        await session.snapshots.delete(name)
 
     async def rename_snapshot(
         self, caller: Caller, session: Session, name: str, new_name: str
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
         await session.undisturbed()
-        await session.rename_snapshot(name, new_name)
+        await session.snapshots.rename(name, new_name)
 
     async def describe_snapshot(
         self, caller: Caller, session: Session, name: str, description: str
     ) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
-        await session.describe_snapshot(name, description)
+        await session.snapshots.describe(name, description)
 
     async def pin_snapshot(self, caller: Caller, session: Session, name: str, pinned: bool) -> None:
         await authorise(caller, Action.EDIT_SNAPSHOT, session)
-        await session.pin_snapshot(name, pinned)
+        await session.snapshots.pin(name, pinned)

@@ -99,10 +99,10 @@ class Flattening:
             state = MergeState.MORE
             while state is MergeState.MORE:
                 await trio.sleep(_PAUSE_SECONDS)
-                await self._session.become_idle()
+                await self._session.turn.become_idle()
                 if pair not in mergeable(self._session.record):
                     return True
-                if self._session.mount is None:
+                if self._session.view.mount is None:
                     return False  # it is considered again when there is one
                 state = await self._advance(pair)
             if state is MergeState.NEVER:
@@ -110,15 +110,15 @@ class Flattening:
                     self._impossible.add(pair)
                 return True
             # Before the record says so: what has moved has to be found there.
-            await self._session.require_mount().sync()
-            await self._session.become_idle()
+            await self._session.view.require().sync()
+            await self._session.turn.become_idle()
             await self._publish(pair)
         except SessiondError as error:
             log.info("Session %s is not flattened for now: %s", self._session.id, error)
             await trio.sleep(_LONG_PAUSE_SECONDS)
         finally:
             self.merging = frozenset()
-            self._session.recount(pair)
+            self._session.upkeep.recount(pair)
         return True
 
     async def _forget_sizes(self, pair: Pair) -> None:
@@ -132,14 +132,14 @@ class Flattening:
         session, store = self._session, self._session.services.store
         top, bottom = (store.layer(session.record, number) / "fs" for number in pair)
         async with self._at_work:
-            if not session.is_idle or session.reads_layers:
+            if not session.turn.is_idle or session.transfers.read_layers:
                 return MergeState.MORE
-            return await session.require_mount().merge(top, bottom)
+            return await session.view.require().merge(top, bottom)
 
     async def _publish(self, pair: Pair) -> None:
         """Let go of the upper one, which is empty; no checkpoint since the session was idle."""
         session = self._session
-        if pair in mergeable(session.record) and not session.reads_layers:
-            with session.operating(FLATTENING, SessionState.ACTIVE):
+        if pair in mergeable(session.record) and not session.transfers.read_layers:
+            with session.turn.operating(FLATTENING, SessionState.ACTIVE):
                 await session.replace_layers(session.record.without_layer(pair[0]))
                 log.info("Session %s: layer %d is merged with layer %d.", session.id, *pair)

@@ -180,7 +180,7 @@ async def commit(session: Session, paths: list[str], rules: tuple[str, ...]) -> 
     `rules` are those of the paths. Raises `NoSpace`, `Failed`.
     """
     store = session.services.store
-    mount = session.require_mount()
+    mount = session.view.require()
     async with mount.frozen():
         await mount.commit(tuple(paths))
         after = with_committed(session.record, rules)
@@ -194,9 +194,9 @@ async def commit(session: Session, paths: list[str], rules: tuple[str, ...]) -> 
 
 async def use_rules(session: Session) -> None:
     """Have the rules of the record in force, which is the last step of what changed them."""
-    if session.mount is None or session.record.keep is None:
+    if session.view.mount is None or session.record.keep is None:
         return
     try:
-        await session.mount.keep(session.record.keep_rules)
+        await session.view.mount.keep(session.record.keep_rules)
     except SessiondError as error:
         log.error("Session %s keeps by its rules of before: %s", session.id, error)  # noqa: TRY400

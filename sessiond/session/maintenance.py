@@ -37,7 +37,8 @@ from sessiond.session.packing import Packer, packer_like
 from sessiond.session.rebase import old_image
 from sessiond.session.records import fsync_directory
 from sessiond.session.services import Services
-from sessiond.session.session import DESCRIPTION_LIMIT, Session
+from sessiond.session.session import Session
+from sessiond.session.snapshots import DESCRIPTION_LIMIT
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ class Maintenance:
         new = image.with_name(_new_prefix(image) + secrets.token_hex(4))
         await self._write(record.model_copy(update={"new": new.name}))
         try:
-            mount = session.require_mount()
+            mount = session.view.require()
             await mount.sync()
             async with mount.frozen():
                 await self._pack(packer, session, new, job)
@@ -221,7 +222,7 @@ class Maintenance:
 
     async def _verify(self, session: Session, new: Path) -> None:
         """Mount the new image, and compare it with the session. Raises `Failed`."""
-        layers = await session.served()
+        layers = await session.view.served()
         images = self._services.images
         image = await images.acquire(ImageSource(path=new))
         try:

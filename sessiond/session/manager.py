@@ -402,7 +402,7 @@ class Manager:
                     continue
                 session = Session(record, self._services)
                 if record.id in found.jobs:
-                    await session.recover_job(found.jobs[record.id])
+                    await session.turn.recover_job(found.jobs[record.id])
                 await self._services.nursery.start(session.run)
                 self._add(session)
                 nursery.start_soon(self._start_again, session)

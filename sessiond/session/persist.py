@@ -49,7 +49,7 @@ async def move_to_disk(session: Session, job: Job, *, verify: bool = True) -> No
     `ImageUnavailable`.
     """
     if session.storage is StorageKind.PERSISTENT:
-        await session.require_mount().sync()
+        await session.view.require().sync()
         return
     move = _Move(session, job, verify=verify)
     try:
@@ -102,14 +102,14 @@ class _Move:
 
     async def switch_over(self) -> None:
         """Hold writers, copy the upper, and make the copies the session."""
-        async with self._session.require_mount().frozen():
+        async with self._session.view.require().frozen():
             await self._in_thread(self._copy_upper)
             await trio.lowlevel.checkpoint_if_cancelled()
             target = self._target
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._store.write, target)
                 self._recorded = True
-                await self._session.serve(target, moved=True)
+                await self._session.view.serve(target, moved=True)
                 self._volatile = self._session.record
                 self._session.adopt(target)
 
@@ -122,7 +122,7 @@ class _Move:
             return
         try:
             await trio.to_thread.run_sync(self._store.forget, self._volatile)
-            await self._session.settle()
+            await self._session.settling.begin()
         except SessiondError as error:
             log.error("Session %s is persistent, but: %s", self._volatile.id, error)  # noqa: TRY400
 

@@ -95,7 +95,7 @@ async def rebase_now(
     `Failed`.
     """
     found = await session.services.images.inspect(source)
-    if session.mount is not None:
+    if session.view.mount is not None:
         if not _differ(found, session.image):
             return
         if not remount:
@@ -106,12 +106,12 @@ async def rebase_now(
             )
     # To be gone on with, until it is mounted again: it is the only way back as well.
     with trio.CancelScope(shield=True):
-        await session.unmount_view()
+        await session.view.unmount()
         try:
             await _rebase(session, source, conflicts)
         finally:
             if not session.record.rebasing:
-                await session.mount_view()
+                await session.view.show()
 
 
 async def _discard(session: Session, source: ImageSource) -> None:
@@ -120,13 +120,13 @@ async def _discard(session: Session, source: ImageSource) -> None:
     """
     image = await session.services.images.acquire(source)
     before = session.record.image
-    await session.exchange_image(image)
+    await session.view.exchange_image(image)
     try:
         after = session.record.discarded(Instant.now(session.services.surroundings.clock))
         await session.switch(after.rebased(source, image.digest, image.built))
     except BaseException:
         with trio.CancelScope(shield=True):
-            await session.exchange_image(None)
+            await session.view.exchange_image(None)
         raise
     log.warning(
         "Session %s is on another image now, %s instead of %s; its changes and snapshots are "
@@ -149,9 +149,9 @@ async def _rebase(session: Session, source: ImageSource, conflicts: Conflicts) -
         with trio.CancelScope(shield=True):
             await images.release(image)
         raise
-    session.recount(session.record.all_layers)
+    session.upkeep.recount(session.record.all_layers)
     log.info("Session %s is rebased: it goes on over image %s.", session.id, image.digest)
-    await session.exchange_image(image)
+    await session.view.exchange_image(image)
 
 
 async def _rebase_layers(session: Session, work: _Work, conflicts: Conflicts) -> None:
@@ -300,7 +300,7 @@ async def write_shadowed(session: Session, source: ImageSource, target: int) -> 
 async def _write_shadowed(session: Session, source: ImageSource, target: int) -> None:
     images, record = session.services.images, session.record
     found = record.image
-    if session.mount is None and not record.rebasing:
+    if session.view.mount is None and not record.rebasing:
         found = await images.inspect(source)
     if not _differ(found, record.image):
         stored = session.services.store.storage(record) / _LIST

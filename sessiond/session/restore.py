@@ -42,12 +42,12 @@ async def restore(session: Session, target: SnapshotRecord, *, undo: bool) -> No
     if not undo:
         await session.switch(session.record.with_new_upper(target.layers))
         return
-    mount = session.mount
+    mount = session.view.mount
     async with nullcontext() if mount is None else mount.frozen():
         await _restore_held(session, target, mounted=mount is not None)
     if session.storage is StorageKind.PERSISTENT:
         # Not yet all that programs have written into the layer that is kept is on disk.
-        await session.require_mount().sync()
+        await session.view.require().sync()
 
 
 async def _restore_held(session: Session, target: SnapshotRecord, *, mounted: bool) -> None:
@@ -62,14 +62,14 @@ async def _restore_held(session: Session, target: SnapshotRecord, *, mounted: bo
     if not (changed and mounted):  # nobody has a file of the upper open
         with _explaining():
             after = before.with_new_upper(target.layers)
-            await session.switch_and_keep(after, snapshot, besides=target)
+            await session.snapshots.switch_and_keep(after, snapshot, besides=target)
         return
     begun = replaced.with_snapshots((*replaced.snapshots, snapshot))
     with _explaining():
         await session.switch(begun.model_copy(update={"restoring": snapshot.name}))
     try:
         after = session.record.with_new_upper(target.layers).with_snapshots(before.snapshots)
-        await session.switch_and_keep(after, snapshot, besides=target)
+        await session.snapshots.switch_and_keep(after, snapshot, besides=target)
     except BaseException:
         await _undo(session)
         raise
@@ -89,7 +89,7 @@ def _explaining() -> Iterator[None]:
 async def is_changed(session: Session) -> bool:
     """Say whether the upper has changed anything. Raises `ImageUnavailable`, `Failed`."""
     store, record = session.services.store, session.record
-    upper, below = store.upper(record).fs, await session.below(record)
+    upper, below = store.upper(record).fs, await session.view.below(record)
     with explained(f"look into the upper of session {record.id}"):
         return not await trio.to_thread.run_sync(is_unchanged, upper, below)
 
@@ -122,6 +122,6 @@ async def _undo(session: Session) -> None:
     """Take back the snapshot of a restore that has failed; the layer stays in the stack."""
     with trio.CancelScope(shield=True):
         try:
-            await session.undo_restore()
+            await session.snapshots.undo_restore()
         except SessiondError as error:
             log.warning("Session %s keeps what a restore left that failed: %s", session.id, error)

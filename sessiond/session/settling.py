@@ -44,7 +44,7 @@ class Settling:
         session = self._session
         if session.storage is StorageKind.TMPFS:
             return []
-        pending = await session.require_mount().pending()
+        pending = await session.view.require().pending()
         async with self._looking:
             programs = await trio.to_thread.run_sync(
                 programs_with, session.mount_point, pending.files.keys()
@@ -54,6 +54,16 @@ class Settling:
             for inode, path in sorted(pending.files.items(), key=lambda item: item[1])
         ]
 
+    async def begin(self) -> None:
+        """Give back the RAM of a session that has moved to disk, now or as soon as that can be.
+
+        Raises `NoSuchSession`, `Failed`, if it is not now.
+        """
+        try:
+            await self.look()
+        finally:
+            self._session.start_soon(self.run)
+
     async def run(self) -> None:
         """Return when nothing is left in RAM, or when it is unmounted; at once if it runs."""
         store, session = self._session.services.store, self._session
@@ -61,7 +71,7 @@ class Settling:
             return
         self._running, said = True, ""
         try:
-            while session.mount is not None and store.has_volatile_storage(session.id):
+            while session.view.mount is not None and store.has_volatile_storage(session.id):
                 try:
                     await self.look()
                 except SessiondError as error:
@@ -79,7 +89,7 @@ class Settling:
         Raises `NoSuchSession`, `Failed`.
         """
         store, session = self._session.services.store, self._session
-        before, self._known = self._known, await session.require_mount().pending()
+        before, self._known = self._known, await session.view.require().pending()
         if before.count != self._known.count:
             session.tell_changed()
         # Only now: a worker that answers serves what is on disk.

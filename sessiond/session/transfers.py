@@ -100,8 +100,8 @@ class Transfers:
     # Out
 
     async def _export(self, job: Job, snapshot: SnapshotRecord, pipe: int) -> None:
-        await self._session.layers_at_rest()
-        image = await self._session.require_image()
+        await self._session.flattening.rest()
+        image = await self._session.view.image()
         record = self._session.record
         write = partial(self._write, job, record, snapshot, image.root, pipe)
         await self._in_thread(f"export snapshot {snapshot.name} of session {record.id}", write)
@@ -136,14 +136,14 @@ class Transfers:
 
     async def _import(self, job: Job, snapshot: Callable[..., SnapshotRecord], pipe: int) -> None:
         session, store = self._session, self._session.services.store
-        image = await session.require_image()
+        image = await session.view.image()
         record = session.record
         draft = await trio.to_thread.run_sync(store.make_draft, record, image.root)
         published = False
         try:
             fill = partial(self._fill, job, draft / "fs", image.root, pipe)
             await self._in_thread(f"import a snapshot into session {record.id}", fill)
-            await session.publish_draft(draft, record, snapshot)
+            await session.snapshots.publish_draft(draft, record, snapshot)
             published = True
         finally:
             if not published:

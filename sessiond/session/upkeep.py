@@ -112,19 +112,19 @@ class Upkeep:
     async def _make(self) -> None:
         """Make an automatic snapshot, if anything was changed since the last one."""
         session = self._session
-        await session.become_idle()
+        await session.turn.become_idle()
         # One that is not mounted changes nothing, and is not mounted for this.
-        if session.mount is None or not await is_changed(session):
+        if session.view.mount is None or not await is_changed(session):
             return
-        await session.become_idle()
+        await session.turn.become_idle()
         name = automatic_name(session.record, "timed", datetime.now(UTC))
-        await session.snapshot(name, automatic=True)
+        await session.snapshots.make(name, automatic=True)
 
     async def _count(self) -> None:
         """Count layers of snapshots that are not counted yet."""
         record = self._session.record
         snapshots = {number for one in record.snapshots for number in one.layers}
-        merging = self._session.merging
+        merging = self._session.flattening.merging
         missing = sorted(snapshots - self._known(record).keys() - merging)
         for number in missing:
             layer = self._session.services.store.layer(record, number)
@@ -146,7 +146,7 @@ class Upkeep:
             known = self._known(self._session.record)
             self._sizes = {(self._session.storage, number): size for number, size in known.items()}
             self._table_of = None
-            self._session.sizes_changed()
+            self._session.tell_changed()
 
     async def _make_room(self) -> None:
         # What is deleted gives its space back only when its files are gone.
@@ -155,7 +155,7 @@ class Upkeep:
 
     async def _prune(self, choose: Callable[[SessionRecord], list[Removal]]) -> None:
         if choose(self._session.record):
-            await self._session.prune(choose)
+            await self._session.snapshots.prune(choose)
 
 
 def _seconds_left(record: SessionRecord) -> float:

@@ -106,6 +106,114 @@ class FakeTimer:
         self.asked.append((by, {}))
 
 
+class FakeSnapshots(dict[SnapshotName, SnapshotRecord]):
+    """Those of a session, by name."""
+
+    def __init__(self, session: FakeSession) -> None:
+        super().__init__()
+        self._session = session
+
+    def size(self, name: str) -> SnapshotSize:
+        return self._session.size
+
+    def require(self, *names: str) -> None:
+        for name in filter(None, names):
+            self.record(name)
+
+    async def make(
+        self, name: str, *, description: str = "", pinned: bool = False
+    ) -> SnapshotRecord:
+        await self._session.snapshot_gate.wait()
+        checked = snapshot_name(name)
+        if checked in self:
+            raise SnapshotExists(f"Session {self._session.id} already has a snapshot {name}.")
+        number = len(self) + 1
+        record = SnapshotRecord(
+            name=checked,
+            description=description,
+            created_at=EPOCH.replace(hour=7 + number),
+            layers=tuple(LayerNumber(n) for n in range(number, 0, -1)),
+            pinned=pinned,
+        )
+        self[checked] = record
+        self._session.manager.tell("snapshot_added", self._session, record)
+        return record
+
+    async def delete(self, name: str) -> None:
+        record = self.record(name)
+        del self[record.name]
+        self._session.manager.tell("snapshot_removed", self._session, record)
+
+    async def rename(self, name: str, new_name: str) -> None:
+        checked = snapshot_name(new_name)
+        record = self.record(name)
+        del self[record.name]
+        self[checked] = record.model_copy(update={"name": checked})
+        self._session.manager.tell("session_changed", self._session)
+
+    async def describe(self, name: str, description: str) -> None:
+        self._edit(name, description=description)
+
+    async def pin(self, name: str, pinned: bool) -> None:
+        self._edit(name, pinned=pinned)
+
+    def export(self, name: str, target: int, *, started_by: Uid) -> FakeJob:
+        self.record(name)
+        os.write(target, b"the archive")
+        return self._session.start(Operation.EXPORT, started_by)
+
+    def add(self, name: str, source: int, *, description: str = "", started_by: Uid) -> FakeJob:
+        self._session.imported[name] = os.read(source, 4096)
+        return self._session.start(Operation.IMPORT, started_by)
+
+    def _edit(self, name: str, **changed: object) -> None:
+        record = self.record(name)
+        self[record.name] = record.model_copy(update=changed)
+        self._session.manager.tell("session_changed", self._session)
+
+    def record(self, name: str) -> SnapshotRecord:
+        if name not in self:
+            raise NoSuchSnapshot(f"Session {self._session.id} has no snapshot {name!r}.")
+        return self[SnapshotName(name)]
+
+
+class FakeDifferences:
+    """Those of a session."""
+
+    def __init__(self, session: FakeSession) -> None:
+        self._session = session
+
+    async def count(self, start: str = "", end: str = "") -> ChangeSummary:
+        session = self._session
+        await session.changes_gate.wait()
+        session.snapshots.require(start, end)
+        session.compared = (start, end)
+        return session.summary
+
+    async def write(
+        self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
+    ) -> None:
+        session = self._session
+        session.compared = (start, end)
+        session.diff_reader = reader
+        result = session.diff_body(target)
+        if hasattr(result, "__await__"):
+            await result
+        with suppress(BrokenPipeError):
+            os.write(target, session.diff_end)
+
+    async def shadowed(self, source: ImageSource, target: int) -> None:
+        line = {
+            "path": "/etc/motd",
+            "type": "file",
+            "outcome": "saved",
+            "now": True,
+            "snapshots": ["monday"],
+            "saved_as": "/etc/motd.sessiond-old",
+        }
+        os.write(target, json.dumps(line).encode() + b"\n" + self._session.diff_end)
+
+
 class FakeSession:
     """A session of the user with uid 65534, unless told otherwise."""
 
@@ -121,7 +229,8 @@ class FakeSession:
         self.failure = ""
         self.created_at = EPOCH
         self.last_reset: datetime | None = None
-        self.snapshots: dict[SnapshotName, SnapshotRecord] = {}
+        self.snapshots = FakeSnapshots(self)
+        self.differences = FakeDifferences(self)
         self.keep: tuple[str, ...] = ("/home/*/Documents",)
         self.committed: list[str] = []
         self.last_job: FakeJob | None = None
@@ -157,36 +266,36 @@ class FakeSession:
         self.rebased_with: object = None
         self.imported: dict[str, bytes] = {}
         """What came with each name."""
-        self._manager = manager
+        self.manager = manager
 
-    def _start(self, operation: Operation, started_by: Uid) -> FakeJob:
-        if self.id not in self._manager.sessions:
+    def start(self, operation: Operation, started_by: Uid) -> FakeJob:
+        if self.id not in self.manager.sessions:
             raise NoSuchSession(f"Session {self.id} has been closed.")
-        running = [j for j in self._manager.jobs if j.session == self.id and not j.finished]
+        running = [j for j in self.manager.jobs if j.session == self.id and not j.finished]
         if running:
             raise Busy(f"Session {self.id} is busy: job {running[0].id}, a {running[0].operation}.")
-        job = FakeJob(self._manager, len(self._manager.jobs) + 1, self, operation, started_by)
-        self._manager.jobs.append(job)
+        job = FakeJob(self.manager, len(self.manager.jobs) + 1, self, operation, started_by)
+        self.manager.jobs.append(job)
         self.last_job = job
-        self._manager.tell("job_added", job)
-        if self._manager.jobs_finish_at_once or self._manager.jobs_finish_with:
-            job.finish(self._manager.jobs_finish_with)
+        self.manager.tell("job_added", job)
+        if self.manager.jobs_finish_at_once or self.manager.jobs_finish_with:
+            job.finish(self.manager.jobs_finish_with)
         return job
 
     async def undisturbed(self) -> None:
         await trio.lowlevel.checkpoint()
 
     def reset(self, *, started_by: Uid, manner: Manner = AT_ONCE) -> FakeJob:
-        job = self._start(Operation.RESET, started_by)
+        job = self.start(Operation.RESET, started_by)
         job.manner = manner
         return job
 
     def restore(
         self, name: str, *, started_by: Uid, manner: Manner = AT_ONCE, undo: bool = True
     ) -> FakeJob:
-        self._record(name)
+        self.snapshots.record(name)
         self.undo = undo
-        job = self._start(Operation.RESTORE, started_by)
+        job = self.start(Operation.RESTORE, started_by)
         job.manner = manner
         return job
 
@@ -195,7 +304,7 @@ class FakeSession:
 
     def persist(self, *, started_by: Uid, verify: bool = True) -> FakeJob:
         self.verified = verify
-        return self._start(Operation.PERSIST, started_by)
+        return self.start(Operation.PERSIST, started_by)
 
     def rebase(
         self,
@@ -206,111 +315,18 @@ class FakeSession:
         started_by: Uid,
     ) -> FakeJob:
         self.rebased_with = (source, conflicts, remount)
-        return self._start(Operation.REBASE, started_by)
-
-    async def shadowed(self, source: ImageSource, target: int) -> None:
-        line = {
-            "path": "/etc/motd",
-            "type": "file",
-            "outcome": "saved",
-            "now": True,
-            "snapshots": ["monday"],
-            "saved_as": "/etc/motd.sessiond-old",
-        }
-        os.write(target, json.dumps(line).encode() + b"\n" + self.diff_end)
-
-    def export_snapshot(self, name: str, target: int, *, started_by: Uid) -> FakeJob:
-        self._record(name)
-        os.write(target, b"the archive")
-        return self._start(Operation.EXPORT, started_by)
-
-    def import_snapshot(
-        self, name: str, source: int, *, description: str = "", started_by: Uid
-    ) -> FakeJob:
-        self.imported[name] = os.read(source, 4096)
-        return self._start(Operation.IMPORT, started_by)
+        return self.start(Operation.REBASE, started_by)
 
     def commit(self, paths: list[str], *, started_by: Uid) -> FakeJob:
         self.committed += paths
-        return self._start(Operation.COMMIT, started_by)
+        return self.start(Operation.COMMIT, started_by)
 
     async def set_keep(self, rules: list[str]) -> None:
         self.keep = tuple(rules)
-        self._manager.tell("session_changed", self)
-
-    async def snapshot(
-        self, name: str, *, description: str = "", pinned: bool = False
-    ) -> SnapshotRecord:
-        await self.snapshot_gate.wait()
-        checked = snapshot_name(name)
-        if checked in self.snapshots:
-            raise SnapshotExists(f"Session {self.id} already has a snapshot {name}.")
-        number = len(self.snapshots) + 1
-        record = SnapshotRecord(
-            name=checked,
-            description=description,
-            created_at=EPOCH.replace(hour=7 + number),
-            layers=tuple(LayerNumber(n) for n in range(number, 0, -1)),
-            pinned=pinned,
-        )
-        self.snapshots[checked] = record
-        self._manager.tell("snapshot_added", self, record)
-        return record
-
-    async def delete_snapshot(self, name: str) -> None:
-        record = self._record(name)
-        del self.snapshots[record.name]
-        self._manager.tell("snapshot_removed", self, record)
-
-    async def rename_snapshot(self, name: str, new_name: str) -> None:
-        checked = snapshot_name(new_name)
-        record = self._record(name)
-        del self.snapshots[record.name]
-        self.snapshots[checked] = record.model_copy(update={"name": checked})
-        self._manager.tell("session_changed", self)
+        self.manager.tell("session_changed", self)
 
     async def pending_files(self) -> list[PendingFile]:
         return self.files
-
-    async def describe_snapshot(self, name: str, description: str) -> None:
-        self._edit(name, description=description)
-
-    async def pin_snapshot(self, name: str, pinned: bool) -> None:
-        self._edit(name, pinned=pinned)
-
-    def _edit(self, name: str, **changed: object) -> None:
-        record = self._record(name)
-        self.snapshots[record.name] = record.model_copy(update=changed)
-        self._manager.tell("session_changed", self)
-
-    def snapshot_size(self, name: str) -> SnapshotSize:
-        return self.size
-
-    async def changes(self, start: str = "", end: str = "") -> ChangeSummary:
-        await self.changes_gate.wait()
-        self.require_snapshots(start, end)
-        self.compared = (start, end)
-        return self.summary
-
-    def require_snapshots(self, *names: str) -> None:
-        for name in filter(None, names):
-            self._record(name)
-
-    async def diff(
-        self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
-    ) -> None:
-        self.compared = (start, end)
-        self.diff_reader = reader
-        result = self.diff_body(target)
-        if hasattr(result, "__await__"):
-            await result
-        with suppress(BrokenPipeError):
-            os.write(target, self.diff_end)
-
-    def _record(self, name: str) -> SnapshotRecord:
-        if name not in self.snapshots:
-            raise NoSuchSnapshot(f"Session {self.id} has no snapshot {name!r}.")
-        return self.snapshots[SnapshotName(name)]
 
 
 class FakeManager:
@@ -366,7 +382,7 @@ class FakeManager:
         if self.maintenance is None:
             raise Failed("No maintenance is going on.")
         session = self.sessions[self.maintenance.session]
-        return session._start(Operation.MAINTENANCE, started_by)
+        return session.start(Operation.MAINTENANCE, started_by)
 
     async def cancel_maintenance(self) -> None:
         if self.maintenance is None:

@@ -93,7 +93,7 @@ def guarded_bus(bus_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 @pytest.fixture
 async def guarded(guarded_bus: None, manager: FakeManager, nursery: trio.Nursery) -> FakeManager:
     """A session with a snapshot, served on that bus."""
-    await manager.sessions["live"].snapshot("fresh")
+    await manager.sessions["live"].snapshots.make("fresh")
     await nursery.start(service.serve, manager)
     return manager
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -28,6 +29,7 @@ INTERFACE = "test.Interface"
 
 def descriptors() -> set[str]:
     """Return what this process has open, apart from what is made to look."""
+    gc.collect()  # what other tests have left behind
     return {
         f"{entry}:{os.readlink(f'/proc/self/fd/{entry}')}"
         for entry in os.listdir("/proc/self/fd")

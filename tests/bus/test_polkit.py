@@ -68,7 +68,7 @@ def polkit(bus_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sta
 @pytest.fixture
 async def guarded(polkit: Start, manager: FakeManager, nursery: trio.Nursery) -> FakeManager:
     """A session with a snapshot, served on that bus."""
-    await manager.sessions["live"].snapshot("fresh")
+    await manager.sessions["live"].snapshots.make("fresh")
     await nursery.start(service.serve, manager)
     return manager
 

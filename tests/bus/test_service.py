@@ -94,7 +94,7 @@ async def test_gdbus_shows_argument_names_and_annotations(serving: FakeManager) 
 
 
 async def test_the_tree_leads_to_all_objects(serving: FakeManager) -> None:
-    await serving.sessions["live"].snapshot("fresh")
+    await serving.sessions["live"].snapshots.make("fresh")
     serving.sessions["live"].reset(started_by=Uid(0))
     listed = await busctl("tree", "--list", names.BUS)
     for path in (names.ROOT_PATH, SESSION_PATH, f"{SESSION_PATH}/snapshot/fresh"):
@@ -179,7 +179,7 @@ async def test_snapshots_know_their_parents(manager: FakeManager) -> None:
     session = manager.sessions["live"]
     parents = []
     for name in ("one", "two", "three"):
-        record = await session.snapshot(name)
+        record = await session.snapshots.make(name)
         snapshot = SnapshotObject(session, record.name, Operations(manager, str))
         parents.append(snapshot.property_values()["Parent"])
     assert parents == ["/", f"{SESSION_PATH}/snapshot/one", f"{SESSION_PATH}/snapshot/two"]
@@ -209,8 +209,8 @@ async def test_objects_are_announced_by_the_manager(sessiond: Client, serving: F
     match = Match(names.BUS, path=names.ROOT_PATH)
     async with sessiond._connection.signals(match) as heard:
         session = serving.add("new")
-        await session.snapshot("fresh")
-        await session.rename_snapshot("fresh", "old")
+        await session.snapshots.make("fresh")
+        await session.snapshots.rename("fresh", "old")
         await serving.close("new")
         seen = [await anext(heard) for _ in range(8)]
     path = f"{names.ROOT_PATH}/session/new"
@@ -243,7 +243,7 @@ async def test_signals_of_a_session(sessiond: Client, serving: FakeManager) -> N
 async def test_managed_objects_are_those_below_the_root(
     sessiond: Client, serving: FakeManager
 ) -> None:
-    await serving.sessions["live"].snapshot("fresh")
+    await serving.sessions["live"].snapshots.make("fresh")
     objects = await sessiond._managed_objects()
     assert set(objects) == {SESSION_PATH, f"{SESSION_PATH}/snapshot/fresh"}
     assert objects[SESSION_PATH][names.SESSION]["Snapshots"] == [f"{SESSION_PATH}/snapshot/fresh"]

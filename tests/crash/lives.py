@@ -22,7 +22,7 @@ def given(profile: str) -> Life:
         await world.mount("other").write("file", b"of another session")
         session = await manager.create(USER, profile, session_id="s")
         await world.mount("s").write("first", b"old")
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         for name, content in FILES.items():
             await world.mount("s").write(name, content)
 
@@ -42,7 +42,7 @@ async def create_lasting(world: World, manager: Manager) -> None:
 
 
 async def snapshot(world: World, manager: Manager) -> None:
-    await manager.get("s").snapshot("two")
+    await manager.get("s").snapshots.make("two")
 
 
 async def rename_snapshot(world: World, manager: Manager) -> None:
@@ -72,7 +72,7 @@ async def import_snapshot(world: World, manager: Manager) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, BytesIO(content))
-    await manager.get("s").import_snapshot("new", reader, started_by=UID).wait()
+    await manager.get("s").snapshots.add("new", reader, started_by=UID).wait()
 
 
 async def close(world: World, manager: Manager) -> None:

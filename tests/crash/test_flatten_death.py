@@ -22,9 +22,9 @@ def deep(profile: str) -> Life:
         for number in range(5):
             await world.mount("s").write(f"file{number}", b"%d" % number * 5000)
             await world.mount("s").write("changed", b"%d" % number * 3000)
-            await session.snapshot(f"snapshot{number}")
+            await session.snapshots.make(f"snapshot{number}")
         for number in (0, 2, 4):
-            await session.delete_snapshot(f"snapshot{number}")
+            await session.snapshots.delete(f"snapshot{number}")
         await world.mount("s").write("changed", b"at last")
 
     return life
@@ -33,7 +33,7 @@ def deep(profile: str) -> Life:
 async def flatten(world: World, manager: Manager) -> None:
     flattening.DEEP, flattening._PAUSE_SECONDS = 0, 0.0
     session = manager.get("s")
-    session.consider_flattening()
+    session.flattening.consider()
     await until(lambda: not flattening.mergeable(session.record))
 
 

@@ -45,7 +45,7 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
     async with machine.manager() as manager:
         session = await manager.create("root", profile, session_id="s")
         (session.mount_point / "kept").write_bytes(b"kept")
-        await session.snapshot("first")
+        await session.snapshots.make("first")
         for _ in range(3):  # what a reset takes has to be there the next time as well
             (session.mount_point / "directory").mkdir()
             (session.mount_point / "open").write_bytes(b"goes on")
@@ -53,7 +53,7 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
             if (profile, what) != ("volatile", "bytes"):  # directories of a tmpfs take inodes only
                 before = session.record
                 with pytest.raises(NoSpace, match="delete files or snapshots, or reset"):
-                    await session.snapshot("no-room")
+                    await session.snapshots.make("no-room")
                 assert session.record.snapshots == before.snapshots
                 assert session.record.layers == before.layers
             directory = os.open(session.mount_point / "directory", os.O_RDONLY)
@@ -76,8 +76,8 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
         assert (session.mount_point / "kept").read_bytes() == b"kept"
         await settled(session)
         fill(session.mount_point, what)
-        await session.rename_snapshot("first", "1")
-        await session.delete_snapshot("1")
+        await session.snapshots.rename("first", "1")
+        await session.snapshots.delete("1")
         await manager.close("s")
         assert not session.services.store.storage(session.record).exists()
 
@@ -115,7 +115,7 @@ async def test_a_worker_that_dies_on_a_full_upper(
         with open(path, "w+b", buffering=0) as file:
             file.write(b"goes on")
             fill(session.mount_point, what)
-            mount = session.mount
+            mount = session.view.mount
             assert isinstance(mount, FuseMount)
             os.kill(mount.worker, signal.SIGKILL)
             contents = await trio.to_thread.run_sync(path.read_bytes)
@@ -208,7 +208,7 @@ async def test_a_full_run(machine: Machine, what: str) -> None:
         for profile in ("volatile", "lasting"):
             session = await manager.create("root", profile, session_id=profile)
             (session.mount_point / "file").touch()
-            await session.snapshot("first")
+            await session.snapshots.make("first")
         other = machine.runtime / "someone's"
         other.mkdir()
         fill(other, what)
@@ -219,7 +219,7 @@ async def test_a_full_run(machine: Machine, what: str) -> None:
         for session in manager.sessions.values():
             await reset(session)
             await restore(session, "first")
-            await session.delete_snapshot("first")
+            await session.snapshots.delete("first")
             assert (session.mount_point / "file").exists()
         await manager.close("volatile")
     async with machine.manager() as manager:
@@ -235,12 +235,12 @@ async def test_there_are_only_so_many_layers(
     async with machine.manager() as manager:
         session = await manager.create("root", "volatile", session_id="s")
         for number in range(3):
-            await session.snapshot(f"{number}")
+            await session.snapshots.make(f"{number}")
         with pytest.raises(NoSpace, match="has 4 layers, which is the most"):
-            await session.snapshot("more")
+            await session.snapshots.make("more")
         await restore(session, "1")
-        await session.delete_snapshot("2")
-        await session.snapshot("more")
+        await session.snapshots.delete("2")
+        await session.snapshots.make("more")
         await reset(session)
         await settled(session)
 
@@ -253,7 +253,7 @@ async def test_as_many_layers_as_there_may_be(machine: Machine) -> None:
         session = await manager.create("root", "volatile", session_id="s")
         for number in range(session_module.LAYERS_LIMIT - 1):
             (session.mount_point / f"{number}").touch()
-            await session.snapshot(f"{number}", description="€" * 1000)
+            await session.snapshots.make(f"{number}", description="€" * 1000)
         assert len(names(session)) == len(image_names(machine)) + number + 1
         await reset(session)
         await restore(session, f"{number}")

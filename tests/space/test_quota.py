@@ -49,7 +49,7 @@ async def test_a_session_cannot_take_more(limited: Machine, what: str, data_path
         other = await manager.create("root", "lasting", session_id="other")
         assert df(session.mount_point) == (LIMIT.bytes, LIMIT.inodes)
         (session.mount_point / "kept").write_bytes(bytes(1 << 20))
-        await session.snapshot("first")  # counts as well
+        await session.snapshots.make("first")  # counts as well
         fill(session.mount_point, what)
         usage = session.usage
         assert (usage.bytes_limit, usage.inodes_limit) == (LIMIT.bytes, LIMIT.inodes)

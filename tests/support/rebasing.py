@@ -81,7 +81,7 @@ class Machine:
         """Make session ``s``: ``a`` was changed before its snapshot ``one``, ``b`` after it."""
         session = await manager.create(USER, "p", session_id="s")
         change(self.layer(1) / "fs", "a")
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         change(self.layer(2) / "fs", "b")
 
 

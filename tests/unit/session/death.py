@@ -104,7 +104,7 @@ async def set_up(world: World, profile: str) -> None:
     async with world.crashing_manager() as manager:
         await prepare(manager, profile)
         await world.mount("s").write("file", b"kept")
-        await manager.get("s").snapshot("one")
+        await manager.get("s").snapshots.make("one")
         await world.mount("s").write("new", b"kept, too")
 
 

@@ -49,7 +49,7 @@ async def make(world: World) -> None:
     async with world.manager() as manager:
         session = await manager.create(USER, "lasting", session_id="s")
         (world.disk("s") / "layers/1/fs/kept").touch()
-        await session.snapshot("first")
+        await session.snapshots.make("first")
 
 
 def edit(file: Path, **changes: object) -> None:

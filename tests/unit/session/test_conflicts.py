@@ -198,7 +198,7 @@ async def test_a_snapshot_is_made_first(world: World, operation: str) -> None:
     manner = Manner(snapshot=SnapshotName("before"))
     async with world.manager() as manager:
         session = await manager.create(USER, "volatile", session_id="s")
-        await session.snapshot("other")
+        await session.snapshots.make("other")
         (world.mount("s").stack.upper.fs / "file").touch()
         if operation == "reset":
             await session.reset(started_by=Uid(UID), manner=manner).wait()
@@ -226,7 +226,7 @@ async def test_an_automatic_snapshot_has_a_name_of_its_time(world: World) -> Non
 async def test_without_the_snapshot_there_is_no_reset(world: World) -> None:
     async with world.manager() as manager:
         session = await manager.create(USER, "volatile", session_id="s")
-        taken = await session.snapshot("taken")
+        taken = await session.snapshots.make("taken")
         manner = Manner(snapshot=taken.name)
         with pytest.raises(SnapshotExists):
             session.reset(started_by=Uid(UID), manner=manner)

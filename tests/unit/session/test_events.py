@@ -27,8 +27,8 @@ async def test_each_event_has_its_fields(world: World, caplog: pytest.LogCapture
     profile = {"profile": "volatile"}
     async with world.manager() as manager:
         session = await manager.create(USER, "volatile", session_id="s")
-        await session.snapshot("one")
-        await session.delete_snapshot("one")
+        await session.snapshots.make("one")
+        await session.snapshots.delete("one")
         await session.reset(started_by=UID).wait()
         cancelled = session.reset(started_by=UID)
         cancelled.cancel()

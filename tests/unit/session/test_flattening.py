@@ -63,9 +63,9 @@ async def deep(world: World, manager: Manager, profile: str = "volatile") -> Ses
     for number in range(5):
         await world.mount("s").write(f"file{number}", b"%d" % number)
         await world.mount("s").write("changed", b"%d" % number)
-        await session.snapshot(f"s{number}")
+        await session.snapshots.make(f"s{number}")
     for number in (0, 2, 4):
-        await session.delete_snapshot(f"s{number}")
+        await session.snapshots.delete(f"s{number}")
     return session
 
 
@@ -89,10 +89,10 @@ async def test_a_deep_stack_becomes_flat(
     async with world.manager() as manager:
         session = await deep(world, manager, profile)
         await until(lambda: len(session.record.layers) == 4)
-        await until(lambda: session.is_idle)
+        await until(lambda: session.turn.is_idle)
         assert len(mergeable(session.record)) == 1, "no more than has to be"
         monkeypatch.setattr(flattening, "DEEP", 0)
-        session.consider_flattening()
+        session.flattening.consider()
         await until(lambda: mergeable(session.record) == [])
         assert len(session.record.layers) == 3
         assert shown(world) == ALL
@@ -121,7 +121,7 @@ async def test_never_while_there_is_an_operation(
             job = session.persist(started_by=UID)
             await until(lambda: session.record.upper != before.upper)
             monkeypatch.setattr(flattening, "DEEP", 0)
-            session.consider_flattening()
+            session.flattening.consider()
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert len(session.record.layers) == 6
         await job.wait()
@@ -135,12 +135,12 @@ async def test_never_while_a_snapshot_is_exported(
     async with world.manager() as manager:
         session = await deep(world, manager)
         await world.mount("s").write("large", bytes(3 << 20))
-        await session.snapshot("large")
+        await session.snapshots.make("large")
         reader, writer = os.pipe2(os.O_CLOEXEC)
-        job = session.export_snapshot("large", writer, started_by=UID)
+        job = session.snapshots.export("large", writer, started_by=UID)
         os.close(writer)
         monkeypatch.setattr(flattening, "DEEP", 0)
-        session.consider_flattening()
+        session.flattening.consider()
         for _ in range(100):
             await trio.lowlevel.checkpoint()
         assert len(session.record.layers) == 6
@@ -159,7 +159,7 @@ async def test_what_fails_is_tried_again(
         session = await deep(world, manager)
         world.mounter.injected[call] = [Failed("The worker is gone.")] * 2
         monkeypatch.setattr(flattening, "DEEP", 0)
-        session.consider_flattening()
+        session.flattening.consider()
         await until(lambda: mergeable(session.record) == [])
         assert world.mounter.injected[call] == []
         assert shown(world) == ALL
@@ -169,7 +169,7 @@ async def test_what_fails_is_tried_again(
 async def test_the_one_moment_in_which_it_is_busy(world: World) -> None:
     async with world.manager() as manager:
         session = await deep(world, manager)
-        with session.operating(FLATTENING, SessionState.ACTIVE):
+        with session.turn.operating(FLATTENING, SessionState.ACTIVE):
             assert session.state is SessionState.ACTIVE
             with pytest.raises(Busy, match="takes but a moment"):
                 session.reset(started_by=UID)

@@ -235,7 +235,7 @@ async def test_a_clean_end_keeps_persistent_sessions_only(world: World) -> None:
         await manager.create(USER, "volatile", session_id="v")
         await manager.create(USER, "lasting", session_id="p")
         await world.mount("p").write("file", b"kept")
-        await manager.get("p").snapshot("one")
+        await manager.get("p").snapshots.make("one")
     assert world.mounts.mounted == {}
     assert not world.mount("p").mounted
     assert not world.mount("v").mounted

@@ -25,7 +25,7 @@ async def create(world: World, manager: Manager) -> Session:
     """A session with a snapshot, and a file in each layer."""
     session = await manager.create(USER, "volatile", session_id="s")
     await world.mount("s").write("first", b"1")
-    await session.snapshot("one")
+    await session.snapshots.make("one")
     await world.mount("s").write("second", b"2" * 5000)
     return session
 

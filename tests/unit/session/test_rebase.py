@@ -35,7 +35,7 @@ def machine(real: Path) -> Machine:
 async def listed(manager: Manager, session: Session) -> list[dict[str, object]]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    await session.shadowed(manager.source_of(session), writer)
+    await session.differences.shadowed(manager.source_of(session), writer)
     os.close(writer)
     with open(reader) as stream:
         lines = [json.loads(line) for line in stream]
@@ -73,8 +73,8 @@ async def test_refuse_and_rebase_on_demand(machine: Machine, expect_log: ExpectL
         assert await listed(manager, session) == [saved]
         assert sorted(os.listdir(machine.layer(1) / "fs/etc")) == ["a.sessiond-old"]
         # What it takes is counted anew.
-        await until(lambda: session.snapshot_size(one).known)
-        assert session.snapshot_size(one).bytes != 999_999
+        await until(lambda: session.snapshots.size(one).known)
+        assert session.snapshots.size(one).bytes != 999_999
         # Nothing is to be done now.
         await session.rebase(source, started_by=Uid(UID)).wait()
     async with machine.manager() as manager:
@@ -243,7 +243,7 @@ async def test_a_list_whose_reader_has_gone_ends(machine: Machine) -> None:
         await machine.make_session(manager)
         reader, writer = os.pipe()
         os.close(reader)
-        await manager.get("s").shadowed(manager.source_of(manager.get("s")), writer)
+        await manager.get("s").differences.shadowed(manager.source_of(manager.get("s")), writer)
         os.close(writer)
 
 
@@ -258,6 +258,6 @@ async def test_a_list_that_nobody_reads_is_given_up(
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         with pytest.raises(Failed, match="nothing was read of it"):
-            await session.shadowed(manager.source_of(session), writer)
+            await session.differences.shadowed(manager.source_of(session), writer)
         os.close(reader)
         os.close(writer)

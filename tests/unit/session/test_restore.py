@@ -14,6 +14,7 @@ from sessiond.session.model import SessionState, SnapshotRecord
 from sessiond.session.restore import automatic_name
 from sessiond.session.retention import AUTOMATIC_LIMIT
 from sessiond.session.store import Store
+from sessiond.session.view import View
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -24,7 +25,7 @@ async def create(world: World, manager: Manager, profile: str = "volatile") -> S
     """A session with the file ``old``, and a snapshot ``one`` of that."""
     session = await manager.create(USER, profile, session_id="s")
     await world.mount("s").write("old", b"")
-    await session.snapshot("one")
+    await session.snapshots.make("one")
     return session
 
 
@@ -83,8 +84,8 @@ async def test_what_no_snapshot_has_is_kept_without_another_layer(world: World) 
     async with world.manager() as manager:
         session = await create(world, manager)
         await world.mount("s").write("new", b"")
-        await session.snapshot("two")
-        await session.delete_snapshot("two")
+        await session.snapshots.make("two")
+        await session.snapshots.delete("two")
         await restore(session, "one")
         (kept,) = automatic(session)
         assert kept.layers == (2, 1)
@@ -150,20 +151,20 @@ async def test_when_a_swap_fails_nothing_is_kept_and_nothing_lost(
     tables["profile"]["volatile"]["snapshots"] = {"count": 2}
     async with world.manager(Config.model_validate(tables)) as manager:
         session = await create(world, manager)
-        await session.snapshot("two")
+        await session.snapshots.make("two")
         await world.mount("s").write("new", b"")
-        snapshots = session.snapshots
+        snapshots = dict(session.snapshots)
         swaps: list[object] = []
-        serve = Session.serve
+        serve = View.serve
 
-        async def fail_once(session: Session, record: object) -> None:
+        async def fail_once(view: View, record: object) -> None:
             swaps.append(record)
             if len(swaps) == swap:
                 raise Failed("The layer is gone.")
-            await serve(session, record)  # type: ignore[arg-type]
+            await serve(view, record)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
-            patch.setattr(Session, "serve", fail_once)
+            patch.setattr(View, "serve", fail_once)
             with pytest.raises(SessiondError, match="The layer is gone"):
                 await restore(session, "one")
         assert session.snapshots == snapshots

@@ -84,7 +84,7 @@ async def test_reset_serves_an_empty_upper_over_the_image(world: World) -> None:
 async def test_reset_drops_committed_layers_and_keeps_snapshots(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        snapshot = await session.snapshot("one")
+        snapshot = await session.snapshots.make("one")
         await session.reset(started_by=UID).wait()
         assert len(world.mount("s").stack.lowers) == 1
         assert session.snapshots == {"one": snapshot}
@@ -108,7 +108,7 @@ async def test_the_root_of_a_new_upper_looks_like_the_image(world: World) -> Non
 async def test_when_the_swap_fails_all_is_as_before(world: World, operation: str) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("first")
+        await session.snapshots.make("first")
         before, stack = session.record, world.mount("s").stack
         world.mounter.injected["swap"] = [Failed("The layer cannot be opened.")]
         with pytest.raises(Failed, match="cannot be opened"):
@@ -123,20 +123,20 @@ async def test_when_the_swap_fails_all_is_as_before(world: World, operation: str
 async def test_what_is_noted_of_a_snapshot_can_be_changed(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one", description="first", pinned=True)
+        await session.snapshots.make("one", description="first", pinned=True)
         assert session.record.snapshot("one").pinned
-        await session.pin_snapshot("one", False)
-        await session.describe_snapshot("one", "the first")
+        await session.snapshots.pin("one", False)
+        await session.snapshots.describe("one", "the first")
         one = session.record.snapshot("one")
         assert (one.description, one.pinned, one.automatic) == ("the first", False, False)
         recorded(world, session)
         with pytest.raises(InvalidOption, match="1001 characters"):
-            await session.describe_snapshot("one", "x" * 1001)
-        for change in (session.describe_snapshot("two", ""), session.pin_snapshot("two", True)):
+            await session.snapshots.describe("one", "x" * 1001)
+        for change in (session.snapshots.describe("two", ""), session.snapshots.pin("two", True)):
             with pytest.raises(NoSuchSnapshot):
                 await change
         job = session.reset(started_by=UID)
-        for change in (session.describe_snapshot("one", ""), session.pin_snapshot("one", True)):
+        for change in (session.snapshots.describe("one", ""), session.snapshots.pin("one", True)):
             with pytest.raises(Busy, match="a reset started by uid 0, is running"):
                 await change
         await job.wait()
@@ -146,11 +146,11 @@ async def test_a_snapshot_tells_what_is_not_exact(world: World, expect_log: Expe
     async with world.manager() as manager:
         session = await create(manager)
         world.mount("s").inexact = ("/busy",)
-        snapshot = await session.snapshot("one")
+        snapshot = await session.snapshots.make("one")
         world.mount("s").inexact = ()
         assert snapshot.inexact == ("/busy",)
         assert session.record.snapshot("one") == snapshot
-        assert (await session.snapshot("two")).inexact == ()
+        assert (await session.snapshots.make("two")).inexact == ()
         await settled(world, session)
         expect_log("1 files of a later moment")
 
@@ -164,7 +164,7 @@ async def perform(session: Session, operation: str) -> None:
         case "persist":
             await session.persist(started_by=UID).wait()
         case _:
-            await session.snapshot("second")
+            await session.snapshots.make("second")
 
 
 @pytest.mark.parametrize("operation", ["reset", "snapshot", "restore"])
@@ -174,7 +174,7 @@ async def test_when_the_disk_is_full_all_is_as_before(
 ) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("first")
+        await session.snapshots.make("first")
         before, stack = session.record, world.mount("s").stack
 
         def full(*_: object) -> None:
@@ -223,7 +223,7 @@ async def test_snapshot_commits_the_upper(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
         first_upper = world.mount("s").stack.upper.fs
-        snapshot = await session.snapshot("one", description="the first")
+        snapshot = await session.snapshots.make("one", description="the first")
         stack = world.mount("s").stack
         assert stack.lowers[0] == first_upper
         assert snapshot.layers == (1,)
@@ -236,9 +236,9 @@ async def test_restore_serves_the_layers_of_the_snapshot(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
         upper_file(world, "kept").touch()
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         upper_file(world, "lost").touch()
-        await session.snapshot("two")
+        await session.snapshots.make("two")
         await session.restore("one", started_by=UID).wait()
         stack = world.mount("s").stack
         assert [path.name for path in stack.lowers[0].iterdir()] == ["kept"]
@@ -253,33 +253,33 @@ async def test_restore_serves_the_layers_of_the_snapshot(world: World) -> None:
 async def test_deleting_a_snapshot_keeps_layers_that_are_in_use(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one")
-        await session.snapshot("two")
-        await session.delete_snapshot("two")
+        await session.snapshots.make("one")
+        await session.snapshots.make("two")
+        await session.snapshots.delete("two")
         assert session.record.all_layers == {3, 2, 1}
         await session.restore("one", started_by=UID, undo=False).wait()
         assert session.record.all_layers == {4, 1}
-        await session.delete_snapshot("one")
+        await session.snapshots.delete("one")
         assert session.record.all_layers == {4, 1}
         await session.reset(started_by=UID).wait()
         assert session.record.all_layers == {5}
         await settled(world, session)
         with pytest.raises(NoSuchSnapshot, match="snapshots are: none"):
-            await session.delete_snapshot("one")
+            await session.snapshots.delete("one")
 
 
 async def test_renaming_a_snapshot(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one", description="kept")
-        await session.snapshot("two")
-        await session.rename_snapshot("one", "uno")
+        await session.snapshots.make("one", description="kept")
+        await session.snapshots.make("two")
+        await session.snapshots.rename("one", "uno")
         assert list(session.snapshots) == ["uno", "two"]
         assert session.record.snapshot("uno").description == "kept"
         with pytest.raises(SnapshotExists):
-            await session.rename_snapshot("uno", "two")
+            await session.snapshots.rename("uno", "two")
         with pytest.raises(InvalidName):
-            await session.rename_snapshot("uno", "..")
+            await session.snapshots.rename("uno", "..")
         recorded(world, session)
         assert world.recorder.without_changes()[-2:] == ["no snapshot s one", "snapshot s uno"]
 
@@ -289,17 +289,17 @@ async def test_snapshot_names_are_checked(world: World, name: str) -> None:
     async with world.manager() as manager:
         session = await create(manager)
         with pytest.raises(InvalidName):
-            await session.snapshot(name)
+            await session.snapshots.make(name)
 
 
 async def test_bad_snapshots_are_refused(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         with pytest.raises(SnapshotExists):
-            await session.snapshot("one")
+            await session.snapshots.make("one")
         with pytest.raises(InvalidOption, match="1001 characters"):
-            await session.snapshot("two", description="x" * 1001)
+            await session.snapshots.make("two", description="x" * 1001)
         with pytest.raises(NoSuchSnapshot, match="snapshots are: one"):
             session.restore("two", started_by=UID)
         assert session.state is SessionState.ACTIVE
@@ -311,33 +311,33 @@ async def test_bad_snapshots_are_refused(world: World) -> None:
 async def test_states_are_compared_by_the_names_of_snapshots(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one")
-        await session.snapshot("two")
+        await session.snapshots.make("one")
+        await session.snapshots.make("two")
         served = world.mount("s").stack.lowers
-        await session.changes("one", "two")
+        await session.differences.count("one", "two")
         compared = world.mount("s").compared
         assert compared.start is not None
         assert compared.end is not None
         assert (compared.start.paths, compared.end.paths) == (served[1:], served)
-        await session.changes(end="one")
+        await session.differences.count(end="one")
         assert world.mount("s").compared.start is None
         with pytest.raises(NoSuchSnapshot, match="snapshots are: one, two"):
-            await session.changes("three")
+            await session.differences.count("three")
 
 
 async def test_layers_stay_as_long_as_they_are_compared(world: World) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         await session.reset(started_by=UID).wait()
         mount = world.mount("s")
         mount.differences = [{"path": "x" * 4000}] * 100  # more than a pipe holds
         read, write = os.pipe()
         os.set_blocking(write, False)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(session.diff, write, "one")
+            nursery.start_soon(session.differences.write, write, "one")
             await trio.testing.wait_all_tasks_blocked()
-            await session.delete_snapshot("one")
+            await session.snapshots.delete("one")
             await session.reset(started_by=UID).wait()
             await until(lambda: world.layers(world.storage("s")) == ["1", "4"])
             os.close(read)
@@ -360,7 +360,7 @@ async def test_a_second_operation_is_refused_by_name(world: World) -> None:
         with pytest.raises(
             Busy, match=r"busy: job 1, a reset started by uid \d+, is running. Wait .* or cancel"
         ):
-            await session.snapshot("one")
+            await session.snapshots.make("one")
         await job.wait()
         assert session.state is SessionState.ACTIVE
         assert job.finished
@@ -392,7 +392,7 @@ async def test_close_cancels_the_job_first(world: World) -> None:
             with pytest.raises(NoSuchSession):
                 await perform(session, operation)
         with pytest.raises(NoSuchSession):
-            await session.changes()
+            await session.differences.count()
         with pytest.raises(NoSuchSession):
             manager.get("s")
         await until(lambda: not any((world.state / "trash").iterdir()))
@@ -455,7 +455,7 @@ async def test_where_no_other_can_go_on_it_is_mounted_again(
 ) -> None:
     async with world.manager() as manager:
         session = await create(manager)
-        await session.snapshot("one")
+        await session.snapshots.make("one")
         dead = world.mount("s")
         world.mounter.injected["recover"] = [BEYOND_RECOVERY]
         dead.die()
@@ -479,7 +479,7 @@ async def test_mounting_again_is_given_up_in_the_end(
         await until(lambda: "given up" in session.failure)
         await until(lambda: session.state is SessionState.FAILED)
         with pytest.raises(Failed, match="There is no memory"):
-            await session.changes()
+            await session.differences.count()
         # Reset is what a user can still do about it.
         await session.reset(started_by=UID).wait()
         assert session.state is SessionState.ACTIVE

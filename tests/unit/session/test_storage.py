@@ -73,7 +73,7 @@ async def test_a_full_storage_is_an_error_for_a_snapshot_and_nothing_else(real: 
 
 async def make_snapshots(session: Session) -> None:
     for number in range(100):
-        await session.snapshot(str(number))
+        await session.snapshots.make(str(number))
 
 
 async def test_mount_points(tmp_path: Path) -> None:

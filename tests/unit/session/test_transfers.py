@@ -49,15 +49,15 @@ async def create(world: World, manager: Manager, profile: str = "volatile") -> S
     """A session with a snapshot of two layers, and an empty one above."""
     session = await manager.create(USER, profile, session_id="s")
     await world.mount("s").write("first", b"1")
-    await session.snapshot("zero")
+    await session.snapshots.make("zero")
     await world.mount("s").write("large", LARGE)
-    await session.snapshot("one")
+    await session.snapshots.make("one")
     return session
 
 
 async def archive_of(session: Session, name: str, pipe: tuple[int, int]) -> bytes:
     reader, writer = pipe
-    job = session.export_snapshot(name, writer, started_by=UID)
+    job = session.snapshots.export(name, writer, started_by=UID)
     os.close(writer)
     data = await trio.to_thread.run_sync(_read_all, reader)
     await job.wait()
@@ -74,14 +74,14 @@ def _read_all(reader: int) -> bytes:
 @asynccontextmanager
 async def stuck_export(session: Session, pipe: tuple[int, int]) -> AsyncIterator[Job]:
     """An export of which nobody reads more than the beginning."""
-    job = session.export_snapshot("one", pipe[1], started_by=UID)
+    job = session.snapshots.export("one", pipe[1], started_by=UID)
     await trio.to_thread.run_sync(os.read, pipe[0], 512)
     yield job
 
 
 async def add(session: Session, name: str, data: bytes) -> Job:
     reader, writer = os.pipe2(os.O_CLOEXEC)
-    job = session.import_snapshot(name, reader, description="of old", started_by=UID)
+    job = session.snapshots.add(name, reader, description="of old", started_by=UID)
     os.close(reader)
 
     def feed() -> None:
@@ -132,7 +132,7 @@ async def test_a_reader_who_stops_holds_nobody_up(world: World, pipe: tuple[int,
         session = await create(world, manager)
         async with stuck_export(session, pipe) as job:
             assert session.state is SessionState.ACTIVE
-            await session.snapshot("two")
+            await session.snapshots.make("two")
             await session.reset(started_by=UID).wait()
             await session.persist(started_by=UID).wait()
             assert not job.finished
@@ -148,10 +148,10 @@ async def test_who_reads_nothing_at_all_is_given_up(
     monkeypatch.setattr(pipes, "PATIENCE", 0.0)
     async with world.manager() as manager:
         session = await create(world, manager)
-        job = session.export_snapshot("one", pipe[1], started_by=UID)
+        job = session.snapshots.export("one", pipe[1], started_by=UID)
         with pytest.raises(Failed, match="Nothing was read"):
             await job.wait()
-        job = session.import_snapshot("two", pipe[0], started_by=UID)
+        job = session.snapshots.add("two", pipe[0], started_by=UID)
         await trio.to_thread.run_sync(os.read, pipe[0], 2 << 20)
         with pytest.raises(Failed, match=r"Nothing was written|no tar"):
             await job.wait()
@@ -183,7 +183,7 @@ async def test_what_is_deleted_meanwhile_is_not_complete(
         session = await create(world, manager)
         await session.reset(started_by=UID).wait()
         async with stuck_export(session, pipe) as job:
-            await session.delete_snapshot("one")
+            await session.snapshots.delete("one")
             os.close(pipe[1])
             rest = await trio.to_thread.run_sync(_read_all, pipe[0])
             with pytest.raises((NoSuchSnapshot, Failed)):
@@ -206,7 +206,7 @@ async def test_a_bad_archive_leaves_nothing(world: World) -> None:
 async def test_an_import_can_be_cancelled(world: World, pipe: tuple[int, int]) -> None:
     async with world.manager() as manager:
         session = await create(world, manager)
-        job = session.import_snapshot("two", pipe[0], started_by=UID)
+        job = session.snapshots.add("two", pipe[0], started_by=UID)
         await until(lambda: len(drafts(world.storage("s"))) == 1)
         await session.reset(started_by=UID).wait()
         job.cancel()
@@ -237,26 +237,26 @@ async def test_what_cannot_begin(world: World, pipe: tuple[int, int]) -> None:
     async with world.manager() as manager:
         session = await create(world, manager)
         with pytest.raises(NoSuchSnapshot):
-            session.export_snapshot("two", pipe[1], started_by=UID)
+            session.snapshots.export("two", pipe[1], started_by=UID)
         with pytest.raises(SnapshotExists):
-            session.import_snapshot("one", pipe[0], started_by=UID)
+            session.snapshots.add("one", pipe[0], started_by=UID)
         with pytest.raises(InvalidName):
-            session.import_snapshot("no name", pipe[0], started_by=UID)
+            session.snapshots.add("no name", pipe[0], started_by=UID)
         with pytest.raises(InvalidOption, match="1001 characters"):
-            session.import_snapshot("two", pipe[0], description="x" * 1001, started_by=UID)
+            session.snapshots.add("two", pipe[0], description="x" * 1001, started_by=UID)
         for descriptor in (os.open(world.directory, os.O_RDONLY), os.eventfd(0)):
             with pytest.raises(InvalidOption, match="has to be one end of a pipe"):
-                session.export_snapshot("one", descriptor, started_by=UID)
+                session.snapshots.export("one", descriptor, started_by=UID)
             os.close(descriptor)
         await manager.close("s")
         with pytest.raises(NoSuchSession):
-            session.export_snapshot("one", pipe[1], started_by=UID)
+            session.snapshots.export("one", pipe[1], started_by=UID)
 
 
 async def test_what_a_dead_manager_has_left_is_removed(world: World, pipe: tuple[int, int]) -> None:
     async with world.crashing_manager() as manager:
         session = await create(world, manager, "lasting")
-        session.import_snapshot("two", pipe[0], started_by=UID)
+        session.snapshots.add("two", pipe[0], started_by=UID)
         await until(lambda: len(drafts(world.disk("s"))) == 1)
         (world.disk("s") / "drafts/other").mkdir()
     async with world.manager() as manager:

@@ -47,11 +47,11 @@ async def create(manager: Manager, profile: str = "volatile") -> Session:
 async def snapshot(world: World, session: Session, name: str, size: int) -> None:
     """Write a file of `size` bytes, and keep that state."""
     await world.mount("s").write(f"of-{name}", b"x" * size)
-    await session.snapshot(name)
+    await session.snapshots.make(name)
 
 
 def valid(session: Session, *names: str) -> bool:
-    return all(session.snapshot_size(SnapshotName(name)).known for name in names)
+    return all(session.snapshots.size(SnapshotName(name)).known for name in names)
 
 
 async def test_sizes_are_told_when_they_are_known(world: World) -> None:
@@ -60,15 +60,15 @@ async def test_sizes_are_told_when_they_are_known(world: World) -> None:
         await snapshot(world, session, "one", 64 * KIB)
         await snapshot(world, session, "two", 256 * KIB)
         await until(lambda: valid(session, "one", "two"))
-        one, two = session.snapshot_size(ONE), session.snapshot_size(TWO)
+        one, two = session.snapshots.size(ONE), session.snapshots.size(TWO)
         assert 64 * KIB <= one.bytes < 128 * KIB
         assert 320 * KIB <= two.bytes < 448 * KIB
         assert (one.exclusive, two.exclusive) == (0, 0)  # the merged view needs them
         await session.reset(started_by=UID).wait()
-        assert session.snapshot_size(ONE).exclusive == 0
-        assert session.snapshot_size(TWO).exclusive == two.bytes - one.bytes
-        await session.delete_snapshot("two")
-        assert session.snapshot_size(ONE).exclusive == one.bytes
+        assert session.snapshots.size(ONE).exclusive == 0
+        assert session.snapshots.size(TWO).exclusive == two.bytes - one.bytes
+        await session.snapshots.delete("two")
+        assert session.snapshots.size(ONE).exclusive == one.bytes
 
 
 async def test_sizes_are_counted_again_where_the_session_has_moved_to(world: World) -> None:
@@ -93,7 +93,7 @@ async def test_count_is_kept_to_with_each_new_snapshot(
         expect_log(
             "Snapshot one of session s is deleted: it is not among those that count = 2 keeps."
         )
-        await session.pin_snapshot("two", True)
+        await session.snapshots.pin("two", True)
         await snapshot(world, session, "four", 1)
         assert list(session.snapshots) == ["two", "three", "four"]
         await session.restore("three", started_by=UID).wait()
@@ -242,4 +242,4 @@ async def test_a_layer_that_cannot_be_counted_is_only_told_of(
         session = await create(manager)
         await snapshot(world, session, "one", 1)
         await until(lambda: "cannot be counted" in caplog.text)
-        assert session.snapshot_size(ONE) == (0, 0, False)
+        assert session.snapshots.size(ONE) == (0, 0, False)
