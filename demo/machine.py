@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 READY_WITHIN = 60.0
@@ -47,6 +47,7 @@ image = {image}
 storage = "tmpfs"
 size = "512M"
 inodes = 500000
+keep = []
 """
 
 # Reads a line, answers with the note; its working directory is in the session all the time.
@@ -141,6 +142,22 @@ class Machine:
         if code != 0:
             log = (self._directory / "log").read_text()
             raise DemoError(f"sessiond ended with code {code}. It says:\n{log}")
+
+    def worker(self) -> int:
+        """Return the id of the process that serves the one session that there is."""
+        assert self._daemon is not None
+        below = {self._daemon.pid}
+        workers = []
+        for status in sorted(
+            Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parts[2])
+        ):
+            with suppress(OSError):  # it has just ended
+                name, _, rest = status.read_text().partition("(")[2].rpartition(")")
+                if int(rest.split()[1]) in below:
+                    below.add(int(status.parts[2]))
+                    workers += [int(status.parts[2])] if name == "sessiond-worker" else []
+        (worker,) = workers
+        return worker
 
     def start_bystander(self, directory: Path) -> None:
         """Start a program that works in `directory`."""

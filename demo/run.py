@@ -91,14 +91,27 @@ class Demo:
         check(found.get("/etc/group") == "deleted", "/etc/group was deleted")
 
     def snapshot(self) -> None:
-        tell("This state is worth keeping.")
+        tell("This state is worth keeping. It is an archive that other tools read, too.")
         self.type("sessionctl snapshot demo good --description 'with a note'")
         self.type("sessionctl snapshots demo")
+        listed = self.type("sessionctl export demo good - | tar --list")
+        check("note" in listed.splitlines(), "the archive has the note")
+        check("etc/.wh.group" in listed.splitlines(), "and that /etc/group was deleted")
 
-    def break_it(self) -> None:
-        tell("Meanwhile a program works in the session, and then somebody breaks everything.")
+    def kill_worker(self) -> None:
+        tell(
+            "Meanwhile a program works in the session. The process that serves its files is killed."
+        )
         self.machine.start_bystander(self.root)
         check(self.machine.ask_bystander() == "Hello.", "the program reads the note")
+        before = self.machine.worker()
+        self.type(f"kill -KILL {before}")
+        check(self.machine.ask_bystander() == "Hello.", "the program reads on")
+        check(self.machine.worker() != before, "another process serves them")
+        print("  Another has gone on for it; the program has noticed nothing but a pause.")
+
+    def break_it(self) -> None:
+        tell("Somebody breaks everything.")
         # From outside: should the mount ever be missing, nothing else is in reach.
         self.type(f"cd {shlex.quote(str(self.root))} && rm -rf {' '.join(BREAK)}")
         self.type("sessionctl run demo -- ls", code=127)
@@ -119,6 +132,18 @@ class Demo:
         check(self.differences().get("/etc/group") == "deleted", "/etc/group is deleted again")
         check(self.machine.ask_bystander() == "Hello.", "the program reads the note again")
         self.machine.stop_bystander()
+
+    def commit(self) -> None:
+        tell("One file is to outlive resets, and this session, although the rest does not.")
+        self.type("sessionctl commit demo /note")
+        self.type("sessionctl reset demo --snapshot-as before")
+        self.type("sessionctl diff demo --from before")
+        self.type("sessionctl run demo -- cat /note")
+        check((self.root / "etc/group").exists(), "/etc/group is that of the image")
+        check((self.root / "note").read_text() == "Hello.\n", "the note is still there")
+        tell("And the reset can be taken back.")
+        self.type("sessionctl restore demo before")
+        check(not (self.root / "etc/group").exists(), "/etc/group is deleted again")
 
     def persist(self) -> None:
         tell("So far all of it was in RAM. Persist: it moves to disk, while mounted.")
@@ -143,6 +168,11 @@ class Demo:
         self.type("sessionctl close demo")
         self.type("sessionctl list")
         check(not os.path.ismount(self.root), "nothing is left mounted")
+        tell("In the user's next session there is what was to outlive this one.")
+        self.type("sessionctl create root guest --id next")
+        self.type("sessionctl diff next")
+        self.type("sessionctl run next -- cat /note")
+        self.type("sessionctl close next")
 
 
 def fingerprint(image: Path) -> object:
@@ -167,9 +197,11 @@ def run(image: Path) -> None:
             demo.create,
             demo.change,
             demo.snapshot,
+            demo.kill_worker,
             demo.break_it,
             demo.reset,
             demo.restore,
+            demo.commit,
             demo.persist,
             demo.restart,
             demo.close,

@@ -79,11 +79,13 @@ def expire(connection: int, names: Iterable[tuple[int, bytes]]) -> None:
     not so before Linux 6.2, which does not know FUSE_EXPIRE_ONLY. Call from a thread: it waits for
     requests that are under way.
     """
-    for parent, name in names:
+    for parent, name in names:  # maybe a hundred thousand, with a program that waits
         size = _EXPIRED.size + len(name) + 1
         head = _EXPIRED.pack(size, _NOTIFY_INVAL_ENTRY, 0, parent, len(name), _EXPIRE_ONLY)
-        with suppress(FileNotFoundError):  # forgotten meanwhile
+        try:
             os.write(connection, head + name + b"\0")
+        except FileNotFoundError:  # forgotten meanwhile
+            continue
 
 
 def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -> None:
@@ -98,6 +100,16 @@ def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -
     for number in directories:
         with _forgotten_meanwhile():
             pyfuse3.invalidate_inode(InodeT(number))  # its listing, too
+
+
+def drop_directory(parent: int, name: bytes, number: int) -> None:
+    """Make the kernel forget a directory that is gone, and what it has cached below it.
+
+    Another one that has the name by now is left alone (FUSE_NOTIFY_DELETE). Call from a thread, as
+    `invalidate`.
+    """
+    with suppress(OSError):  # it is forgotten, or somebody uses what was in it
+        pyfuse3.invalidate_entry(InodeT(parent), name, deleted=InodeT(number))
 
 
 def invalidate_attributes(number: int) -> None:

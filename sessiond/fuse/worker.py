@@ -39,6 +39,7 @@ from sessiond.fuse.counting import Counting
 from sessiond.fuse.merging import Merging
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
+from sessiond.fuse.vanished import Vanished
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import commit
 from sessiond.overlay.fastpath import Inherited
@@ -409,6 +410,7 @@ class _Controlled:
         self._nursery = nursery
         self._sandbox = confined
         self._merging = Merging(operations)
+        self._vanished = Vanished(operations.overlay, nursery)
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self.counting = Counting(operations.overlay, self._comparisons)
         self._committing = trio.Lock()
@@ -688,6 +690,7 @@ class _Controlled:
     async def freeze(self) -> None:
         """Hold changes back."""
         if not self._is_frozen:
+            await self._vanished.leave()
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
@@ -713,21 +716,26 @@ class _Controlled:
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
-            tell_kernel, inexact = self._exchange(stack, moved=moved, same_view=same_view)
+            outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
         else:
+            await self._vanished.leave()
             async with self._operations.frozen():
-                tell_kernel, inexact = self._exchange(stack, moved=moved, same_view=same_view)
+                outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
         self.leave_former()
-        announce = functools.partial(self._announce, layers, tell_kernel)
+        announce = functools.partial(self._announce, layers, outdated, lost)
         if self._is_frozen and not same_view:
             self._unannounced.append(announce)
         else:
             await announce()
-        return tuple(path.decode(errors="backslashreplace") for path in inexact[:_MOST_TOLD])
+        inexact = outdated.inexact[:_MOST_TOLD]
+        return tuple(path.decode(errors="backslashreplace") for path in inexact)
 
-    async def _announce(self, layers: LayerStack, tell_kernel: Callable[[], None]) -> None:
-        await trio.to_thread.run_sync(tell_kernel)
+    async def _announce(
+        self, layers: LayerStack, outdated: Outdated, lost: list[tuple[int, bytes]]
+    ) -> None:
+        await trio.to_thread.run_sync(self._tell_kernel, outdated, lost)
+        self._vanished.drop(outdated.vanished)
         _close_unused_orphans(self._operations.overlay)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
@@ -745,21 +753,15 @@ class _Controlled:
 
     def _exchange(
         self, stack: Stack, *, moved: bool, same_view: bool
-    ) -> tuple[Callable[[], None], tuple[bytes, ...]]:
-        """Swap; return what tells the kernel, to be called in a thread, and `Outdated.inexact`."""
+    ) -> tuple[Outdated, list[tuple[int, bytes]]]:
+        """Swap; return what the kernel is to be told."""
         overlay = self._operations.overlay
         # Open or not, what the kernel remembers is held, and its space with it, until it is told
         # that the name is gone.
         keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
         held = overlay.upper_names() if keeps_space else []
         outdated = self._operations.swap(stack, moved=moved)
-        lost = overlay.lost_names(held)
-
-        def tell_kernel() -> None:
-            if not same_view:
-                self._tell_kernel(outdated, lost)
-
-        return tell_kernel, outdated.inexact
+        return outdated, overlay.lost_names(held, outdated)
 
 
 def _socket(descriptor: int) -> trio.socket.SocketType:

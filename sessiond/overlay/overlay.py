@@ -10,7 +10,7 @@ import logging
 import os
 import stat as modes
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ _STALE = -1
 """Generation of a node that has to be found anew, though the layers are the same. No directory has
 it for longer than a call.
 """
+_VANISHED_LIMIT = 1000
+"""How many directories are looked for in new layers while all wait."""
 _CARRY_LIMIT = 16 << 20
 """Bytes of a file that a rename may copy from one set of layers to another, while all wait."""
 
@@ -57,13 +59,28 @@ def _error(code: int) -> OSError:
     return OSError(code, os.strerror(code))
 
 
+def _directories(top: Node) -> Iterator[Node]:
+    """Yield a directory and all that are held below it."""
+    left = [top]
+    while left:
+        node = left.pop()
+        yield node
+        left += [child for child in node.children.values() if child.is_directory]
+
+
 class Outdated(NamedTuple):
     """What the kernel may know that is of earlier layers."""
 
     names: list[tuple[int, bytes]]
-    """Found or missing: number of the directory, and name in it."""
+    """Found or missing: number of the directory, and name in it. Not those below `vanished`."""
     directories: list[int]
     """Numbers; their attributes and listings."""
+    vanished: list[tuple[int, bytes, int]]
+    """Directories that are gone with all that was in them: names, which are among `names`, and
+    their own numbers.
+    """
+    below: set[int]
+    """Numbers of these directories, and of those that were in them."""
     inexact: tuple[bytes, ...] = ()
     """Paths of files in the layer that was frozen that are of another moment than the rest of it:
     they were written to while they were copied.
@@ -1045,14 +1062,15 @@ class Overlay:
         files = (node for node in self.nodes.all() if node.upper and modes.S_ISREG(node.kind))
         return [(node, *link) for node in files for link in node.links]
 
-    def lost_names(self, held: list[tuple[Node, Node, bytes]]) -> list[tuple[int, bytes]]:
-        """Return which of the names that were `held` before a swap are no longer what they were.
-
-        Each with the number of the directory that it was in.
+    def lost_names(
+        self, held: list[tuple[Node, Node, bytes]], outdated: Outdated
+    ) -> list[tuple[int, bytes]]:
+        """Return which of the names that were `held` before a swap are no longer what they were,
+        and which directory they were in, unless that has vanished.
         """
         lost = []
         for node, parent, name in held:
-            if self.nodes.get(node.number) is node:
+            if parent.number not in outdated.below and self.nodes.get(node.number) is node:
                 self.node(node.number)
                 if (parent, name) not in node.links:
                     lost.append((parent.number, name))
@@ -1072,8 +1090,13 @@ class Overlay:
         moving, inexact = ([], ()) if moved else self._move_writers(opened, stack)
         if moved:
             self._keep_writers(opened)
-        self._exchange(stack)
-        outdated = self._begin_generation(opened if moved else [file.node for file in moving])
+        image = self.stack.lowers[-1]
+        same_view = self._exchange(stack)
+        outdated = self._begin_generation(
+            opened if moved else [file.node for file in moving],
+            image=None if moved else image,
+            same_view=same_view,
+        )
         if moved:
             self._note_pending()
         for file in moving:
@@ -1084,15 +1107,19 @@ class Overlay:
                 self.node(node.number)
         return outdated._replace(inexact=inexact)
 
-    def _begin_generation(self, moved: list[Node]) -> Outdated:
-        """Find all nodes anew from now on; those that have `moved`, by their names."""
+    def _begin_generation(
+        self, moved: list[Node], *, image: Layer | None = None, same_view: bool = False
+    ) -> Outdated:
+        """Find all nodes anew from now on; those that have `moved`, by their names.
+
+        `image`: what was the bottom layer, if directories may have vanished.
+        """
         self._generation += 1
         directories = self._fast_path.begin_generation()
         # Now: what was answered until then is among them, and nothing has found its new place.
-        names = self._fast_path.names()
-        for node in self.nodes.all():
-            names += [(parent.number, name) for parent, name in node.links]
+        names = [] if same_view else self._names()
         self._refresh(self.root)
+        vanished = self._vanished(image) if image is not None and not same_view else []
         self.find_ways()
         self._moving = True
         try:
@@ -1100,7 +1127,52 @@ class Overlay:
                 self.node(node.number)
         finally:
             self._moving = False
-        return Outdated(names, [*directories, *self.nodes.directories])
+        if same_view:
+            return Outdated([], [], [], set())
+        # However many names are below them: the kernel comes by the directory, or has no way there.
+        below = {node.number for _, _, top in vanished for node in _directories(top)}
+        return Outdated(
+            [one for one in names if one[0] not in below],
+            [*directories, *self.nodes.directories],
+            [(parent.number, name, top.number) for parent, name, top in vanished],
+            below,
+        )
+
+    def _names(self) -> list[tuple[int, bytes]]:
+        """Return all names that the kernel may know, or know to be missing."""
+        names = self._fast_path.names()
+        for node in self.nodes.all():
+            names += [(parent.number, name) for parent, name in node.links]
+        return names
+
+    def _vanished(self, image: Layer) -> list[tuple[Node, bytes, Node]]:
+        """Return directories that have had nothing of the image, and that the view does not have
+        any more, each with the directory above it and its name in it; not what is in them.
+
+        Those that are left out are found to be gone when they are used.
+        """
+        vanished: list[tuple[Node, bytes, Node]] = []
+        left, parents = _VANISHED_LIMIT, [self.root]
+        while parents:
+            parent = parents.pop()
+            for name, node in list(parent.children.items()):
+                if not node.is_directory:
+                    continue
+                of_image = node.lowers and node.lowers[-1].layer is image
+                if of_image or node.lasting or not left:
+                    parents.append(node)
+                    continue
+                left -= 1
+                if self._has_directory(parent, name):
+                    parents.append(node)
+                else:
+                    vanished.append((parent, name, node))
+        return vanished
+
+    def _has_directory(self, parent: Node, name: bytes) -> bool:
+        if parent.generation != self._generation:
+            self._refresh(parent)
+        return parent.linked and self._lookup(parent, name).is_directory
 
     def lowers_changed(self, changed: Collection[Identity]) -> None:
         """Find anew what is in those layers: it is in another of them by now.
@@ -1221,13 +1293,17 @@ class Overlay:
             opened += self._open_here
         return [self.node(node.number) for node in opened]
 
-    def _exchange(self, stack: Stack) -> None:
-        if [one.identity for one in self.stack.layers] != [one.identity for one in stack.lowers]:
-            self.touched.everything()  # and not, as at a snapshot, the same view
+    def _exchange(self, stack: Stack) -> bool:
+        """Return whether the view is the same, as at a snapshot."""
+        layers = [one.identity for one in self.stack.layers]
+        same_view = layers == [one.identity for one in stack.lowers]
+        if not same_view:
+            self.touched.everything()
         old, self.stack = self.stack, stack
         if self.keep is not None:
             self.keep.ways.session = stack
         old.close()
+        return same_view
 
     def _move_writers(
         self, opened: list[Node], new: Stack

@@ -54,6 +54,6 @@ QUICK = Scale(
     random_writes=2_048,
     packages=1,
     changes=(1, 100, 1_000),
-    sessions=(1, 3),
+    sessions=(1, 4),
     readers=3,
 )

@@ -103,7 +103,13 @@ def _daemon(materials: Materials, data_path: str) -> Iterator[Daemon]:
         daemon = Daemon(Path(name), address)
         daemon.environment["SESSIOND_DATAPATH"] = data_path
         image = str(materials.large_file.path)
-        daemon.configure({f"profile.{_PROFILE}": {"image": image}})
+        daemon.configure(
+            {
+                # Twenty sessions, none of which takes what it may.
+                "daemon": {"volatile_limit": "none"},
+                f"profile.{_PROFILE}": {"image": image},
+            }
+        )
         try:
             daemon.start()
             yield daemon

@@ -93,6 +93,59 @@ async def test_who_works_in_a_directory_goes_on_after_a_reset(playground: Playgr
         assert os.listdir(work) == ["new"]
 
 
+async def test_who_works_in_a_directory_that_a_reset_takes_away(playground: Playground) -> None:
+    """As after rm -r; and directories that are made in its place are not taken for it."""
+    first = playground.stack()
+    async with playground.mounted(first) as mount:
+        made = playground.root / "made"
+        (made / "below/deep").mkdir(parents=True)
+        for number in range(3000):
+            (made / "below" / f"{number}").touch()
+        directory = os.open(made / "below", os.O_RDONLY)
+        try:
+            await mount.swap(playground.stack())
+            assert not made.exists()
+            assert os.listdir(directory) == []
+            with pytest.raises(FileNotFoundError):
+                os.open("7", os.O_RDONLY, dir_fd=directory)
+            with pytest.raises(FileNotFoundError):
+                os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=directory)
+        finally:
+            os.close(directory)
+
+
+@pytest.mark.parametrize("again", ["made", "restored"])
+async def test_directories_that_come_again_after_a_reset(
+    playground: Playground, again: str
+) -> None:
+    """Made anew, or the very same by a restore, while the kernel drops what it had of them."""
+    first = playground.stack()
+    names = [f"made-{number}" for number in range(40)]
+    for name in names:
+        (first.upper.fs / name).mkdir()
+        for number in range(500):
+            (first.upper.fs / name / f"{number}").touch()
+    directories = [playground.root / name for name in names]
+    async with playground.mounted(first) as mount:
+        known = [entry.stat() for directory in directories for entry in os.scandir(directory)]
+        assert len(known) == 20000
+        await mount.swap(playground.stack())
+        if again == "restored":
+            await mount.swap(playground.stack(first.upper.fs))
+        for directory in directories:
+            directory.mkdir(exist_ok=True)
+            (directory / "inside").mkdir()
+        await trio.run_process(["mount", "-t", "tmpfs", "inside", directories[0] / "inside"])
+        try:
+            (directories[0] / "inside/mounted").touch()
+            for directory in directories:
+                (directory / "new").touch()
+                assert {"inside", "new"} <= set(os.listdir(directory))
+            assert os.listdir(directories[0] / "inside") == ["mounted"]
+        finally:
+            await trio.run_process(["umount", directories[0] / "inside"])
+
+
 async def test_names_that_the_kernel_knows_to_be_missing(playground: Playground) -> None:
     """Deleted ones, and such as a snapshot has: more than the worker can keep in mind, too."""
     names = [f"{number:0200}" for number in range(6000)]

@@ -51,8 +51,9 @@ class Daemon:
             "state_directory": str(self.state),
             "runtime_directory": str(self.runtime),
         }
+        daemon = {**directories, **tables.get("daemon", {})}
         lines = []
-        for name, table in {"daemon": directories, **tables}.items():
+        for name, table in {**tables, "daemon": daemon}.items():
             lines.append(f"[{name}]")
             lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
         self.configuration.write_text("\n".join(lines) + "\n")

@@ -336,6 +336,45 @@ def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     assert caught.value.errno == errno.ESTALE
 
 
+def test_what_is_below_a_directory_that_a_swap_takes_away_is_not_told(bench: Bench) -> None:
+    (bench.layer("low") / "kept").mkdir()
+    overlay = bench.overlay("low")
+    root = overlay.root.number
+    directories = {}
+    for path in ("made", "made/below", "opaque", "kept/made"):
+        parent = overlay.find_parent(os.fsencode(path))
+        name = os.fsencode(path.rpartition("/")[2])
+        directories[path], _ = overlay.create(parent, name, new_directory())
+        overlay.refer(directories[path])
+        overlay.create(directories[path], b"file", new_file())
+        overlay.refer(find(overlay, f"{path}/file"))
+    kept = find(overlay, "kept").number
+    stack = bench.stack("low", upper="second")
+    (bench.layer("second") / "opaque").mkdir()
+    outdated = overlay.swap(stack)
+    numbers = {path: node.number for path, node in directories.items()}
+    assert set(outdated.vanished) == {
+        (root, b"made", numbers["made"]),
+        (kept, b"made", numbers["kept/made"]),
+    }
+    assert outdated.below == {numbers["made"], numbers["made/below"], numbers["kept/made"]}
+    assert set(outdated.names) == {
+        (root, b"kept"),
+        (root, b"made"),
+        (root, b"opaque"),
+        (kept, b"made"),
+        (numbers["opaque"], b"file"),
+    }
+
+
+def test_a_snapshot_has_nothing_to_tell(bench: Bench) -> None:
+    (bench.layer("low") / "kept").write_text("low")
+    overlay = bench.overlay("low")
+    overlay.refer(find(overlay, "kept"))
+    outdated = overlay.swap(bench.stack("upper", "low", upper="second"))
+    assert outdated == ([], [], [], set(), ())
+
+
 def test_own_xattrs_are_hidden_and_others_like_them_escaped(bench: Bench) -> None:
     overlay = bench.overlay("low")
     node, _ = overlay.create(overlay.root, b"d", new_directory())
