@@ -137,7 +137,6 @@ class Demo:
         tell("One file is to outlive resets, and this session, although the rest does not.")
         self.type("sessionctl commit demo /note")
         self.type("sessionctl reset demo --snapshot-as before")
-        self.type("sessionctl diff demo --from before")
         self.type("sessionctl run demo -- cat /note")
         check((self.root / "etc/group").exists(), "/etc/group is that of the image")
         check((self.root / "note").read_text() == "Hello.\n", "the note is still there")
