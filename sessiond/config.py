@@ -36,8 +36,8 @@ NAME_LIMIT = 64
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What such a name looks like: it becomes a file name, a D-Bus object path and a unit name."""
 
-MOUNT_POINT_FIELDS = ("id", "user", "uid")
-"""What may stand in braces in a mount point pattern."""
+PATTERN_FIELDS = ("id", "user", "uid")
+"""What may stand in braces in the pattern of a mount point or cgroup."""
 
 # As many digits as are sure to make less than 2**63 bytes, which is what the kernel counts up to.
 _BYTES = "[1-9][0-9]{0,17}|[1-9][0-9]{0,14}[Kk]|[1-9][0-9]{0,11}[Mm]|[1-9][0-9]{0,8}[Gg]"
@@ -51,6 +51,16 @@ def _absolute(path: Path) -> Path:
         raise ValueError("an absolute path without '..' is needed")
     if "\0" in str(path):
         raise ValueError("a path without NUL is needed")
+    return path
+
+
+def cgroup_path(path: str) -> str:
+    """Return the path of a cgroup below the root of the hierarchy. Raises ValueError."""
+    if "\0" in path or any(part in {"", ".", ".."} for part in path.split("/")):
+        raise ValueError(
+            "the path of a cgroup below the root of their hierarchy, without '..', is needed, like "
+            "'user.slice/user-{uid}.slice'"
+        )
     return path
 
 
@@ -161,6 +171,8 @@ class Profile(_Table):
     """Percent from which on it is reported to be nearly full."""
     mount_point: str | None = None
     """Pattern; `RUNTIME_DIRECTORY/sessions/{id}/root` if not given."""
+    cgroup: str | None = None
+    """Pattern; the programs there stand still while a snapshot is made."""
     nosuid: bool | None = None
     """Ignore setuid bits; if not given, for every user but root."""
     nodev: bool | None = None
@@ -176,7 +188,18 @@ class Profile(_Table):
     @classmethod
     def _pattern(cls, pattern: str | None) -> str | None:
         if pattern is not None:
-            _check_pattern(pattern)
+            _check_fields(pattern)
+            _absolute(Path(pattern))
+            if len(Path(pattern).parts) < 2:  # pathlib keeps "//" apart from "/"
+                raise ValueError("a directory below / is needed")
+        return pattern
+
+    @field_validator("cgroup")
+    @classmethod
+    def _cgroup(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            _check_fields(pattern)
+            cgroup_path(pattern)
         return pattern
 
     @field_validator("size", "inodes")
@@ -239,20 +262,17 @@ class Config(_Table):
     session: dict[Name, SessionTable] = {}
 
 
-def _check_pattern(pattern: str) -> None:
-    allowed = ", ".join(f"{{{field}}}" for field in MOUNT_POINT_FIELDS)
+def _check_fields(pattern: str) -> None:
+    allowed = ", ".join(f"{{{field}}}" for field in PATTERN_FIELDS)
     try:
         parts = list(string.Formatter().parse(pattern))
     except ValueError as error:
         raise ValueError(f"{error}; in braces may stand {allowed}") from None
     for _, field, specification, conversion in parts:
         if field is not None and (
-            field not in MOUNT_POINT_FIELDS or specification or conversion is not None
+            field not in PATTERN_FIELDS or specification or conversion is not None
         ):
             raise ValueError(f"{{{field}}} is unknown here; in braces may stand {allowed}")
-    _absolute(Path(pattern))
-    if len(Path(pattern).parts) < 2:  # pathlib keeps "//" apart from "/"
-        raise ValueError("a directory below / is needed")
 
 
 def load(file: Path = DEFAULT_FILE, directory: Path | None = None) -> Config:

@@ -79,6 +79,16 @@ class Swap(_Message):
     """The layers are copies of those served: files that are open go on in them."""
 
 
+class Halt(_Message):
+    """Stop the programs of a cgroup at the next `Freeze` or `Swap`, before changes are held.
+
+    They go on when layers have been exchanged, at a `Thaw`, and when nobody is there to ask for
+    these. Descriptors: as `sessiond.cgroups.Freezer` takes them.
+    """
+
+    kind: Literal["halt"] = "halt"
+
+
 class Freeze(_Message):
     """Hold changes back."""
 
@@ -171,7 +181,18 @@ class Stop(_Message):
 
 
 Request = Annotated[
-    Swap | Freeze | Thaw | Changes | Diff | MergeLayers | Keep | Commit | Sync | Pending | Stop,
+    Swap
+    | Halt
+    | Freeze
+    | Thaw
+    | Changes
+    | Diff
+    | MergeLayers
+    | Keep
+    | Commit
+    | Sync
+    | Pending
+    | Stop,
     Field(discriminator="kind"),
 ]
 

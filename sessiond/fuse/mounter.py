@@ -19,6 +19,7 @@ import trio
 from pydantic import ValidationError
 
 from sessiond import control
+from sessiond.cgroups import Freezer
 from sessiond.control import KeptLayers, LayerStack, Reply, Start
 from sessiond.descriptors import DescriptorStore, NoDescriptorStore
 from sessiond.errors import Failed, NoSpace, SessiondError
@@ -402,6 +403,10 @@ class FuseMount:
         reply = await self._ask(control.Swap(stack=_layers(stack), moved=moved))
         self._stack = stack
         return reply.inexact
+
+    async def halt(self, freezer: Freezer) -> None:
+        """See `Mount.halt`."""
+        await self._ask(control.Halt(), freezer.descriptors)
 
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:

@@ -48,6 +48,7 @@ from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.pending import Renewal
 from sessiond.overlay.stack import Stack
+from sessiond.overlay.writers import Halt
 from sessiond.session.model import DataPath
 
 log = logging.getLogger(__name__)
@@ -147,10 +148,10 @@ class OverlayOperations(pyfuse3.Operations):
         """Whether a copy-up is going on in a thread."""
         return bool(self._running)
 
-    def swap(self, stack: Stack, *, moved: bool) -> Outdated:
+    def swap(self, stack: Stack, *, moved: bool, halt: Halt | None = None) -> Outdated:
         """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
-        return self.overlay.swap(stack, moved=moved)
+        return self.overlay.swap(stack, moved=moved, halt=halt)
 
     def keep_paths(self, rules: KeepRules) -> Outdated:
         """Keep what `rules` say from now on; see `Overlay.keep_paths`. Precondition: frozen."""

@@ -25,6 +25,7 @@ import trio
 from pydantic import ValidationError
 
 from sessiond import control
+from sessiond.cgroups import Freezer, Halt
 from sessiond.control import (
     ChangeCounts,
     KeptLayers,
@@ -418,6 +419,7 @@ class _Controlled:
         """Paths that were copied, and that the next rules are expected to name."""
         self._frozen = AsyncExitStack()
         self._is_frozen = False
+        self._halt = Halt()
         self._unannounced: list[Callable[[], Awaitable[None]]] = []
         """What the kernel is to be told once changes pass again: telling it waits for them."""
 
@@ -433,6 +435,7 @@ class _Controlled:
                     await control.send(channel, self._report(), (self._connection, self._journal))
                     if await self._attend(channel):
                         return
+                self._halt.end()
                 channel.close()
                 channel, _ = await listener.accept()
 
@@ -470,10 +473,8 @@ class _Controlled:
             match request:
                 case control.Swap():
                     return await self._answer_swap(request)
-                case control.Freeze():
-                    await self.freeze()
-                case control.Thaw():
-                    await self.thaw()
+                case control.Halt() | control.Freeze() | control.Thaw():
+                    return await self._answer_hold(request, descriptors)
                 case control.Changes() | control.Diff() | control.Sync() | control.Commit():
                     return self._begin(request, descriptors)
                 case control.Pending():
@@ -493,7 +494,24 @@ class _Controlled:
         if request.moved and not self._is_frozen:
             # They were copied while a predecessor of this process held changes back.
             return Reply(error="A worker died while changes were held; try again.")
-        return Reply(inexact=await self.swap(request.stack, moved=request.moved))
+        try:
+            return Reply(inexact=await self.swap(request.stack, moved=request.moved))
+        finally:
+            self._halt.end()
+
+    async def _answer_hold(
+        self, request: control.Halt | control.Freeze | control.Thaw, descriptors: list[int]
+    ) -> Reply:
+        match request:
+            case control.Halt():
+                if len(descriptors) != 2 or self._is_frozen:
+                    return Reply(error="Programs cannot be stopped now.")
+                self._halt.prepare(Freezer(*map(os.dup, descriptors)))
+            case control.Freeze():
+                await self.freeze()
+            case control.Thaw():
+                await self.thaw()
+        return Reply()
 
     def _merge(self, request: control.MergeLayers) -> Reply:
         if self._comparisons.borrowed_tokens:  # they rely on where things are
@@ -691,11 +709,13 @@ class _Controlled:
         """Hold changes back."""
         if not self._is_frozen:
             await self._vanished.leave()
+            await self._halt.begin()
             await self._frozen.enter_async_context(self._operations.frozen())
             self._is_frozen = True
 
     async def thaw(self) -> None:
         """Let them pass again, and tell the kernel what has been exchanged meanwhile."""
+        self._halt.end()
         await self._frozen.aclose()
         self._is_frozen = False
         announcements, self._unannounced = self._unannounced, []
@@ -719,6 +739,7 @@ class _Controlled:
             outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
         else:
             await self._vanished.leave()
+            await self._halt.begin()
             async with self._operations.frozen():
                 outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
         self._layers = layers
@@ -760,7 +781,7 @@ class _Controlled:
         # that the name is gone.
         keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
         held = overlay.upper_names() if keeps_space else []
-        outdated = self._operations.swap(stack, moved=moved)
+        outdated = self._operations.swap(stack, moved=moved, halt=self._halt)
         return outdated, overlay.lost_names(held, outdated)
 
 

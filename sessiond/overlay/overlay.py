@@ -39,7 +39,7 @@ from sessiond.overlay.pending import Copies, Renewal
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.tally import Touched
-from sessiond.overlay.writers import MovingFile, put_back, settle, with_contents_of
+from sessiond.overlay.writers import Halt, MovingFile, put_back, settle, with_contents_of
 from sessiond.overlay.xattrs import copy_attributes
 
 log = logging.getLogger(__name__)
@@ -1076,18 +1076,18 @@ class Overlay:
                     lost.append((parent.number, name))
         return lost
 
-    def swap(self, stack: Stack, *, moved: bool = False) -> Outdated:
+    def swap(self, stack: Stack, *, moved: bool = False, halt: Halt | None = None) -> Outdated:
         """Serve `stack` instead of the present layers, which are closed.
 
         Nodes find their new place when they are used next. Files that are open and not in the new
         layers go on as unlinked ones. `moved`: the new layers are copies of the present ones, so
-        files that are open go on in them. The caller tells the kernel what it knows that is out of
-        date.
+        files that are open go on in them. `halt`: programs that stand still, until files that they
+        write have been copied. The caller tells the kernel what it knows that is out of date.
         """
         self.settle()
         self.renew_pending()
         opened = self._opened()
-        moving, inexact = ([], ()) if moved else self._move_writers(opened, stack)
+        moving, inexact = ([], ()) if moved else self._move_writers(opened, stack, halt)
         if moved:
             self._keep_writers(opened)
         image = self.stack.lowers[-1]
@@ -1306,7 +1306,7 @@ class Overlay:
         return same_view
 
     def _move_writers(
-        self, opened: list[Node], new: Stack
+        self, opened: list[Node], new: Stack, halt: Halt | None
     ) -> tuple[list[MovingFile], tuple[bytes, ...]]:
         """If the upper becomes a lower, get files out of it that are written past the overlay.
 
@@ -1321,12 +1321,19 @@ class Overlay:
             for node in opened:
                 if self._is_written(node):
                     contents = self._fast_path.duplicate(node.number)
-                    moving.append(MovingFile(self.stack, new, node, contents))
+                    file = MovingFile(self.stack, new, node, contents)
+                    moving.append(file)
+                    if halt is not None and not halt.holds():
+                        file.doubt()
+            inexact = tuple(b"/" + file.node.path for file in moving if not file.is_exact())
+            if halt is not None:
+                halt.end()
+            for file in moving:
+                file.sync()
         except BaseException:
             for file in moving:
                 file.abandon()
             raise
-        inexact = tuple(b"/" + file.node.path for file in moving if not file.is_exact())
         for file in moving:
             file.leave()
         return moving, inexact

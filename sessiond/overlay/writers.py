@@ -11,6 +11,7 @@ import logging
 import os
 import stat as modes
 from collections.abc import Iterator
+from typing import Protocol
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.copy_up import CopyUp
@@ -24,6 +25,16 @@ from sessiond.overlay.xattrs import OverlayXattrs, copy_attributes
 log = logging.getLogger(__name__)
 
 _COPY_ATTEMPTS = 3
+
+
+class Halt(Protocol):
+    """Programs that stand still while the files that they write are copied."""
+
+    def holds(self) -> bool:
+        """Say whether all that did so still do."""
+
+    def end(self) -> None:
+        """Let them go on."""
 
 
 class MovingFile:
@@ -65,7 +76,6 @@ class MovingFile:
                 log.warning("%s was written to throughout; its snapshot is not of one moment", path)
             copy_attributes(source, fd, stat, self._new.xattrs)
             copy_own(source, fd, self._new.xattrs)
-            syscalls.fsync(fd)
         finally:
             syscalls.close(fd)
 
@@ -80,6 +90,20 @@ class MovingFile:
         through a mapping need not show.
         """
         return self._copied == self._version()
+
+    def doubt(self) -> None:
+        """Take the copy for one of a later moment: programs may have run before it was complete."""
+        self._copied = None
+
+    def sync(self) -> None:
+        """Have the copy on disk. Precondition of `leave`; takes longer than to make it, so programs
+        that stand still may go on before. Raises ENOSPC.
+        """
+        fd = syscalls.open_file(self._copy, os.O_RDONLY)
+        try:
+            syscalls.fsync(fd)
+        finally:
+            syscalls.close(fd)
 
     def abandon(self) -> None:
         """Remove the copy."""

@@ -21,6 +21,7 @@ from sessiond.session.accounts import Account, find_account, session_ids
 from sessiond.session.activity import ActivityWatch
 from sessiond.session.clock import Instant
 from sessiond.session.faults import explained, quoted
+from sessiond.session.halting import Halting
 from sessiond.session.images import Image, Images
 from sessiond.session.jobs import Job
 from sessiond.session.maintenance import (
@@ -90,6 +91,7 @@ async def open_manager(
             mounter=mounter,
             nursery=nursery,
             surroundings=Surroundings() if surroundings is None else surroundings,
+            halting=Halting(runtime / "halted"),
         )
         manager = Manager(config, services, runtime, features)
         try:
@@ -383,6 +385,8 @@ class Manager:
         served. Raises `Failed`, `NoSpace` when nothing can be served at all.
         """
         store, mounts = self._services.store, self._services.mounts
+        # First of all: programs stand still.
+        await trio.to_thread.run_sync(self._services.halting.end_left)
         await trio.to_thread.run_sync(store.prepare)
         mounter = self._services.mounter
         await trio.to_thread.run_sync(
@@ -536,6 +540,9 @@ def _new_record(
         nosuid=unprivileged if settings.nosuid is None else settings.nosuid,
         nodev=unprivileged if settings.nodev is None else settings.nodev,
         data_path=DataPath(settings.data_path),
+        cgroup=None
+        if settings.cgroup is None
+        else settings.cgroup.format(id=session, user=account.name, uid=account.uid),
         storage=StorageKind(settings.storage),
         quota=_quota(settings.quota, settings.quota_inodes),
         keep=settings.keep,

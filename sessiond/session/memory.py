@@ -16,6 +16,7 @@ from pathlib import Path
 
 import trio
 
+from sessiond.cgroups import Freezer
 from sessiond.errors import Failed, SessiondError
 from sessiond.overlay.flatten import Merge, open_merged
 from sessiond.overlay.layer import Layer
@@ -45,6 +46,10 @@ class MemoryMount:
         self.rules = request.keep.rules if request.keep is not None else ()
         """What is kept now."""
         self.committed: tuple[str, ...] = ()
+        self.worker = 0
+        self.halt_next: Freezer | None = None
+        """Whose programs are to stand still at the next `swap` or `frozen`."""
+        self.halted_times = 0
         self.frozen_times = 0
         self.recovered_times = 0
         self.mounted = True
@@ -59,14 +64,27 @@ class MemoryMount:
 
     async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
         await trio.lowlevel.checkpoint()
+        self._halt()
         self._mounter.raise_injected("swap")
         self._require_alive()
         _require_directories(stack)
         self.stack = stack
         return self.inexact
 
+    async def halt(self, freezer: Freezer) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("halt")
+        self.halt_next = freezer
+
+    def _halt(self) -> None:
+        if self.halt_next is not None:
+            self.halt_next.freeze()
+            self.halted_times += 1
+            self.halt_next = None
+
     @asynccontextmanager
     async def frozen(self) -> AsyncIterator[None]:
+        self._halt()
         self._mounter.raise_injected("frozen")
         self._require_alive()
         async with self._held:

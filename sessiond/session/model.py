@@ -15,7 +15,7 @@ from typing import Annotated, NamedTuple, NewType, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-from sessiond.config import NAME, NAME_LIMIT, TIME_OF_DAY
+from sessiond.config import NAME, NAME_LIMIT, TIME_OF_DAY, cgroup_path
 from sessiond.errors import InvalidName, NoSuchSnapshot
 from sessiond.keep_rules import RULES_LIMIT, checked_rule
 from sessiond.overlay.rebase import Conflicts as Conflicts
@@ -280,6 +280,8 @@ class SessionRecord(BaseModel):
     nosuid: bool
     nodev: bool
     data_path: DataPath = DataPath.PASSTHROUGH
+    cgroup: Annotated[str, AfterValidator(cgroup_path)] | None = None
+    """That of the session's programs, from the root of the hierarchy; None: it is not known."""
     storage: StorageKind
     quota: Quota | None = None
     """What it may take on disk, now or once it is moved there; None: as much as there is."""

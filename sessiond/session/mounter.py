@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
+from sessiond.cgroups import Freezer
 from sessiond.session.model import (
     WHOLE,
     ChangeSummary,
@@ -58,6 +59,10 @@ class MountRequest:
 class Mount(Protocol):
     """One live mount. Calls may come from several tasks; they are served one after another."""
 
+    @property
+    def worker(self) -> int:
+        """Id of the process that serves it; 0 if there is none."""
+
     async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
         """Serve `stack` from now on, in place of the layers served so far.
 
@@ -71,6 +76,15 @@ class Mount(Protocol):
         lower, has a state of another moment than of all others: programs wrote to them meanwhile.
         Raises `Failed`, with
         the old stack still served, when a layer cannot be opened.
+        """
+
+    async def halt(self, freezer: Freezer) -> None:
+        """Have all programs of a cgroup stand still at the next `swap` or `frozen`: from before it
+        holds changes until layers have been exchanged, or it ends, `LONGEST` at most.
+
+        Where they go on before all files that are written have been copied, `swap` returns those
+        that have not. Raises `Failed`. Then, and when the worker dies, it is for the caller to let
+        them go on.
         """
 
     def frozen(self) -> AbstractAsyncContextManager[None]:

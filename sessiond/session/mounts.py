@@ -242,6 +242,8 @@ class MountEntry(NamedTuple):
     device: tuple[int, int]
     target: Path
     kind: str
+    root: Path
+    """What of the file system is seen at `target`."""
 
 
 def mount_table(process: str = "self") -> Iterator[MountEntry]:
@@ -252,8 +254,8 @@ def mount_table(process: str = "self") -> Iterator[MountEntry]:
             # proc(5): a varying number of optional fields ends with a lone hyphen.
             kind = fields[fields.index(b"-", 6) + 1]
             major, minor = map(int, fields[2].split(b":"))
-            target = Path(_unescaped(fields[4]))
-            yield MountEntry(int(fields[0]), (major, minor), target, kind.decode())
+            root, target = (Path(_unescaped(field)) for field in fields[3:5])
+            yield MountEntry(int(fields[0]), (major, minor), target, kind.decode(), root)
 
 
 def _unescaped(field: bytes) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import count
 from typing import TYPE_CHECKING
@@ -42,9 +42,8 @@ async def restore(session: Session, target: SnapshotRecord, *, undo: bool) -> No
     if not undo:
         await session.switch(session.record.with_new_upper(target.layers))
         return
-    mount = session.view.mount
-    async with nullcontext() if mount is None else mount.frozen():
-        await _restore_held(session, target, mounted=mount is not None)
+    async with session.view.held():
+        await _restore_held(session, target, mounted=session.view.mount is not None)
     if session.storage is StorageKind.PERSISTENT:
         # Not yet all that programs have written into the layer that is kept is on disk.
         await session.view.require().sync()

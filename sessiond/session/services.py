@@ -9,6 +9,7 @@ from pathlib import Path
 
 import trio
 
+from sessiond.session.halting import Halting
 from sessiond.session.images import Images
 from sessiond.session.jobs import JobNumbers
 from sessiond.session.mounter import Mounter
@@ -30,6 +31,7 @@ class Services:
     mounts: Mounts
     mounter: Mounter
     nursery: trio.Nursery
+    halting: Halting
     surroundings: Surroundings = field(default_factory=Surroundings)
     observers: Observers = field(default_factory=Observers)
     job_numbers: JobNumbers = field(default_factory=JobNumbers)

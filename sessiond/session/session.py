@@ -324,7 +324,7 @@ class Session:
                 await switch()
                 return
             # Held, so that nothing is written between, and lost.
-            async with nullcontext() if self.view.mount is None else self.view.mount.frozen():
+            async with self.view.held():
                 await self._keep_first(job, manner, besides)
                 await switch()
             if self.storage is StorageKind.PERSISTENT:
@@ -486,9 +486,10 @@ class Session:
 
     # Record and layers
 
-    async def switch(self, after: SessionRecord) -> tuple[str, ...]:
+    async def switch(self, after: SessionRecord, *, halting: bool = False) -> tuple[str, ...]:
         """Record `after`, whose upper is a new one, and serve it; if that fails, all is as before.
 
+        With `halting`, the session's programs stand still at that moment, where that can be had.
         Returns what `Mount.swap` does. Only within an operation. Cannot be cancelled once begun.
         Raises `ImageUnavailable`, `NoSpace`, `Failed`.
         """
@@ -504,7 +505,8 @@ class Session:
                 await trio.to_thread.run_sync(make_upper, after, below, gives_back)
                 await trio.to_thread.run_sync(self.services.store.write, after)
                 recorded = True
-                inexact = await self.view.serve(after)
+                async with self.services.halting.halted(self) if halting else nullcontext():
+                    inexact = await self.view.serve(after)
             except BaseException as error:
                 await self._go_back(before, after, error, recorded=recorded)
                 raise

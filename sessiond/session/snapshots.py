@@ -238,7 +238,7 @@ class Snapshots(Mapping[str, SnapshotRecord]):
         kept = after.with_snapshots((*after.snapshots, snapshot))
         removals = [one for one in outdated(kept) if one.snapshot not in (snapshot, besides)]
         gone = [one.snapshot for one in removals]
-        inexact = await self._session.switch(kept.without_snapshots(gone))
+        inexact = await self._session.switch(kept.without_snapshots(gone), halting=True)
         if inexact:
             snapshot = await self._note_inexact(snapshot, inexact)
         log.info(

@@ -7,6 +7,8 @@ only where that fails it is mounted anew, and what programs had open is lost to 
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,18 @@ class View:
             await self._show(record, image)
             return ()
         return await self.mount.swap(self.stack(record, image), moved=moved)
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Hold changes back while the context is open, if anything is mounted.
+
+        The session's programs stand still before that, until the layers have been exchanged.
+        """
+        if self.mount is None:
+            yield
+            return
+        async with self._session.services.halting.halted(self._session), self.mount.frozen():
+            yield
 
     async def show(self) -> None:
         """Mount what is recorded. Only within an operation; raises what prevents it."""

@@ -21,6 +21,7 @@ CHECKER = {"sessiond.session.check", "sessiond.session.check_store"}
 ALLOWED: dict[str, set[str]] = {
     "sessiond.errors": set(),
     "sessiond.keep_rules": set(),
+    "sessiond.cgroups": set(),
     "sessiond.config": {"sessiond.errors", "sessiond.keep_rules"},
     "sessiond.control": {"sessiond.errors"},
     "sessiond.descriptors": set(),
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "sessiond.overlay": {"sessiond.keep_rules"},
     "sessiond.fuse": {
         "sessiond.overlay",
+        "sessiond.cgroups",
         "sessiond.keep_rules",
         "sessiond.control",
         "sessiond.descriptors",
@@ -37,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sessiond.session": {
         "sessiond.overlay",
+        "sessiond.cgroups",
         "sessiond.config",
         "sessiond.errors",
         "sessiond.journal",
@@ -51,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "sessiond.errors": set(),
     "sessiond.keep_rules": set(),
+    "sessiond.cgroups": {"trio"},
     "sessiond.config": {"pydantic", "pydantic_core"},
     "sessiond.control": {"pydantic", "trio"},
     "sessiond.descriptors": set(),

@@ -1,0 +1,187 @@
+"""Programs stand still while a snapshot is made: real ones, in a real cgroup."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from sessiond import cgroups
+from sessiond.fuse.mounter import FuseMount, FuseMounter
+from sessiond.session.model import DataPath, Stack
+from tests.fuse.conftest import Playground
+from tests.support.cgroups import (
+    COUNTER,
+    OwnCgroup,
+    is_of_one_moment,
+    own_cgroup,
+    prepare_counter,
+)
+from tests.support.waiting import until
+
+_STAT = """
+print(flush=True)
+os.stat(sys.argv[1])
+print(flush=True)
+"""
+_CREATE = """
+import itertools
+print(flush=True)
+for number in itertools.count():
+    os.close(os.open(f"{sys.argv[1]}/{number}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    os.unlink(f"{sys.argv[1]}/{number}")
+"""
+
+
+@pytest.fixture
+def cgroup() -> Iterator[OwnCgroup]:
+    with own_cgroup() as cgroup:
+        yield cgroup
+
+
+@pytest.fixture
+def playground(mounter: FuseMounter) -> Iterator[Playground]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield Playground(Path(directory), mounter, DataPath.PASSTHROUGH)
+
+
+@pytest.fixture
+def other_playground(mounter: FuseMounter) -> Iterator[Playground]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield Playground(Path(directory), mounter, DataPath.PLAIN)
+
+
+async def snapshot(mount: FuseMount, playground: Playground, stack: Stack) -> tuple[Stack, ...]:
+    """Commit the upper of `stack`; return the next stack, alone if all is exact."""
+    after = playground.stack(stack.upper.fs, *stack.lowers[:-1])
+    assert await mount.swap(after) == ()
+    return (after,)
+
+
+async def test_files_that_are_mapped_are_of_one_moment(
+    playground: Playground, cgroup: OwnCgroup
+) -> None:
+    async with playground.mounted(stack := playground.stack()) as mount:
+        cgroup.start(COUNTER, *prepare_counter(playground.root))
+        with cgroup.freezer() as freezer:
+            for _ in range(5):
+                await mount.halt(freezer)
+                before, (stack,) = stack, await snapshot(mount, playground, stack)
+                assert not cgroup.is_stopped
+                assert is_of_one_moment(before.upper.fs)
+
+
+async def test_it_takes_a_halt(playground: Playground, cgroup: OwnCgroup) -> None:
+    """Or what the test above asserts would be true of any snapshot."""
+    async with playground.mounted(stack := playground.stack()) as mount:
+        cgroup.start(COUNTER, *prepare_counter(playground.root))
+        for _ in range(60):
+            after = playground.stack(stack.upper.fs, *stack.lowers[:-1])
+            await mount.swap(after)
+            if not is_of_one_moment(stack.upper.fs):
+                return
+            stack = after
+        pytest.fail("all snapshots are of one moment")
+
+
+async def test_who_waits_for_an_answer_is_given_it_first(
+    playground: Playground, cgroup: OwnCgroup
+) -> None:
+    async with playground.mounted(stack := playground.stack()) as mount:
+        for number in range(3):
+            (playground.root / str(number)).mkdir()
+            cgroup.start(_CREATE, playground.root / str(number))
+        with cgroup.freezer() as freezer:
+            for _ in range(5):
+                await mount.halt(freezer)
+                async with mount.frozen():
+                    assert cgroup.stands_still
+                    (stack,) = await snapshot(mount, playground, stack)
+                    assert not cgroup.is_stopped
+
+
+async def test_a_program_that_cannot_be_stopped_holds_nothing_up(
+    playground: Playground, other_playground: Playground, cgroup: OwnCgroup
+) -> None:
+    """It waits for a file system whose server does not answer."""
+    async with (
+        playground.mounted(stack := playground.stack()) as mount,
+        other_playground.mounted(other_playground.stack()) as other,
+    ):
+        os.kill(other.worker, signal.SIGSTOP)
+        try:
+            waiting = cgroup.start(_STAT, other_playground.root / "missing")
+            cgroup.start(COUNTER, *prepare_counter(playground.root))
+            await until(lambda: "request_wait_answer" in _stack_of(waiting.pid))
+            with cgroup.freezer() as freezer:
+                await mount.halt(freezer)
+                await snapshot(mount, playground, stack)
+                assert not cgroup.is_stopped
+                assert is_of_one_moment(stack.upper.fs)
+        finally:
+            os.kill(other.worker, signal.SIGCONT)
+
+
+def _stack_of(process: int) -> str:
+    return Path(f"/proc/{process}/stack").read_text()
+
+
+async def test_programs_go_on_when_the_worker_dies(
+    playground: Playground, cgroup: OwnCgroup
+) -> None:
+    async with playground.mounted(playground.stack()) as mount:
+        cgroup.start(_CREATE, playground.root)
+        with cgroup.freezer() as freezer:
+            with freezer.limited():
+                await mount.halt(freezer)
+                async with mount.frozen():
+                    os.kill(mount.worker, signal.SIGKILL)
+                    await mount.wait_died()
+                    assert cgroup.stands_still
+            await until(lambda: not cgroup.stands_still)
+        await mount.recover()
+
+
+async def test_programs_go_on_when_the_worker_hangs(
+    playground: Playground, cgroup: OwnCgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroups, "LONGEST", 0.2)
+    async with playground.mounted(playground.stack()) as mount:
+        cgroup.start(_CREATE, playground.root)
+        with cgroup.freezer() as freezer, freezer.limited():
+            await mount.halt(freezer)
+            os.kill(mount.worker, signal.SIGSTOP)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_hold, mount)
+                await until(lambda: not cgroup.stands_still)
+                os.kill(mount.worker, signal.SIGCONT)
+
+
+async def _hold(mount: FuseMount) -> None:
+    async with mount.frozen():
+        pass
+
+
+@pytest.mark.parametrize("ended", [True, False])
+async def test_programs_go_on_when_the_manager_is_gone(
+    playground: Playground, cgroup: OwnCgroup, ended: bool
+) -> None:
+    """Or does not answer any more, which takes longer."""
+    async with playground.mounted(playground.stack()) as mount:
+        cgroup.start(_CREATE, playground.root)
+        with cgroup.freezer() as freezer:
+            await mount.halt(freezer)
+            async with mount.frozen():
+                assert cgroup.stands_still
+                if ended:
+                    assert mount._channel is not None
+                    mount._channel.close()
+                await until(lambda: not cgroup.is_stopped)
+                if ended:
+                    os.kill(mount.worker, signal.SIGKILL)
+                    await mount.wait_died()
