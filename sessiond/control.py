@@ -80,7 +80,8 @@ class Swap(_Message):
 
 
 class Halt(_Message):
-    """Stop the programs of a cgroup at the next `Freeze` or `Swap`, before changes are held.
+    """Stop the programs of a cgroup at the next `Freeze` or `Swap`, before changes are held, if
+    they write to files past the worker.
 
     They go on when layers have been exchanged, at a `Thaw`, and when nobody is there to ask for
     these. Descriptors: as `sessiond.cgroups.Freezer` takes them.

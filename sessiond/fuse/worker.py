@@ -506,7 +506,9 @@ class _Controlled:
             case control.Halt():
                 if len(descriptors) != 2 or self._is_frozen:
                     return Reply(error="Programs cannot be stopped now.")
-                self._halt.prepare(Freezer(*map(os.dup, descriptors)))
+                # With other data paths, to hold requests is to hold all that is written.
+                if self._operations.data_path is DataPath.PASSTHROUGH:
+                    self._halt.prepare(Freezer(*map(os.dup, descriptors)))
             case control.Freeze():
                 await self.freeze()
             case control.Thaw():

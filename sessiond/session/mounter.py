@@ -80,7 +80,8 @@ class Mount(Protocol):
 
     async def halt(self, freezer: Freezer) -> None:
         """Have all programs of a cgroup stand still at the next `swap` or `frozen`: from before it
-        holds changes until layers have been exchanged, or it ends, `LONGEST` at most.
+        holds changes until layers have been exchanged, or it ends, `LONGEST` at most. Nobody is
+        stopped where holding changes is enough.
 
         Where they go on before all files that are written have been copied, `swap` returns those
         that have not. Raises `Failed`. Then, and when the worker dies, it is for the caller to let

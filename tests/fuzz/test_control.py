@@ -23,6 +23,7 @@ from sessiond.control import (
     Changes,
     Diff,
     Freeze,
+    Halt,
     LayerStack,
     Pending,
     PendingFile,
@@ -59,6 +60,7 @@ _REQUESTS = [
     for message in (
         Swap(stack=_OTHER, moved=False),
         Swap(stack=_STACK, moved=True),
+        Halt(),
         Freeze(),
         Thaw(),
         Changes(),

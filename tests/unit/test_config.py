@@ -34,6 +34,7 @@ def test_a_full_configuration(tmp_path: Path) -> None:
             size = "512M"
             inodes = 100_000
             mount_point = "/home/{user}/{uid}-{id}"
+            cgroup = "user.slice/user-{uid}.slice"
             nosuid = false
             nodev = true
 
@@ -52,6 +53,7 @@ def test_a_full_configuration(tmp_path: Path) -> None:
     assert guest.verity_hash_device == Path("/srv/image.verity")
     assert (guest.size, guest.inodes, guest.nosuid, guest.nodev) == ("512M", 100_000, False, True)
     assert guest.mount_point == "/home/{user}/{uid}-{id}"
+    assert guest.cgroup == "user.slice/user-{uid}.slice"
     assert config.profile["desktop"].storage == "persistent"
     assert config.session["kiosk"].user == "kiosk"
     assert config.daemon.state_directory == Path("/srv/state")
@@ -113,6 +115,12 @@ MISTAKES = {
     IMAGE + "mount_point = '/{id!r}'": "{id} is unknown here; in braces may stand",
     IMAGE + "mount_point = '/{id:9}'": "{id} is unknown here; in braces may stand",
     IMAGE + "mount_point = '/{id'": "in braces may stand {id}, {user}, {uid}",
+    IMAGE + "cgroup = ''": "profile.p.cgroup: the path of a cgroup below the root",
+    IMAGE + "cgroup = '/'": "profile.p.cgroup: the path of a cgroup below the root",
+    IMAGE + "cgroup = '/user.slice'": "profile.p.cgroup: the path of a cgroup below the root",
+    IMAGE + "cgroup = 'user.slice/../system.slice'": "profile.p.cgroup: the path of a cgroup",
+    IMAGE
+    + "cgroup = 'user-{gid}.slice'": "{gid} is unknown here; in braces may stand {id}, {user}",
     IMAGE
     + "[profile.p.snapshots]\ncount = 0": "profile.p.snapshots.count: input should be greater",
     IMAGE
