@@ -20,11 +20,12 @@ import trio
 import sessiond
 from sessiond.bus.logind import LogindPresence
 from sessiond.bus.service import serve
-from sessiond.config import DEFAULT_FILE, Config, load
+from sessiond.config import DEFAULT_FILE, Config, DaemonTable, load
 from sessiond.errors import ConfigError, Failed, SessiondError
 from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.journal import log_to_journal_or_stderr
+from sessiond.session.halting import Halting
 from sessiond.session.manager import Manager, open_manager
 from sessiond.session.metrics import Metrics, remove_metrics, write_metrics
 from sessiond.session.surroundings import Surroundings
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except* ConfigError as group:
         _say(group)
         status = _EXIT_CONFIGURATION
+        if not options.check:
+            # Who is to correct it may be among those whom the daemon before this one has stopped.
+            Halting(DaemonTable().runtime_directory).end_left()
     except* SessiondError as group:
         _say(group)
         status = status or _EXIT_FAILURE

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path, PurePosixPath
@@ -38,13 +37,10 @@ class Halting:
     `end_left`, and `sessiond.cgroups` for what needs no note.
     """
 
-    def __init__(self, notes: Path, hierarchy: Path | None = None) -> None:
-        """`notes`: a directory, made if missing, that a reboot clears. `hierarchy`: where cgroups
-        of version 2 are mounted; as the kernel says unless given.
-        """
-        self._notes = notes
-        self._hierarchy = hierarchy
-        self._locks: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+    def __init__(self, runtime: Path) -> None:
+        """`runtime`: the directory of sessiond's that a reboot clears."""
+        self._notes = runtime / "halted"
+        self._locks: dict[str, trio.Lock] = {}
         self._sessions: set[SessionId] = set()
 
     @asynccontextmanager
@@ -59,51 +55,46 @@ class Halting:
             yield
             return
         self._sessions.add(session.id)
+        # Who came second would take what the first has stopped for stopped by others.
+        lock = self._locks.setdefault(cgroup, trio.Lock())
         try:
-            # Who came second would take what the first has stopped for stopped by others.
-            async with self._locks[cgroup], self._halted(session, cgroup):
+            async with lock, self._halted(session, cgroup):
                 yield
         finally:
             self._sessions.remove(session.id)
+            if not lock.statistics().tasks_waiting:
+                self._locks.pop(cgroup, None)
 
     @asynccontextmanager
     async def _halted(self, session: Session, cgroup: str) -> AsyncIterator[None]:
-        freezer = await self._freezer(session, cgroup)
+        freezer = await self._prepare(session, cgroup)
         if freezer is None:
             yield
             return
         with closing(freezer):
             try:
-                note = await trio.to_thread.run_sync(self._note, session.id, cgroup)
-            except SessiondError as error:
-                _log_not_halted(session, error)
-                yield
-                return
-            try:
                 with freezer.limited():
                     await _ask(session, freezer)
                     yield
             finally:
-                note.unlink(missing_ok=True)
+                (self._notes / session.id).unlink(missing_ok=True)
 
-    async def _freezer(self, session: Session, cgroup: str) -> Freezer | None:
-        mount = session.view.require()
+    async def _prepare(self, session: Session, cgroup: str) -> Freezer | None:
+        ours = (os.getpid(), session.view.require().worker)
         try:
-            return await trio.to_thread.run_sync(
-                self._open_running, cgroup, (os.getpid(), mount.worker)
-            )
+            return await trio.to_thread.run_sync(self._open_noted, session.id, cgroup, ours)
         except FileNotFoundError:
             log.info("There is no cgroup %s, and so no program of session %s.", cgroup, session.id)
         except (OSError, SessiondError) as error:
             _log_not_halted(session, error)
         return None
 
-    def _open_running(self, cgroup: str, ours: Collection[int]) -> Freezer | None:
-        """Open the freezer of a cgroup; None if others have stopped the programs there already, and
-        will let them go on.
+    def _open_noted(self, session: SessionId, cgroup: str, ours: Collection[int]) -> Freezer | None:
+        """Open the freezer of a cgroup, and write the note; None if others have stopped the
+        programs there already, and will let them go on.
 
-        Raises OSError, FileNotFoundError if there is no such cgroup, and `Failed` if one of the
-        processes `ours` is in it, or below.
+        Raises OSError, FileNotFoundError if there is no such cgroup, `NoSpace`, and `Failed`, also
+        if one of the processes `ours` is in it, or below.
         """
         for process in ours:
             if _is_in(process, cgroup):
@@ -113,14 +104,19 @@ class Halting:
             freezer = Freezer.open(directory)
         finally:
             os.close(directory)
-        if freezer.is_set:
+        try:
+            if not freezer.is_set:
+                self._note(session, cgroup)
+                return freezer
+        except BaseException:
             freezer.close()
-            return None
-        return freezer
+            raise
+        freezer.close()
+        return None
 
     def _open_directory(self, cgroup: str) -> int:
         """Open a cgroup, never one elsewhere. Raises OSError, `Failed`."""
-        hierarchy = self._hierarchy or _mounted_hierarchy()
+        hierarchy = _mounted_hierarchy()
         if hierarchy is None:
             raise Failed("No hierarchy of cgroups of version 2 is mounted here.")
         root = os.open(hierarchy, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -131,12 +127,10 @@ class Halting:
 
     # For the next manager
 
-    def _note(self, session: SessionId, cgroup: str) -> Path:
-        note = self._notes / session
+    def _note(self, session: SessionId, cgroup: str) -> None:
         with explained(f"note that the programs of session {session} stand still"):
             self._notes.mkdir(mode=0o700, parents=True, exist_ok=True)
-            note.write_bytes(os.fsencode(cgroup))
-        return note
+            (self._notes / session).write_bytes(os.fsencode(cgroup))
 
     def end_left(self) -> None:
         """Let programs go on that a manager has stopped and left so. Never fails."""

@@ -91,7 +91,7 @@ async def open_manager(
             mounter=mounter,
             nursery=nursery,
             surroundings=Surroundings() if surroundings is None else surroundings,
-            halting=Halting(runtime / "halted"),
+            halting=Halting(runtime),
         )
         manager = Manager(config, services, runtime, features)
         try:

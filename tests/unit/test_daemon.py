@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from sessiond.config import Profile
+from sessiond import daemon as sessiond_daemon
+from sessiond.config import DaemonTable, Profile
 from sessiond.journal import SOCKET
 from sessiond.session.mounts import SystemMounts
 from sessiond.session.tree import remove_tree
@@ -142,6 +143,26 @@ def test_a_bad_configuration_is_a_line_for_each_mistake(place: Path) -> None:
             f"sessiond: {place}/sessiond.toml: profile.p.colour: is unknown; allowed are: "
             f"{', '.join(Profile.model_fields)}.\n"
         )
+
+
+def test_a_bad_configuration_leaves_nobody_stopped(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of whom the daemon before has left a note, as a guess, in the default directory."""
+    note = tmp_path / "halted/session"
+    note.parent.mkdir()
+    note.touch()
+    monkeypatch.setattr(
+        sessiond_daemon, "DaemonTable", lambda: DaemonTable(runtime_directory=tmp_path)
+    )
+    monkeypatch.setattr(sessiond_daemon, "log_to_journal_or_stderr", lambda: None)
+    monkeypatch.setattr("faulthandler.enable", lambda: None)
+    (place / "sessiond.toml").write_text("mistake = 1\n")
+    arguments = ["--config", str(place / "sessiond.toml")]
+    assert sessiond_daemon.main([*arguments, "--check"]) == 2
+    assert note.exists()
+    assert sessiond_daemon.main(arguments) == 2
+    assert not note.exists()
 
 
 def test_drop_ins_from_elsewhere(place: Path) -> None:
