@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sessiond.journal import Event
+from tests.support.cgroups import COUNTER, is_of_one_moment, prepare_counter
 from tests.support.machine import PYTHON, CannotBoot, Machine, booted
 
 CONFIGURATION = """\
@@ -126,6 +127,57 @@ def test_it_sees_programs_of_other_users(service: Machine) -> None:
     service.wait("sessionctl conflicts kiosk | grep --quiet guest.service")
     service.run("sessionctl reset kiosk --terminate")
     service.wait("! systemctl is-active --quiet guest")
+
+
+@pytest.fixture
+def halting(service: Machine) -> Machine:
+    """The machine with a session whose programs are those of a slice."""
+    with open(service.root / "etc/sessiond/sessiond.toml", "a") as configuration:
+        configuration.write('[profile.halting]\nimage = "/srv/image"\ncgroup = "guests.slice"\n')
+    service.run("systemctl reload sessiond")
+    service.wait("sessionctl create root halting --id halting")
+    return service
+
+
+def test_programs_of_a_slice_stand_still(halting: Machine) -> None:
+    """And systemd does not take that slice for one that it has frozen."""
+    (halting.root / "srv/counter.py").write_text("import os, sys\n" + COUNTER)
+    prepare_counter(halting.root / "srv")
+    root = "/run/sessiond/sessions/halting/root"
+    halting.run(f"cp /srv/one /srv/two {root}")
+    counter = f"/usr/bin/python3 /srv/counter.py {root}/one {root}/two"
+    halting.run(f"systemd-run --quiet --slice guests --unit counter {counter}")
+    halting.wait(f"cmp --bytes=8 {root}/two /dev/zero; test $? = 1")
+    state = "systemctl show --value --property=FreezerState guests.slice counter.service"
+    for name in ("first", "second"):
+        halting.run(f"sessionctl snapshot halting {name}")
+        assert halting.run("cat /sys/fs/cgroup/guests.slice/cgroup.freeze") == "0\n"
+        assert halting.run(state).split() == ["running", "running"]
+    halting.run("systemctl stop counter; mkdir /srv/kept")
+    said = halting.run("journalctl --quiet --unit sessiond")
+    assert "Snapshot second" in said
+    assert "not stopped" not in said
+    assert "no cgroup" not in said
+    for name in ("first", "second"):
+        halting.run(f"sessionctl restore halting {name} --no-undo; cp {root}/* /srv/kept")
+        assert is_of_one_moment(halting.root / "srv/kept")
+
+
+def test_programs_go_on_when_systemd_has_killed_all_of_it(halting: Machine) -> None:
+    """Which the manager and the worker of a session leave to the next ones."""
+    worker = "$(pgrep --newest --exact sessiond-worker)"
+    halting.run(f"sessionctl create root guest --id hung; kill -STOP {worker}")
+    wait = "stat /run/sessiond/sessions/hung/root/missing"
+    halting.run(f"systemd-run --quiet --slice guests --unit waiting {wait}")
+    halting.run(
+        "main=$(systemctl show --value --property=MainPID sessiond)\n"
+        "(sessionctl snapshot halting first || true) >/dev/null 2>&1 &\n"
+        "until grep --quiet 1 /sys/fs/cgroup/guests.slice/cgroup.freeze; do :; done\n"
+        "kill -KILL $main"
+    )
+    halting.wait("grep --quiet 0 /sys/fs/cgroup/guests.slice/cgroup.freeze")
+    halting.wait("sessionctl status halting | grep --quiet active")
+    halting.run("rmdir /run/sessiond/halted; ! systemctl is-active waiting")
 
 
 def test_logind_knows_who_is_idle(service: Machine) -> None:
