@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sessiond import config
-from sessiond.config import Config, Profile
+from sessiond.config import Config, Profile, cgroup_path
 from sessiond.errors import ConfigError
 from sessiond.session import ram
 from tests.support.fuzzing import damaged, fuzz
@@ -25,6 +25,7 @@ verity_root_hash = "0123456789abcdef0123456789abcdef"
 size = "512M"
 inodes = 100_000
 mount_point = "/home/{user}/{uid}-{id}"
+cgroup = "user.slice/user-{uid}.slice"
 nosuid = false
 [profile.desktop]
 image = "/"
@@ -96,6 +97,8 @@ def test_what_is_accepted_can_be_used(tmp_path: Path, tables: dict[str, dict[str
         if profile.mount_point is not None:
             text = profile.mount_point.format(id="s", user="u", uid=1)
             assert Path(text).parent != Path(text)
+        if profile.cgroup is not None:
+            assert cgroup_path(profile.cgroup.format(id="s", user="u", uid=1))
 
 
 @pytest.mark.parametrize("pattern", ["/", "//", "/."])

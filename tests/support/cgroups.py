@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from sessiond.cgroups import Freezer
 from sessiond.session.mounts import mount_table
+from tests.support.waiting import BOUND
 
 
 class OwnCgroup:
@@ -66,6 +68,12 @@ class OwnCgroup:
         """End its programs, and remove it."""
         (self.directory / "cgroup.kill").write_text("1")
         self._programs.close()
+        with open(self.directory / "cgroup.events") as events:
+            changed = select.poll()
+            changed.register(events, select.POLLPRI)
+            while "populated 1" in events.read():  # by what they have started
+                assert changed.poll(BOUND * 1000), "programs do not end"
+                events.seek(0)
         self.directory.rmdir()
 
 
