@@ -22,6 +22,7 @@ from sessiond.errors import Failed, SessiondError
 from sessiond.overlay import syscalls
 from sessiond.session.faults import explained
 from sessiond.session.model import SessionId
+from sessiond.session.mounter import Mount
 from sessiond.session.mounts import mount_table
 
 if TYPE_CHECKING:
@@ -50,15 +51,15 @@ class Halting:
 
         Within another such context it does nothing. What prevents it is logged, never raised.
         """
-        cgroup = session.record.cgroup
-        if cgroup is None or session.view.mount is None or session.id in self._sessions:
+        cgroup, mount = session.record.cgroup, session.view.mount
+        if cgroup is None or mount is None or session.id in self._sessions:
             yield
             return
         self._sessions.add(session.id)
         # Who came second would take what the first has stopped for stopped by others.
         lock = self._locks.setdefault(cgroup, trio.Lock())
         try:
-            async with lock, self._halted(session, cgroup):
+            async with lock, self._halted(session.id, mount, cgroup):
                 yield
         finally:
             self._sessions.remove(session.id)
@@ -66,25 +67,25 @@ class Halting:
                 self._locks.pop(cgroup, None)
 
     @asynccontextmanager
-    async def _halted(self, session: Session, cgroup: str) -> AsyncIterator[None]:
-        freezer = await self._prepare(session, cgroup)
+    async def _halted(self, session: SessionId, mount: Mount, cgroup: str) -> AsyncIterator[None]:
+        freezer = await self._prepare(session, mount, cgroup)
         if freezer is None:
             yield
             return
         with closing(freezer):
             try:
                 with freezer.limited():
-                    await _ask(session, freezer)
+                    await _ask(session, mount, freezer)
                     yield
             finally:
-                (self._notes / session.id).unlink(missing_ok=True)
+                (self._notes / session).unlink(missing_ok=True)
 
-    async def _prepare(self, session: Session, cgroup: str) -> Freezer | None:
-        ours = (os.getpid(), session.view.require().worker)
+    async def _prepare(self, session: SessionId, mount: Mount, cgroup: str) -> Freezer | None:
+        ours = (os.getpid(), mount.worker)
         try:
-            return await trio.to_thread.run_sync(self._open_noted, session.id, cgroup, ours)
+            return await trio.to_thread.run_sync(self._open_noted, session, cgroup, ours)
         except FileNotFoundError:
-            log.info("There is no cgroup %s, and so no program of session %s.", cgroup, session.id)
+            log.info("There is no cgroup %s, and so no program of session %s.", cgroup, session)
         except (OSError, SessiondError) as error:
             _log_not_halted(session, error)
         return None
@@ -159,15 +160,15 @@ class Halting:
         note.unlink(missing_ok=True)
 
 
-async def _ask(session: Session, freezer: Freezer) -> None:
+async def _ask(session: SessionId, mount: Mount, freezer: Freezer) -> None:
     try:
-        await session.view.require().halt(freezer)
+        await mount.halt(freezer)
     except SessiondError as error:
         _log_not_halted(session, error)
 
 
-def _log_not_halted(session: Session, error: OSError | SessiondError) -> None:
-    log.warning("Programs of session %s are not stopped for a snapshot: %s", session.id, error)
+def _log_not_halted(session: SessionId, error: OSError | SessiondError) -> None:
+    log.warning("Programs of session %s are not stopped for a snapshot: %s", session, error)
 
 
 def _is_in(process: int, cgroup: str) -> bool:

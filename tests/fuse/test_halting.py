@@ -106,6 +106,16 @@ async def test_who_waits_for_an_answer_is_given_it_first(
                     assert not cgroup.is_stopped
 
 
+async def test_nobody_is_stopped_where_all_that_is_written_is_a_request(
+    other_playground: Playground, cgroup: OwnCgroup
+) -> None:
+    async with other_playground.mounted(other_playground.stack()) as mount:
+        with cgroup.freezer() as freezer:
+            await mount.halt(freezer)
+            async with mount.frozen():
+                assert not cgroup.is_stopped
+
+
 async def test_a_program_that_cannot_be_stopped_holds_nothing_up(
     playground: Playground, other_playground: Playground, cgroup: OwnCgroup
 ) -> None:
