@@ -123,12 +123,14 @@ class Daemon:
     def workers(self) -> list[int]:
         """Return the pids of all workers that serve sessions of its runtime directory."""
         found = []
+        bus = f"DBUS_SYSTEM_BUS_ADDRESS={self.environment['DBUS_SYSTEM_BUS_ADDRESS']}".encode()
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
-                # A zombie, which nobody has waited for yet, has no command line.
-                if (process / "comm").read_text() == "sessiond-worker\n" and (
-                    process / "cmdline"
-                ).read_bytes():
+                # A zombie, which nobody has waited for yet, has no environment; and those of tests
+                # that run at the same time have another bus.
+                if (process / "comm").read_text() == "sessiond-worker\n" and bus in (
+                    process / "environ"
+                ).read_bytes().split(b"\0"):
                     found.append(int(process.name))
         return sorted(found)
 
