@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from sessiond import cgroups
+from sessiond.cgroups import Freezer
+from sessiond.errors import Failed
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import DataPath, Stack
@@ -23,6 +29,7 @@ from tests.support.cgroups import (
     own_cgroup,
     prepare_counter,
 )
+from tests.support.soak import factor
 from tests.support.waiting import until
 
 _STAT = """
@@ -30,6 +37,26 @@ print(flush=True)
 os.stat(sys.argv[1])
 print(flush=True)
 """
+_WRITE = """
+file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+print(flush=True)
+while os.write(file, b"x" * 4096):
+    os.lseek(file, 0, os.SEEK_SET)
+"""
+_CHANGE = """
+import itertools
+print(flush=True)
+for number in itertools.count():
+    path = f"{sys.argv[1]}/{number % 20}"
+    with open(path, "xb") as file:
+        file.write(b"x" * 5000)
+    os.rename(path, path + "-renamed")
+    assert os.stat(path + "-renamed").st_size == 5000
+    os.mkdir(path)
+    os.rmdir(path)
+    os.unlink(path + "-renamed")
+"""
+"""Ends at the first error."""
 _CREATE = """
 import itertools
 print(flush=True)
@@ -69,6 +96,7 @@ async def test_files_that_are_mapped_are_of_one_moment(
 ) -> None:
     async with playground.mounted(stack := playground.stack()) as mount:
         cgroup.start(COUNTER, *prepare_counter(playground.root))
+        cgroup.start(_WRITE, playground.root / "written")
         with cgroup.freezer() as freezer:
             for _ in range(5):
                 await mount.halt(freezer)
@@ -212,3 +240,38 @@ async def test_programs_go_on_when_the_manager_is_gone(
                 if ended:
                     os.kill(mount.worker, signal.SIGKILL)
                     await mount.wait_died()
+
+
+@pytest.mark.soak
+async def test_deaths_at_random(playground: Playground) -> None:
+    """No program has an error, none stands still afterwards."""
+    generator = random.Random(5)
+    for _ in range(math.ceil(10 * factor())):
+        async with playground.mounted(stack := playground.stack()) as mount:
+            with own_cgroup() as cgroup, cgroup.freezer() as freezer:
+                programs = [cgroup.start(COUNTER, *prepare_counter(playground.root, 1 << 20))]
+                for number in range(3):
+                    (playground.root / str(number)).mkdir()
+                    programs.append(cgroup.start(_CHANGE, playground.root / str(number)))
+                for _ in range(20):
+                    stack = await _die_during_snapshot(
+                        playground, mount, stack, freezer, generator.uniform(0, 0.01)
+                    )
+                    assert not cgroup.is_stopped
+                assert [program.poll() for program in programs] == [None] * len(programs)
+
+
+async def _die_during_snapshot(
+    playground: Playground, mount: FuseMount, stack: Stack, freezer: Freezer, seconds: float
+) -> Stack:
+    """Kill the worker that many seconds from now; return what the next one serves."""
+    after = playground.stack(stack.upper.fs, *stack.lowers[:-1])
+    killer = threading.Timer(seconds, os.kill, (mount.worker, signal.SIGKILL))
+    killer.start()
+    with suppress(Failed), freezer.limited():
+        await mount.halt(freezer)
+        await mount.swap(after)
+        stack = after
+    await mount.wait_died()
+    await mount.recover()
+    return stack
