@@ -117,6 +117,8 @@ class SnapshotsTable(_Table):
     """What they may take beside what the merged view is built on: bytes with a suffix."""
     every: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,4}(min|h|d)$")] | None = None
     """Time from one automatic one to the next."""
+    flatten_above: Annotated[int, Field(ge=0, le=200)] = 16
+    """Layers of the merged view from which on they are merged; see `flattening`."""
 
 
 class ResetTable(_Table):

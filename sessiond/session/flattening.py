@@ -1,10 +1,10 @@
 """Stacks that have grown deep are made flatter in the background, and nobody notices.
 
 Each layer costs every lookup a little, and from some depth on the extension leaves directories to
-Python. So when the merged view has more than `DEEP` layers, those that no snapshot needs by
-themselves are merged, from the bottom up, each into the one below it. The worker does that, a
-little at a time, with pauses, and never while there is an operation on the session. Nothing is
-recorded before a layer is empty: its end is the one thing that is done to the record.
+Python. So when the merged view has more than `SessionRecord.flatten_above`, those that no snapshot
+needs by themselves are merged, from the bottom up, each into the one below it. The worker does
+that, a little at a time, with pauses, and never while there is an operation on the session. Nothing
+is recorded before a layer is empty: its end is the one thing that is done to the record.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from sessiond.session.session import Session
 
 log = logging.getLogger(__name__)
-
-DEEP = 16
-"""Layers of the merged view, without the upper and the image, that are left alone."""
 
 _PAUSE_SECONDS = 0.05
 """Between two moments of work, of a tenth of that."""
@@ -86,7 +83,7 @@ class Flattening:
 
     def _next(self) -> Pair | None:
         record = self._session.record
-        if len(record.layers) <= DEEP:
+        if len(record.layers) <= record.flatten_above:
             return None
         pairs = (pair for pair in mergeable(record) if pair not in self._impossible)
         return next(pairs, None)

@@ -551,6 +551,7 @@ def _new_record(
             warning=settings.space_warning, critical=settings.space_critical
         ),
         snapshot_rules=_snapshot_rules(settings),
+        flatten_above=settings.snapshots.flatten_above,
         created_at=began.wall,
         began=began,
         reset_rules=_reset_rules(settings.reset),

@@ -287,6 +287,8 @@ class SessionRecord(BaseModel):
     """What it may take on disk, now or once it is moved there; None: as much as there is."""
     thresholds: SpaceThresholds = SpaceThresholds()
     snapshot_rules: SnapshotRules = SnapshotRules()
+    flatten_above: Annotated[int, Field(ge=0)] = 16
+    """Committed layers of the merged view that are left alone; see `flattening`."""
     keep: tuple[_Rule, ...] | None = None
     """What outlives resets (`sessiond.keep_rules`); None: nothing ever will."""
     keep_quota: Quota | None = None

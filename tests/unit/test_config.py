@@ -127,6 +127,8 @@ MISTAKES = {
     + "[profile.p.snapshots]\ncolour = 0": "colour: is unknown; allowed are: count, daily, max",
     IMAGE + "[profile.p.snapshots]\nmax_bytes = 'x'": "snapshots.max_bytes: a size is like '512M'",
     IMAGE + "[profile.p.snapshots]\nevery = '1s'": "snapshots.every: a time is like '30min', '1h'",
+    IMAGE + "[profile.p.snapshots]\nflatten_above = -1": "flatten_above: input should be greater",
+    IMAGE + "[profile.p.snapshots]\nflatten_above = 201": "flatten_above: input should be less",
     IMAGE + "snapshots = 1": "profile.p.snapshots: input should be a valid dictionary",
     "[session.s]\nuser = 'u'": "session.s.profile: is missing",
     "[session.s]\nuser = ''\nprofile = 'p'": "session.s.user: string should have at least 1",

@@ -78,21 +78,25 @@ def shown(world: World) -> dict[str, bytes]:
     return merged
 
 
+def flatten(session: Session, above: int = 0) -> None:
+    """Have no more layers than that, of those that nothing needs by themselves."""
+    session.record = session.record.model_copy(update={"flatten_above": above})
+    session.flattening.consider()
+
+
 ALL = {f"file{number}": b"%d" % number for number in range(5)} | {"changed": b"4"}
 
 
 @pytest.mark.parametrize("profile", ["volatile", "lasting"])
-async def test_a_deep_stack_becomes_flat(
-    world: World, monkeypatch: pytest.MonkeyPatch, profile: str
-) -> None:
-    monkeypatch.setattr(flattening, "DEEP", 4)
+async def test_a_deep_stack_becomes_flat(world: World, profile: str) -> None:
     async with world.manager() as manager:
         session = await deep(world, manager, profile)
+        assert len(session.record.layers) == 5
+        flatten(session, 4)
         await until(lambda: len(session.record.layers) == 4)
         await until(lambda: session.turn.is_idle)
         assert len(mergeable(session.record)) == 1, "no more than has to be"
-        monkeypatch.setattr(flattening, "DEEP", 0)
-        session.flattening.consider()
+        flatten(session)
         await until(lambda: mergeable(session.record) == [])
         assert len(session.record.layers) == 3
         assert shown(world) == ALL
@@ -111,17 +115,14 @@ async def test_a_deep_stack_becomes_flat(
             assert shown(world) == {"file0": b"0", "file1": b"1", "changed": b"1"}
 
 
-async def test_never_while_there_is_an_operation(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_never_while_there_is_an_operation(world: World) -> None:
     async with world.manager() as manager:
         session = await deep(world, manager)
         before = session.record
         async with world.mount("s").frozen():
             job = session.persist(started_by=UID)
             await until(lambda: session.record.upper != before.upper)
-            monkeypatch.setattr(flattening, "DEEP", 0)
-            session.flattening.consider()
+            flatten(session)
             await trio.testing.wait_all_tasks_blocked(0.05)
             assert len(session.record.layers) == 6
         await job.wait()
@@ -129,9 +130,7 @@ async def test_never_while_there_is_an_operation(
         assert shown(world) == ALL
 
 
-async def test_never_while_a_snapshot_is_exported(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_never_while_a_snapshot_is_exported(world: World) -> None:
     async with world.manager() as manager:
         session = await deep(world, manager)
         await world.mount("s").write("large", bytes(3 << 20))
@@ -139,8 +138,7 @@ async def test_never_while_a_snapshot_is_exported(
         reader, writer = os.pipe2(os.O_CLOEXEC)
         job = session.snapshots.export("large", writer, started_by=UID)
         os.close(writer)
-        monkeypatch.setattr(flattening, "DEEP", 0)
-        session.flattening.consider()
+        flatten(session)
         for _ in range(100):
             await trio.lowlevel.checkpoint()
         assert len(session.record.layers) == 6
@@ -152,14 +150,11 @@ async def test_never_while_a_snapshot_is_exported(
 
 
 @pytest.mark.parametrize("call", ["merge", "swap", "sync"])
-async def test_what_fails_is_tried_again(
-    world: World, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
+async def test_what_fails_is_tried_again(world: World, call: str) -> None:
     async with world.manager() as manager:
         session = await deep(world, manager)
         world.mounter.injected[call] = [Failed("The worker is gone.")] * 2
-        monkeypatch.setattr(flattening, "DEEP", 0)
-        session.flattening.consider()
+        flatten(session)
         await until(lambda: mergeable(session.record) == [])
         assert world.mounter.injected[call] == []
         assert shown(world) == ALL
