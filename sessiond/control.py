@@ -114,6 +114,10 @@ class Changes(_Message):
     """None: the bottom-most lower of what is served."""
     end: Lowers | None = None
     """None: what is served."""
+    directories: Annotated[int, Field(ge=0, le=100)] = 0
+    """Tell also what differs below so many directories, those with most of it."""
+    depth: _Count = 0
+    """And how many levels below the root these may be."""
 
 
 class Diff(_Message):
@@ -206,6 +210,17 @@ class LargeFile(_Message):
     size: _Count
 
 
+class DirectoryCounts(_Message):
+    """What differs below a directory, as `ChangeCounts`; its path as of a `LargeFile`."""
+
+    path: str
+    added: _Count
+    changed: _Count
+    deleted: _Count
+    renamed: _Count
+    bytes: _Count
+
+
 class ChangeCounts(_Message):
     """How many objects differ, and the bytes in the regular files among them."""
 
@@ -216,6 +231,8 @@ class ChangeCounts(_Message):
     bytes: _Count = 0
     largest: tuple[LargeFile, ...] = ()
     """Of these, largest first."""
+    directories: tuple[DirectoryCounts, ...] = ()
+    """Those that were asked for, largest first; fewer if their paths are very long."""
 
 
 class PendingFile(_Message):

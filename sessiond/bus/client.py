@@ -594,16 +594,24 @@ class Session(_Proxy):
         return sorted(found, key=lambda info: info.created_at)
 
     async def changes(
-        self, *, start: str = "", end: str = "", interactive: bool | None = None
+        self,
+        *,
+        start: str = "",
+        end: str = "",
+        directories: int = 0,
+        depth: int = 1,
+        interactive: bool | None = None,
     ) -> ChangeSummary:
         """Count what differs from a snapshot, or the image, to another one, or to its state now.
 
+        Also below so many `directories`, those with most bytes, `depth` levels down at most.
         `interactive` as with `connect`, if given.
         """
+        breakdown = _options({"directories": directories, "depth": depth}) if directories else {}
         (summary,) = await self._call(
             "Changes",
             "a{sv}",
-            _states(start, end),
+            _states(start, end) | breakdown,
             timeout=OPERATION_TIMEOUT,
             interactive=interactive,
         )

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from sessiond.bus.limits import ROOT, Limit
 from sessiond.errors import SessiondError
 from sessiond.session.manager import Session
-from sessiond.session.model import ChangeSummary
+from sessiond.session.model import Breakdown, ChangeSummary
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +52,12 @@ class Comparisons:
         with self._of_user.share(uid), self._of_session.share(session.id):
             yield
 
-    async def count(self, uid: int, session: Session, states: States) -> ChangeSummary:
+    async def count(
+        self, uid: int, session: Session, states: States, breakdown: Breakdown
+    ) -> ChangeSummary:
         """Count for `uid`. Raises `BusError` beyond the limits, and what the session raises."""
         with self._shares(uid, session):
-            return await session.differences.count(*states)
+            return await session.differences.count(*states, breakdown)
 
     def open_list(
         self,

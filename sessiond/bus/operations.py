@@ -15,7 +15,7 @@ from sessiond.bus.comparisons import Comparisons
 from sessiond.bus.interface import Caller
 from sessiond.bus.limits import ROOT, Limit
 from sessiond.bus.options import (
-    CompareOptions,
+    ChangesOptions,
     CreateOptions,
     DiffOptions,
     ExportOptions,
@@ -34,7 +34,7 @@ from sessiond.errors import InvalidOption, NoSuchSession
 from sessiond.session.conflicts import Program
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import Conflicts
+from sessiond.session.model import Breakdown, Conflicts
 
 Options = Mapping[str, object]
 
@@ -211,8 +211,10 @@ class Operations:
         self, caller: Caller, session: Session, options: Options
     ) -> dict[str, Variant]:
         uid = await authorise(caller, Action.COMPARE, session)
-        asked = parse(CompareOptions, options)
-        summary = await self._comparisons.count(uid, session, (asked.start, asked.end))
+        asked = parse(ChangesOptions, options)
+        breakdown = Breakdown(asked.directories, asked.depth)
+        states = (asked.start, asked.end)
+        summary = await self._comparisons.count(uid, session, states, breakdown)
         return {
             "added": Variant("t", summary.added),
             "changed": Variant("t", summary.changed),
@@ -220,6 +222,9 @@ class Operations:
             "renamed": Variant("t", summary.renamed),
             "bytes": Variant("t", summary.bytes),
             "largest": Variant("a(sst)", [(shown(path), *what) for path, *what in summary.largest]),
+            "directories": Variant(
+                "a(sttttt)", [(shown(path), *sums) for path, *sums in summary.directories]
+            ),
         }
 
     async def open_diff(self, caller: Caller, session: Session, options: Options) -> int:

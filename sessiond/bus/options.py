@@ -16,6 +16,9 @@ from sessiond.session.model import (
     snapshot_name,
 )
 
+DEPTH_LIMIT = 4096
+"""More levels than a path can have."""
+
 
 class NoOptions(BaseModel):
     """None are known yet; callers pass an empty dictionary."""
@@ -44,6 +47,21 @@ class CompareOptions(NoOptions):
     )
     end: str = Field(
         "", alias="to", description="a string: the name of a snapshot, or '' for the state now"
+    )
+
+
+class ChangesOptions(CompareOptions):
+    """Options of Changes."""
+
+    directories: int = Field(
+        0, ge=0, le=100, description="a number from 0 to 100: directories that are told of"
+    )
+    depth: int = Field(
+        1,
+        ge=0,
+        le=DEPTH_LIMIT,
+        description=f"a number from 0 to {DEPTH_LIMIT}: levels below the root down to which they "
+        "are told of",
     )
 
 

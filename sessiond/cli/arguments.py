@@ -36,7 +36,8 @@ class Arguments(argparse.Namespace):
     """Snapshot to be compared; empty for the state now."""
     as_list: bool
     content: bool
-    depth: int
+    depth: int | None
+    directories: int | None
     file: Path
     user: str
     profile: str
@@ -91,6 +92,8 @@ def parse(arguments: Sequence[str] | None) -> Arguments:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if parsed.command == "maintenance" and (parsed.step == "begin") is (parsed.maintained is None):
         parser.error("a profile is given to 'maintenance begin', and only to that")
+    if parsed.command == "diff" and parsed.depth and (parsed.as_list or parsed.content):
+        parser.error("--depth is for directories: it does not go with --list and --content")
     if parsed.command == "check" and (wrong := _wrong_with_check(parsed)):
         parser.error(wrong)
     return parsed
@@ -263,11 +266,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     shown.add_argument("--content", action="store_true", help="print how the text of files differs")
     shown.add_argument(
+        "--directories",
+        type=_directories,
+        metavar="COUNT",
+        help="print in which directories most has changed, that many, at most 100",
+    )
+    diff.add_argument(
         "--depth",
         type=_levels,
         default=3,
         metavar="LEVELS",
-        help="show directories down to this level (default: %(default)s)",
+        help="show directories down to this level (default: 3; all with --directories)",
     )
     command("cancel", "Cancel the job that runs on a session", one)
     command("close", "Unmount a session and drop its changes", one)
@@ -297,6 +306,12 @@ def _parser() -> argparse.ArgumentParser:
 def _levels(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("levels are a number, 1 or more")
+    return int(text)
+
+
+def _directories(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError("a number from 1 to 100 is needed")
     return int(text)
 
 

@@ -341,6 +341,13 @@ async def close(client: Client, asked: Arguments) -> None:
 async def diff(client: Client, asked: Arguments) -> None:
     """Print how a session differs."""
     session = await client.session(asked.session)
+    if asked.directories is not None:
+        depth = differences.ALL_LEVELS if asked.depth is None else asked.depth
+        changes = await session.changes(
+            start=asked.start, end=asked.end, directories=asked.directories, depth=depth
+        )
+        differences.print_directories(changes, as_json=asked.json)
+        return
     async with session.diff(start=asked.start, end=asked.end, content=asked.content) as found:
         if asked.json:
             await differences.print_as_json(found)
@@ -349,7 +356,9 @@ async def diff(client: Client, asked: Arguments) -> None:
         elif asked.as_list:
             await differences.print_list(found)
         else:
-            await differences.print_tree(found, asked.depth)
+            await differences.print_tree(
+                found, differences.LEVELS if asked.depth is None else asked.depth
+            )
 
 
 async def monitor(client: Client, asked: Arguments) -> None:
@@ -428,7 +437,9 @@ def _session_json(session: SessionInfo) -> dict[str, Json]:
 
 def _changes_json(changes: ChangeSummary) -> dict[str, Json]:
     largest = [file._asdict() for file in changes.largest]
-    return dataclasses.asdict(changes) | {"largest": largest}
+    told = dataclasses.asdict(changes) | {"largest": largest}
+    del told["directories"]  # nobody has asked for any
+    return told
 
 
 def _job_json(job: JobInfo) -> dict[str, Json]:

@@ -11,7 +11,12 @@ from rich.text import Text
 from rich.tree import Tree
 
 from sessiond.bus.client import ChangeSummary, Difference
-from sessiond.cli.output import Json, print_json, print_line, printable, show, size
+from sessiond.cli.output import Json, print_json, print_line, print_table, printable, show, size
+
+LEVELS = 3
+"""Of the tree, unless told otherwise."""
+ALL_LEVELS = 4096
+"""More than a path can have."""
 
 _COLOURS = {"added": "green", "deleted": "red", "renamed": "cyan", "metadata": "dim"}
 _TOLD = {
@@ -90,6 +95,19 @@ async def print_tree(differences: AsyncIterable[Difference], depth: int) -> None
     if root.sums.kinds:
         show(_tree(root, depth))
     print_line(str(root.sums))
+
+
+def print_directories(changes: ChangeSummary, *, as_json: bool) -> None:
+    """Print the directories with most changes in them, and how much that is."""
+    if as_json:
+        for one in changes.directories:
+            print_json(dict(one._asdict()))
+        return
+    columns = [
+        [size(one.bytes), *(str(getattr(one, kind)) for kind in _COUNTED), one.path]
+        for one in changes.directories
+    ]
+    print_table(("IN FILES", *(kind.upper() for kind in _COUNTED), "BELOW"), columns)
 
 
 async def print_content(differences: AsyncIterable[Difference]) -> None:

@@ -9,23 +9,28 @@ import json
 import os
 import select
 import stat as modes
+from collections.abc import Iterator
 from contextlib import suppress
 
-from sessiond.control import ChangeCounts, LargeFile
+from sessiond.control import MESSAGE_LIMIT, ChangeCounts, DirectoryCounts, LargeFile
 from sessiond.fuse.contents import Contents
+from sessiond.overlay.by_directory import ByDirectory
 from sessiond.overlay.diff import Change, ChangeKind, changes
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.tally import Sums, sums_of
 
+_CHANGED = (ChangeKind.CONTENTS, ChangeKind.METADATA, ChangeKind.TYPE)
 _TYPES = {modes.S_IFREG: "file", modes.S_IFDIR: "directory", modes.S_IFLNK: "symlink"}
 _BUFFER = 1 << 16
+_PATHS_LIMIT = MESSAGE_LIMIT // 8
+"""Bytes of the paths of directories in one message, where a byte may become six."""
 _COMPLETE = json.dumps({"complete": True}).encode() + b"\n"
 
 
-def count(stack: Stack, base: Stack) -> ChangeCounts:
+def count(stack: Stack, base: Stack, by_directory: ByDirectory | None = None) -> ChangeCounts:
     """Count the changes from `base` to `stack`, and close both. Raises `OSError`."""
     try:
-        return told(sums_of(changes(stack, base)))
+        return told(sums_of(changes(stack, base), by_directory))
     finally:
         stack.close()
         base.close()
@@ -35,18 +40,38 @@ def told(sums: Sums) -> ChangeCounts:
     """Return sums as they are sent."""
     return ChangeCounts(
         added=sums.of(ChangeKind.ADDED),
-        changed=sums.of(ChangeKind.CONTENTS, ChangeKind.METADATA, ChangeKind.TYPE),
+        changed=sums.of(*_CHANGED),
         deleted=sums.of(ChangeKind.DELETED),
         renamed=sums.of(ChangeKind.RENAMED),
         bytes=sums.bytes,
         largest=tuple(
-            # What is not UTF-8 has no place in JSON.
-            LargeFile(
-                path="/" + path.decode(errors="backslashreplace"), change=kind.value, size=size
-            )
+            LargeFile(path=_printable(path), change=kind.value, size=size)
             for path, kind, size in sums.largest
         ),
+        directories=tuple(_told_below(sums)),
     )
+
+
+def _told_below(sums: Sums) -> Iterator[DirectoryCounts]:
+    size = 0
+    for one in sums.directories:
+        size += len(one.path)
+        if size > _PATHS_LIMIT:
+            return
+        below = Sums(one.kinds, one.bytes, ())
+        yield DirectoryCounts(
+            path=_printable(one.path),
+            added=below.of(ChangeKind.ADDED),
+            changed=below.of(*_CHANGED),
+            deleted=below.of(ChangeKind.DELETED),
+            renamed=below.of(ChangeKind.RENAMED),
+            bytes=below.bytes,
+        )
+
+
+def _printable(path: bytes) -> str:
+    """Return a path without what is not UTF-8, which has no place in JSON."""
+    return "/" + path.decode(errors="backslashreplace")
 
 
 def write_list(

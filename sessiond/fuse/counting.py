@@ -16,6 +16,7 @@ import trio
 
 from sessiond.control import ChangeCounts
 from sessiond.fuse import comparison
+from sessiond.overlay.by_directory import ByDirectory
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.tally import Tally, TooManyError
@@ -78,8 +79,11 @@ class Counting:
                 return False
             return True
 
-    async def count(self) -> ChangeCounts:
-        """Return how much differs now. Raises OSError."""
+    async def count(self, by_directory: ByDirectory | None = None) -> ChangeCounts:
+        """Return how much differs now; also below directories, if there is what counts that.
+
+        Raises OSError.
+        """
         async with self._turn:
             batch = self._overlay.touched.take()
             batch |= {path: False for path in self._postponed if path not in batch}
@@ -90,8 +94,9 @@ class Counting:
             except TooManyError:
                 pass
             if self._too_many:
-                return await self._count_anew()
-            return comparison.told(await self._in_thread(self._tally.sums))
+                return await self._count_anew(by_directory)
+            sums = partial(self._tally.sums, by_directory)
+            return comparison.told(await self._in_thread(sums))
 
     async def _compare(self, batch: dict[bytes, bool], *, most_bytes: int | None) -> None:
         """Compare what was touched. Raises OSError, `TooManyError`."""
@@ -111,9 +116,10 @@ class Counting:
             self._overlay.touched.everything()
             raise
 
-    async def _count_anew(self) -> ChangeCounts:
+    async def _count_anew(self, by_directory: ByDirectory | None) -> ChangeCounts:
         stack = self._overlay.stack.copy()
-        return await self._in_thread(partial(comparison.count, stack, stack.bottom()))
+        count = partial(comparison.count, stack, stack.bottom(), by_directory)
+        return await self._in_thread(count)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
         return await trio.to_thread.run_sync(

@@ -27,9 +27,12 @@ from sessiond.fuse import data_path
 from sessiond.fuse.device import MS_NODEV, MS_NOSUID, detach, mount_device
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import (
+    NO_BREAKDOWN,
     WHOLE,
+    Breakdown,
     ChangeSummary,
     DataPath,
+    DirectoryChanges,
     LargeFile,
     Lowers,
     PendingWrites,
@@ -419,9 +422,16 @@ class FuseMount:
                 with trio.CancelScope(shield=True):  # cancelled or not, programs may write again
                     await self._ask(control.Thaw())
 
-    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
+    async def changes(
+        self, span: Span = WHOLE, breakdown: Breakdown = NO_BREAKDOWN
+    ) -> ChangeSummary:
         """See `Mount.changes`."""
-        request = control.Changes(start=_lowers(span.start), end=_lowers(span.end))
+        request = control.Changes(
+            start=_lowers(span.start),
+            end=_lowers(span.end),
+            directories=breakdown.directories,
+            depth=breakdown.depth,
+        )
         counts = (await self._ask_for_outcome(request)).changes
         if counts is None:
             raise Failed(f"The worker of session {self._request.session} did not count changes.")
@@ -432,6 +442,7 @@ class FuseMount:
             counts.bytes,
             counts.renamed,
             tuple(LargeFile(file.path, file.change, file.size) for file in counts.largest),
+            tuple(DirectoryChanges(**dict(one)) for one in counts.directories),
         )
 
     async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:

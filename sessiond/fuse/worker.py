@@ -43,6 +43,7 @@ from sessiond.fuse.sandbox import Sandbox
 from sessiond.fuse.vanished import Vanished
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import commit
+from sessiond.overlay.by_directory import ByDirectory
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.nodes import KEEP_FACT, STACK_FACT
@@ -599,7 +600,7 @@ class _Controlled:
             return Reply()
         compare: Callable[[], Awaitable[ChangeCounts | None]]
         if isinstance(request, control.Changes) and request.start is request.end is None:
-            compare = self.counting.count
+            compare = functools.partial(self.counting.count, _by_directory(request))
         else:
             stack, base = self._states(request)
             if isinstance(request, control.Diff):
@@ -609,7 +610,7 @@ class _Controlled:
                     write, stack, base, target, request.patience, request.reader
                 )
             else:
-                compare = self._in_thread(comparison.count, stack, base)
+                compare = self._in_thread(comparison.count, stack, base, _by_directory(request))
         self._nursery.start_soon(self._compare, compare, outcome)
         return Reply()
 
@@ -785,6 +786,10 @@ class _Controlled:
         held = overlay.upper_names() if keeps_space else []
         outdated = self._operations.swap(stack, moved=moved, halt=self._halt)
         return outdated, overlay.lost_names(held, outdated)
+
+
+def _by_directory(request: control.Changes) -> ByDirectory | None:
+    return ByDirectory(request.directories, request.depth) if request.directories else None
 
 
 def _socket(descriptor: int) -> trio.socket.SocketType:

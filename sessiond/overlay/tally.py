@@ -15,21 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from sessiond.overlay.by_directory import PATH_LIMIT, ByDirectory, DirectorySums
 from sessiond.overlay.diff import Change, ChangeKind, Comparison, Found, Pair, Postponed
 from sessiond.overlay.lookup import Identity, join
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 
 LARGEST = 10
-"""How many of the largest files are told."""
-_PATH_LIMIT = 4095
-"""Of these, those that have a path that programs can use (PATH_MAX)."""
+"""How many of the largest files are told, of those that have a path that programs can use."""
 
 _NAMES_LIMIT = 1_000_000
 """Names that are remembered, at 100 to 250 bytes each. Where more differ, all are compared."""
 
 _KINDS = tuple(ChangeKind)
-_DELETED, _RENAMED = _KINDS.index(ChangeKind.DELETED), _KINDS.index(ChangeKind.RENAMED)
+_ADDED, _DELETED, _RENAMED = (
+    _KINDS.index(kind) for kind in (ChangeKind.ADDED, ChangeKind.DELETED, ChangeKind.RENAMED)
+)
 _KIND_BITS = 0x7
 _REPLACED = 0x8
 """Something else that had the name before is deleted, too."""
@@ -142,6 +143,8 @@ class Sums(NamedTuple):
     """In the regular files that differ and are there."""
     largest: tuple[LargeFile, ...]
     """Largest first."""
+    directories: tuple[DirectorySums, ...] = ()
+    """Those that were asked for."""
 
     def of(self, *kinds: ChangeKind) -> int:
         """Return how many names are of these kinds."""
@@ -205,8 +208,8 @@ class Tally:
         """Return the known names of files that have several, as `update` takes them."""
         return {path: False for one in identities for path in self.linked.get(one, ())}
 
-    def sums(self) -> Sums:
-        """Return how much differs in all."""
+    def sums(self, by_directory: ByDirectory | None = None) -> Sums:
+        """Return how much differs in all; and below directories, if there is what counts that."""
         kinds, size = [0] * len(_KINDS), 0
         largest: list[LargeFile] = []
         arrived: list[int] = []
@@ -214,6 +217,8 @@ class Tally:
             own = directory.sums or _own_sums(directory)
             kinds = [total + count for total, count in zip(kinds, own.kinds, strict=True)]
             size += own.bytes
+            if by_directory is not None:
+                by_directory.add(path, own.kinds, own.bytes)
             largest += (one._replace(path=join(path, one.path)) for one in own.largest)
             if len(largest) > 100 * LARGEST:
                 largest = _largest(largest)
@@ -221,15 +226,36 @@ class Tally:
         largest = _largest(largest)
         if arrived:
             deleted = Counter(self._deleted())
-            renamed = (Counter(arrived) & deleted).total()
+            moved = Counter(arrived) & deleted
+            renamed = moved.total()
+            if by_directory is not None:
+                self._pair(moved, by_directory)
             largest = [
                 one._replace(kind=ChangeKind.RENAMED) if self._origin(one.path) in deleted else one
                 for one in largest
             ]
-            kinds[_KINDS.index(ChangeKind.ADDED)] -= renamed
+            kinds[_ADDED] -= renamed
             kinds[_DELETED] -= renamed
             kinds[_RENAMED] += renamed
-        return Sums(tuple(kinds), size, tuple(largest))
+        directories = () if by_directory is None else by_directory.largest()
+        return Sums(tuple(kinds), size, tuple(largest), directories)
+
+    def _pair(self, moved: Counter[int], by_directory: ByDirectory) -> None:
+        """Count what was added here and is deleted there as renamed, here."""
+        arrived, left = moved.copy(), moved.copy()
+        for path, directory in self._directories():
+            kinds = [0] * len(_KINDS)
+            for inode in directory.origins.values():
+                if arrived[inode] > 0:
+                    arrived[inode] -= 1
+                    kinds[_ADDED] -= 1
+                    kinds[_RENAMED] += 1
+            for inode in _deleted_in(directory):
+                if left[inode] > 0:
+                    left[inode] -= 1
+                    kinds[_DELETED] -= 1
+            if any(kinds):
+                by_directory.add(path, tuple(kinds), 0)
 
     def _origin(self, path: bytes) -> int | None:
         """Return the inode number in the image of what was copied up to be added there."""
@@ -250,30 +276,39 @@ class Tally:
     def _deleted(self) -> Iterator[int]:
         """Return the inode numbers of all that is deleted and no directory."""
         for _, directory in self._directories():
-            for packed in directory.found.values():
-                kind = packed & _KIND_BITS
-                if kind == _DELETED or (kind == _RENAMED and packed & _REPLACED):
-                    inode = packed >> _SHIFT
-                    if inode:
-                        yield inode
+            yield from _deleted_in(directory)
 
 
-def sums_of(changes: Iterable[Change]) -> Sums:
-    """Return how much all `changes` are."""
+def _deleted_in(directory: _Directory) -> Iterator[int]:
+    """Return the inode numbers of what is deleted in a directory itself."""
+    for packed in directory.found.values():
+        kind = packed & _KIND_BITS
+        if kind == _DELETED or (kind == _RENAMED and packed & _REPLACED):
+            inode = packed >> _SHIFT
+            if inode:
+                yield inode
+
+
+def sums_of(changes: Iterable[Change], by_directory: ByDirectory | None = None) -> Sums:
+    """Return how much all `changes` are; and below directories, if there is what counts that."""
     kinds, size = [0] * len(_KINDS), 0
     largest: list[LargeFile] = []
     for change in changes:
         kinds[_KINDS.index(change.kind)] += 1
+        if by_directory is not None:
+            one = tuple(int(kind is change.kind) for kind in _KINDS)
+            by_directory.add(change.path.rpartition(b"/")[0], one, change.size)
         if change.size:
             size += change.size
             largest.append(LargeFile(change.path, change.kind, change.size))
             if len(largest) > 100 * LARGEST:
                 largest = _largest(largest)
-    return Sums(tuple(kinds), size, tuple(_largest(largest)))
+    directories = () if by_directory is None else by_directory.largest()
+    return Sums(tuple(kinds), size, tuple(_largest(largest)), directories)
 
 
 def _largest(files: Iterable[LargeFile]) -> list[LargeFile]:
-    named = (one for one in files if len(one.path) < _PATH_LIMIT)
+    named = (one for one in files if len(one.path) < PATH_LIMIT)
     return heapq.nsmallest(LARGEST, named, key=lambda one: (-one.size, one.path))
 
 

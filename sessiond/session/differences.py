@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sessiond.session import rebase
-from sessiond.session.model import ChangeSummary, ImageSource, LayerNumber, Lowers, Span, Uid
+from sessiond.session.model import (
+    NO_BREAKDOWN,
+    Breakdown,
+    ChangeSummary,
+    ImageSource,
+    LayerNumber,
+    Lowers,
+    Span,
+    Uid,
+)
 
 if TYPE_CHECKING:
     from sessiond.session.session import Session
@@ -26,14 +35,17 @@ class Differences:
         """Say whether a comparison reads that layer."""
         return self._compared[number] > 0
 
-    async def count(self, start: str = "", end: str = "") -> ChangeSummary:
+    async def count(
+        self, start: str = "", end: str = "", breakdown: Breakdown = NO_BREAKDOWN
+    ) -> ChangeSummary:
         """Count what differs between two states: from a snapshot, or the image where `start` is
         empty, to another snapshot, or the merged view as it is now.
 
         Raises `NoSuchSession`, `NoSuchSnapshot`, `ImageUnavailable`, `Failed`.
         """
         with self._comparing(start, end):
-            return await self._session.view.require().changes(await self._span(start, end))
+            span = await self._span(start, end)
+            return await self._session.view.require().changes(span, breakdown)
 
     async def write(
         self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None

@@ -10,8 +10,8 @@ import errno
 import json
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
-from dataclasses import dataclass, field
+from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import trio
@@ -21,8 +21,10 @@ from sessiond.errors import Failed, SessiondError
 from sessiond.overlay.flatten import Merge, open_merged
 from sessiond.overlay.layer import Layer
 from sessiond.session.model import (
+    NO_BREAKDOWN,
     NOTHING_PENDING,
     WHOLE,
+    Breakdown,
     ChangeSummary,
     Lowers,
     PendingWrites,
@@ -96,10 +98,12 @@ class MemoryMount:
         async with self._held:
             (self.stack.upper.fs / name).write_bytes(contents)
 
-    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
+    async def changes(
+        self, span: Span = WHOLE, breakdown: Breakdown = NO_BREAKDOWN
+    ) -> ChangeSummary:
         await trio.lowlevel.checkpoint()
         self._compare(span)
-        return self.summary
+        return replace(self.summary, directories=self.summary.directories[: breakdown.directories])
 
     async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:
         self._compare(span)

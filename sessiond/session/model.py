@@ -568,6 +568,31 @@ WHOLE = Span()
 """All that was changed since the image."""
 
 
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """For which directories differences are summed up."""
+
+    directories: int = 0
+    """For so many, those with most bytes; at most 100."""
+    depth: int = 0
+    """Levels below the root; 0: for the root alone."""
+
+
+NO_BREAKDOWN = Breakdown()
+
+
+class DirectoryChanges(NamedTuple):
+    """What differs below a directory, as of a `ChangeSummary`."""
+
+    path: str
+    """As of a `LargeFile`."""
+    added: int
+    changed: int
+    deleted: int
+    renamed: int
+    bytes: int
+
+
 class LargeFile(NamedTuple):
     """A file that differs."""
 
@@ -602,3 +627,5 @@ class ChangeSummary:
     renamed: int = 0
     largest: tuple[LargeFile, ...] = ()
     """Of these files, the largest, first of all."""
+    directories: tuple[DirectoryChanges, ...] = ()
+    """Those with most bytes below them, most first, if they were asked for."""

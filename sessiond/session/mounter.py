@@ -14,7 +14,9 @@ from typing import Protocol
 
 from sessiond.cgroups import Freezer
 from sessiond.session.model import (
+    NO_BREAKDOWN,
     WHOLE,
+    Breakdown,
     ChangeSummary,
     DataPath,
     KeptLayers,
@@ -94,7 +96,9 @@ class Mount(Protocol):
         `swap` may be called inside. Programs that write wait; keep it short.
         """
 
-    async def changes(self, span: Span = WHOLE) -> ChangeSummary:
+    async def changes(
+        self, span: Span = WHOLE, breakdown: Breakdown = NO_BREAKDOWN
+    ) -> ChangeSummary:
         """Count how the end of `span` differs from its start; its layers must stay meanwhile."""
 
     async def diff(self, target: int, span: Span = WHOLE, reader: Uid | None = None) -> None:

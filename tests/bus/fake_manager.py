@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,8 +29,11 @@ from sessiond.session.inhibitors import Inhibitors
 from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
     AT_ONCE,
+    NO_BREAKDOWN,
+    Breakdown,
     ChangeSummary,
     Conflicts,
+    DirectoryChanges,
     ImageSource,
     LargeFile,
     LayerNumber,
@@ -183,12 +187,16 @@ class FakeDifferences:
     def __init__(self, session: FakeSession) -> None:
         self._session = session
 
-    async def count(self, start: str = "", end: str = "") -> ChangeSummary:
+    async def count(
+        self, start: str = "", end: str = "", breakdown: Breakdown = NO_BREAKDOWN
+    ) -> ChangeSummary:
         session = self._session
         await session.changes_gate.wait()
         session.snapshots.require(start, end)
         session.compared = (start, end)
-        return session.summary
+        session.breakdown = breakdown
+        told = session.summary.directories[: breakdown.directories]
+        return replace(session.summary, directories=told)
 
     async def write(
         self, target: int, start: str = "", end: str = "", *, reader: Uid | None = None
@@ -243,7 +251,9 @@ class FakeSession:
             bytes=1 << 40,
             renamed=4,
             largest=(LargeFile("/film", "added", 1 << 39),),
+            directories=(DirectoryChanges("/", 1, 2, 3, 4, 1 << 40),),
         )
+        self.breakdown = NO_BREAKDOWN
         self.diff_body: Callable[[int], object] = lambda target: None
         """Writes the list of differences, or raises."""
         self.diff_end = b'{"complete": true}\n'

@@ -23,7 +23,13 @@ from sessiond.errors import (
     NotAuthorized,
     Unreachable,
 )
-from sessiond.session.model import ChangeSummary, LargeFile, SessionId
+from sessiond.session.model import (
+    Breakdown,
+    ChangeSummary,
+    DirectoryChanges,
+    LargeFile,
+    SessionId,
+)
 from tests.bus.fake_manager import EPOCH, FakeManager
 
 
@@ -45,6 +51,9 @@ async def test_a_session_from_creation_to_close(sessiond: Client, serving: FakeM
     assert (await sessiond.session_of(65534)).id == "live"
     largest = (LargeFile("/film", "added", 1 << 39),)
     assert await session.changes() == ChangeSummary(1, 2, 3, 1 << 40, 4, largest)
+    broken_down = await session.changes(directories=5, depth=2)
+    assert broken_down.directories == (DirectoryChanges("/", 1, 2, 3, 4, 1 << 40),)
+    assert serving.sessions[SessionId(session.id)].breakdown == Breakdown(5, 2)
     snapshot = await session.snapshot("fresh", description="as it was")
     await session.changes(start="fresh")
     assert serving.sessions[SessionId(session.id)].compared == ("fresh", "")

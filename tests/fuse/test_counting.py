@@ -19,7 +19,16 @@ from sessiond.overlay import syscalls, tally
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-from sessiond.session.model import ChangeSummary, DataPath, LargeFile
+from sessiond.session.model import (
+    WHOLE,
+    Breakdown,
+    ChangeSummary,
+    DataPath,
+    DirectoryChanges,
+    LargeFile,
+    Lowers,
+    Span,
+)
 from tests.fuse.conftest import Playground
 from tests.unit.overlay.conftest import new_file
 
@@ -104,6 +113,35 @@ async def test_the_largest_are_told(playground: Playground) -> None:
             LargeFile("/old7", "contents", 157),
             LargeFile("/renamed0", "renamed", 100),
         )
+
+
+async def test_where_most_has_changed(playground: Playground) -> None:
+    (playground.image / "etc").mkdir()
+    (playground.image / "etc/old").write_bytes(bytes(50))
+    (playground.image / "etc/gone").write_bytes(bytes(50))
+    first = playground.stack()
+    breakdown = Breakdown(100, 2)
+    async with playground.mounted(first) as mount:
+        root = playground.root
+        (root / "home/guest/.cache/deep").mkdir(parents=True)
+        (root / "home/guest/.cache/deep/page").write_bytes(bytes(1000))
+        (root / "home/guest/b\udcff").mkdir()
+        (root / "home/guest/b\udcff/letter").write_bytes(bytes(10))
+        (root / "etc/gone").unlink()
+        (root / "etc/old").rename(root / "home/new")
+        counted = (await mount.changes(WHOLE, breakdown)).directories
+        assert counted == (
+            DirectoryChanges("/", 7, 0, 1, 1, 1060),
+            DirectoryChanges("/home", 6, 0, 0, 1, 1060),
+            DirectoryChanges("/home/guest", 5, 0, 0, 0, 1010),
+            DirectoryChanges("/etc", 0, 0, 1, 0, 0),
+        )
+        assert (await mount.changes(WHOLE, Breakdown(2, 0))).directories == counted[:1]
+        assert (await mount.changes(WHOLE, Breakdown(2, 3))).directories == counted[:2]
+        # Not from the count that is kept:
+        await mount.swap(playground.stack(first.upper.fs))
+        frozen = Lowers((first.upper.fs, playground.image))
+        assert (await mount.changes(Span(end=frozen), breakdown)).directories == counted
 
 
 async def test_files_that_are_mapped_after_they_are_closed(playground: Playground) -> None:

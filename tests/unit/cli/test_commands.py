@@ -20,6 +20,7 @@ from sessiond.cli.main import main
 from sessiond.errors import Cancelled, Interrupted, NoSpace
 from sessiond.session.conflicts import Program
 from sessiond.session.model import (
+    Breakdown,
     Conflicts,
     Manner,
     PendingFile,
@@ -384,6 +385,26 @@ async def test_diff_as_a_tree(manager: FakeManager, sessionctl: Sessionctl) -> N
         "└── new\\xff\\n  added, 2.0 KiB",
         "1 added, 3 changed, 1 deleted, 1 renamed; 2.0 KiB in files",
     ]
+
+
+async def test_where_most_has_changed(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    session = manager.sessions[next(iter(manager.sessions))]
+    assert await sessionctl.lines("diff", "live", "--directories", "5") == [
+        "IN FILES  ADDED  CHANGED  DELETED  RENAMED  BELOW",
+        "1.0 TiB   1      2        3        4        /",
+    ]
+    assert session.breakdown.directories == 5
+    assert session.breakdown.depth > 1000
+    told = await sessionctl.json("diff", "live", "--directories", "1", "--depth", "2", "--json")
+    assert session.breakdown == Breakdown(1, 2)
+    assert told == {
+        "path": "/",
+        "added": 1,
+        "changed": 2,
+        "deleted": 3,
+        "renamed": 4,
+        "bytes": 1 << 40,
+    }
 
 
 async def test_diff_of_contents(manager: FakeManager, sessionctl: Sessionctl) -> None:
