@@ -77,6 +77,8 @@ class Swap(_Message):
     stack: LayerStack
     moved: bool
     """The layers are copies of those served: files that are open go on in them."""
+    retained: bool = False
+    """The upper was filled by a `Retain`, since when changes were held back."""
 
 
 class Halt(_Message):
@@ -164,6 +166,18 @@ class Commit(_Message):
     """Absolute in the merged view."""
 
 
+class Retain(_Message):
+    """Bring what the merged view shows at paths into an upper that is to be served next.
+
+    Precondition: changes are held back. The outcome comes as that of `Commit`.
+    """
+
+    kind: Literal["retain"] = "retain"
+    paths: tuple[str, ...]
+    """Absolute in the merged view."""
+    upper: Path
+
+
 class Sync(_Message):
     """Write the uppers back to disk, and before, what is still written to storage that was left.
 
@@ -195,6 +209,7 @@ Request = Annotated[
     | MergeLayers
     | Keep
     | Commit
+    | Retain
     | Sync
     | Pending
     | Stop,

@@ -42,6 +42,16 @@ def rule_for(path: bytes) -> str:
     return "/" + glob.escape(os.fsdecode(path))
 
 
+def checked_path(path: str) -> str:
+    """Return `path`. Raises ValueError, with what is allowed, unless it is one that can be kept:
+    absolute in a merged view, below its root.
+    """
+    if not path.startswith("/"):
+        raise ValueError(f"{path!r}: an absolute path of the session is needed")
+    checked_rule(rule_for(os.fsencode(path[1:])))
+    return path
+
+
 class KeepRules:
     """A set of rules. Paths are those of the merged view, without a leading slash."""
 

@@ -37,6 +37,9 @@ OPERATION_TIMEOUT = 300.0
 _TYPING_TIMEOUT = 330.0
 """Seconds more, where a person may be asked for a password: a little longer than sessiond waits."""
 
+Option = bool | float | str | list[str]
+"""Value of an option."""
+
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _ERRORS = {name: kind for kind, name in names.ERRORS.items()}
 _UNREACHABLE = frozenset(
@@ -467,24 +470,23 @@ class Session(_Proxy):
         """Return its properties."""
         return _validated(SessionInfo, await self._property_values())
 
-    async def reset(self, **options: bool | float | str) -> Job:
+    async def reset(self, **options: Option) -> Job:
         """Start to make it pristine again.
 
-        Options: `terminate` (bool), `grace` (seconds) and `snapshot_first` (True, or a name).
+        Options: `terminate` (bool), `grace` (seconds), `snapshot_first` (True, or a name) and
+        `keep` (paths that stay as they are).
         """
         return await self._start("Reset", "a{sv}", _options(options))
 
-    async def restore(self, snapshot: str, **options: bool | float | str) -> Job:
+    async def restore(self, snapshot: str, **options: Option) -> Job:
         """Start to bring it back to one of its snapshots.
 
-        Options: those of `reset`, and `undo` (bool, by default true): what is replaced is kept as
-        an automatic snapshot.
+        Options: those of `reset` but `keep`, and `undo` (bool, by default true): what is replaced
+        is kept as an automatic snapshot.
         """
         return await self._start("Restore", "sa{sv}", snapshot, _options(options))
 
-    async def schedule_reset(
-        self, at: datetime | None = None, **options: bool | float | str
-    ) -> None:
+    async def schedule_reset(self, at: datetime | None = None, **options: Option) -> None:
         """Have it reset at a time, or, by an option, `in_` or `idle` so many seconds.
 
         Others are `warning` (seconds) and those of `reset`.
@@ -747,9 +749,9 @@ async def _next_change(signals: Signals) -> dict[str, object]:
     return changed
 
 
-def _options(options: Mapping[str, bool | float | str]) -> dict[str, Variant]:
+def _options(options: Mapping[str, Option]) -> dict[str, Variant]:
     """Return options as the bus has them: a name has hyphens there, and may be one of Python's."""
-    types = {bool: "b", int: "x", float: "d", str: "s"}
+    types = {bool: "b", int: "x", float: "d", str: "s", list: "as"}
     return {
         name.removesuffix("_").replace("_", "-"): Variant(types[type(value)], value)
         for name, value in options.items()

@@ -23,10 +23,10 @@ from sessiond.bus.options import (
     NoOptions,
     PersistOptions,
     RebaseOptions,
+    ResetOptions,
     RestoreOptions,
     ScheduleOptions,
     SnapshotOptions,
-    SwitchOptions,
     parse,
 )
 from sessiond.bus.wire import BusError, Variant, shown
@@ -107,7 +107,7 @@ class Operations:
 
     async def reset(self, caller: Caller, session: Session, options: Options) -> str:
         uid = await authorise(caller, Action.RESET, session)
-        manner = parse(SwitchOptions, options).manner()
+        manner = parse(ResetOptions, options).manner()
         await session.undisturbed()
         return self._publish(session.reset(started_by=uid, manner=manner))
 

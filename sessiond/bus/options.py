@@ -13,6 +13,7 @@ from sessiond.session.model import (
     GRACE_LIMIT,
     SECONDS_LIMIT,
     Manner,
+    kept_paths,
     snapshot_name,
 )
 
@@ -99,7 +100,7 @@ class ImportOptions(SnapshotOptions):
 
 
 class SwitchOptions(NoOptions):
-    """Options of Reset and Restore."""
+    """Options that Reset and Restore have in common."""
 
     terminate: bool = Field(False, description="a boolean: end the programs that use it first")
     grace: float = Field(
@@ -124,13 +125,23 @@ class SwitchOptions(NoOptions):
         )
 
 
+class ResetOptions(SwitchOptions):
+    """Options of Reset."""
+
+    keep: list[str] = Field([], description="an array of strings: paths that stay as they are")
+
+    def manner(self) -> Manner:
+        """Return how to go about it. Raises `InvalidName`, `InvalidOption`."""
+        return super().manner().model_copy(update={"keep": kept_paths(self.keep)})
+
+
 class RestoreOptions(SwitchOptions):
     """Options of Restore."""
 
     undo: bool = Field(True, description="a boolean: whether to keep what is replaced")
 
 
-class ScheduleOptions(SwitchOptions):
+class ScheduleOptions(ResetOptions):
     """Options of ScheduleReset."""
 
     after: float | None = Field(

@@ -43,6 +43,8 @@ class Arguments(argparse.Namespace):
     profile: str
     id: str | None
     paths: list[str]
+    kept: list[str]
+    """Paths that a reset leaves as they are."""
     rules: list[str]
     program: list[str]
     step: str
@@ -175,8 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     switch.add_argument("--snapshot-as", metavar="NAME", help="the same, under this name")
 
-    command("reset", "Drop all changes: the session shows its image again", one, switch)
-    schedule = command("schedule-reset", "Have a session reset at another time", one, switch)
+    partly = argparse.ArgumentParser(add_help=False)
+    partly.add_argument(
+        "--keep",
+        dest="kept",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="leave what is at this path as it is; can be given several times",
+    )
+    command("reset", "Drop all changes: the session shows its image again", one, switch, partly)
+    schedule = command(
+        "schedule-reset", "Have a session reset at another time", one, switch, partly
+    )
     times = schedule.add_mutually_exclusive_group(required=True)
     times.add_argument("--at", type=_moment, metavar="TIME", help="like 18:30 or 2026-01-31T18:30")
     times.add_argument("--in", dest="in_", type=_duration, metavar="TIME", help="like 90s or 2h")
@@ -274,7 +287,6 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument(
         "--depth",
         type=_levels,
-        default=3,
         metavar="LEVELS",
         help="show directories down to this level (default: 3; all with --directories)",
     )

@@ -118,7 +118,8 @@ async def create(client: Client, asked: Arguments) -> None:
 async def reset(client: Client, asked: Arguments) -> None:
     """Drop all changes of a session."""
     session = await client.session(asked.session)
-    await carry_out(session.reset(**_manner(asked)), f"Resetting {asked.session}")
+    started = session.reset(**_manner(asked), **_kept(asked))
+    await carry_out(started, f"Resetting {asked.session}")
     await _print_ended(session, asked)
 
 
@@ -127,7 +128,7 @@ async def schedule_reset(client: Client, asked: Arguments) -> None:
     session = await client.session(asked.session)
     times = {"in_": asked.in_, "idle": asked.idle, "warning": asked.warning}
     given = {name: value for name, value in times.items() if value is not None}
-    await session.schedule_reset(asked.at, **given, **_manner(asked))
+    await session.schedule_reset(asked.at, **given, **_manner(asked), **_kept(asked))
 
 
 async def cancel_reset(client: Client, asked: Arguments) -> None:
@@ -417,6 +418,11 @@ def _manner(asked: Arguments) -> dict[str, bool | float | str]:
     elif asked.snapshot_first:
         options["snapshot_first"] = True
     return options
+
+
+def _kept(asked: Arguments) -> dict[str, list[str]]:
+    """Return the option of a reset that says what stays."""
+    return {"keep": asked.kept} if asked.kept else {}
 
 
 async def _print_ended(session: Session, asked: Arguments) -> None:

@@ -40,6 +40,7 @@ from sessiond.session.model import (
     Span,
     Stack,
     Uid,
+    UpperDirectories,
 )
 from sessiond.session.mounter import VIEW_TYPE, MergeState, MountRequest
 
@@ -348,7 +349,7 @@ class FuseMount:
 
     async def _ask_for_outcome(
         self,
-        request: control.Changes | control.Diff | control.Sync | control.Commit,
+        request: control.Changes | control.Diff | control.Sync | control.Commit | control.Retain,
         descriptors: tuple[int, ...] = (),
     ) -> Reply:
         """Ask for what takes long; other requests are served meanwhile."""
@@ -401,9 +402,11 @@ class FuseMount:
         self._died.set()
         return Failed(f"The worker of session {self._request.session} is gone.")
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
+    async def swap(
+        self, stack: Stack, *, moved: bool = False, retained: bool = False
+    ) -> tuple[str, ...]:
         """See `Mount.swap`."""
-        reply = await self._ask(control.Swap(stack=_layers(stack), moved=moved))
+        reply = await self._ask(control.Swap(stack=_layers(stack), moved=moved, retained=retained))
         self._stack = stack
         return reply.inexact
 
@@ -475,6 +478,10 @@ class FuseMount:
     async def commit(self, paths: tuple[str, ...]) -> None:
         """See `Mount.commit`."""
         await self._ask_for_outcome(control.Commit(paths=paths))
+
+    async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
+        """See `Mount.retain`."""
+        await self._ask_for_outcome(control.Retain(paths=paths, upper=upper.fs))
 
     async def sync(self) -> None:
         """See `Mount.sync`."""

@@ -46,9 +46,11 @@ from sessiond.overlay import commit
 from sessiond.overlay.by_directory import ByDirectory
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.keep import Keep
+from sessiond.overlay.layer import Layer
 from sessiond.overlay.nodes import KEEP_FACT, STACK_FACT
 from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Outdated, Overlay
+from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack, StackOptions
 from sessiond.overlay.workdir import remove_tree
 from sessiond.session.model import DataPath
@@ -418,6 +420,10 @@ class _Controlled:
         self._committing = trio.Lock()
         self._committed: list[bytes] = []
         """Paths that were copied, and that the next rules are expected to name."""
+        self._retained: tuple[Path, Retain] | None = None
+        """What the upper at that path was filled with, which is expected to be served next."""
+        self._settling: Retain | None = None
+        """The same, once it is served, until the manager knows that."""
         self._frozen = AsyncExitStack()
         self._is_frozen = False
         self._halt = Halt()
@@ -456,6 +462,7 @@ class _Controlled:
                 if not packet:
                     return False
                 self._operations.overlay.settle()  # its answer to the last request has arrived
+                self._settle_retained()
                 if len(_orphans) > 1:
                     _close_unused_orphans(self._operations.overlay)
                 request = control.parse_request(packet)
@@ -476,7 +483,13 @@ class _Controlled:
                     return await self._answer_swap(request)
                 case control.Halt() | control.Freeze() | control.Thaw():
                     return await self._answer_hold(request, descriptors)
-                case control.Changes() | control.Diff() | control.Sync() | control.Commit():
+                case (
+                    control.Changes()
+                    | control.Diff()
+                    | control.Sync()
+                    | control.Commit()
+                    | control.Retain()
+                ):
                     return self._begin(request, descriptors)
                 case control.Pending():
                     return Reply(pending=self._pending())
@@ -495,10 +508,23 @@ class _Controlled:
         if request.moved and not self._is_frozen:
             # They were copied while a predecessor of this process held changes back.
             return Reply(error="A worker died while changes were held; try again.")
+        retained = self._retained
+        if request.retained and (retained is None or retained[0] != request.stack.upper):
+            return Reply(error="A worker died while changes were held; try again.")
         try:
-            return Reply(inexact=await self.swap(request.stack, moved=request.moved))
+            inexact = await self.swap(request.stack, moved=request.moved)
         finally:
             self._halt.end()
+        if request.retained and retained is not None:
+            self._retained, self._settling = None, retained[1]
+        return Reply(inexact=inexact)
+
+    def _settle_retained(self) -> None:
+        """End what a swap has begun with what it has retained."""
+        settled, self._settling = self._settling, None
+        if settled is not None:
+            settled.settle()
+            settled.close()
 
     async def _answer_hold(
         self, request: control.Halt | control.Freeze | control.Thaw, descriptors: list[int]
@@ -585,15 +611,55 @@ class _Controlled:
             with suppress(OSError):
                 await control.send(outcome, reply)
 
+    def _start_retaining(self, request: control.Retain, descriptor: int) -> Reply:
+        if not self._is_frozen:
+            return Reply(error="Nothing can be retained now.")
+        overlay = self._operations.overlay
+        self._forget_retained()
+        outcome = _socket(descriptor)
+        work = Retain(
+            overlay.stack.copy(),
+            Layer.open(os.fsencode(request.upper), writable=True),
+            KeepRules() if overlay.keep is None else overlay.keep.rules,
+            [os.fsencode(path)[1:] for path in request.paths],
+            lambda: _hung_up(outcome),
+        )
+        self._nursery.start_soon(self._retain, request.upper, work, outcome)
+        return Reply()
+
+    def _forget_retained(self) -> None:
+        retained, self._retained = self._retained, None
+        if retained is not None:
+            retained[1].close()
+
+    async def _retain(self, upper: Path, work: Retain, outcome: trio.socket.SocketType) -> None:
+        with outcome:
+            try:
+                await trio.to_thread.run_sync(work.run)
+                self._forget_retained()
+                self._retained = upper, work
+                reply = Reply()
+            except OSError as error:
+                work.close()
+                reply = _failure(error)
+            except Exception:
+                log.exception("paths cannot be retained")
+                work.close()
+                reply = Reply(error="the worker failed; its log has the reason")
+            with suppress(OSError):
+                await control.send(outcome, reply)
+
     def _begin(
         self,
-        request: control.Changes | control.Diff | control.Sync | control.Commit,
+        request: control.Changes | control.Diff | control.Sync | control.Commit | control.Retain,
         descriptors: list[int],
     ) -> Reply:
         if len(descriptors) != (2 if isinstance(request, control.Diff) else 1):
             return Reply(error="The request came without its descriptors.")
         if isinstance(request, control.Commit):
             return self._start_commit(request, descriptors[0])
+        if isinstance(request, control.Retain):
+            return self._start_retaining(request, descriptors[0])
         outcome = _socket(descriptors[0])
         if isinstance(request, control.Sync):
             self._nursery.start_soon(self._sync, outcome)
@@ -719,6 +785,7 @@ class _Controlled:
     async def thaw(self) -> None:
         """Let them pass again, and tell the kernel what has been exchanged meanwhile."""
         self._halt.end()
+        self._forget_retained()
         await self._frozen.aclose()
         self._is_frozen = False
         announcements, self._unannounced = self._unannounced, []

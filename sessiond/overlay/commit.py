@@ -13,9 +13,11 @@ import stat as modes
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
 from sessiond.overlay.directory import copy_object
 from sessiond.overlay.keep import Keep
+from sessiond.overlay.layer import Layer
 from sessiond.overlay.lookup import ABSENT, Directory, Entry, Lower, Presence, join, lookup, names
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
@@ -24,103 +26,69 @@ from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
 
 
-class _Task(NamedTuple):
-    """An object to be brought into what is kept, or a directory in which that is done."""
+class Task(NamedTuple):
+    """An object to be brought into the layer, or a directory in which that is done."""
 
     path: bytes
     entry: Entry
     """What the merged view shows."""
     below: Entry
-    """What the image would show if nothing were kept."""
+    """What the image shows there."""
     finish: bool = False
 
 
-class Commit:
-    """Copies paths, in any thread, while nothing changes."""
+class AsShown:
+    """Copies what a merged view shows at paths to a layer over the image, in any thread, while
+    nothing changes.
+    """
 
     def __init__(
-        self, session: Stack, keep: Keep, paths: Sequence[bytes], cancelled: Callable[[], bool]
+        self, session: Stack, target: Layer, rules: KeepRules, cancelled: Callable[[], bool]
     ) -> None:
-        """`session`, taken over: a copy of the session's layers. `cancelled` is asked often.
-
-        Precondition: `keep` has ways to where the paths are.
+        """`session` and `target` are taken over. What `rules` keep is left out. `cancelled` is
+        asked often.
         """
         self._session = session
-        self._kept = keep.stack.writable.copy()
+        self._target = target
         self._image = Stack((session.lowers[-1].copy(),), None, None, session.options)
-        self._rules = keep.rules
-        self.paths = [path for path in paths if not keep.rules.keep(path)]
+        self._rules = rules
         self._cancelled = cancelled
         self._links: dict[tuple[int, int], bytes] = {}
         """Paths of copies of files that have several names, by the inode that was copied."""
 
-    def run(self) -> None:
-        """Do it; then all is on disk. Raises OSError: ENOSPC, ECANCELED; nothing is left then."""
-        try:
-            try:
-                for path in self.paths:
-                    self._remove(path)
-                    self._copy(path)
-            except BaseException:
-                for path in self.paths:
-                    self._remove(path)
-                raise
-            syscalls.syncfs(self._kept.root)
-        finally:
-            self._session.close()
-            self._image.close()
-            self._kept.close()
+    def close(self) -> None:
+        self._session.close()
+        self._image.close()
+        self._target.close()
 
     def _check(self) -> None:
         if self._cancelled():
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-
-    # What was left there, by rules or a commit before
-
-    def _remove(self, path: bytes) -> None:
-        """Remove what is not kept of what there is at a path of the kept layer."""
-        pending = [path]
-        while pending:
-            path = pending.pop()
-            at = self._kept.at(path)
-            stat = syscalls.stat_or_none(at)
-            if stat is None:
-                continue
-            if modes.S_ISDIR(stat.st_mode) and self._rules.lead(path):
-                below = [name for name, _ in syscalls.scan(self._kept.directory(path))]
-                pending += [
-                    inside for name in below if not self._rules.keep(inside := join(path, name))
-                ]
-                continue
-            self._kept.forget_tree(path)
-            remove_tree(at)
 
     def _remove_way(self, path: bytes) -> None:
         """Remove what leads to what was kept below `path`, where there is no directory any more.
 
         Raises ENOTEMPTY if there is something still, though out of reach.
         """
-        if syscalls.stat_or_none(self._kept.at(path)) is None:
+        if syscalls.stat_or_none(self._target.at(path)) is None:
             return
         top, pending = path, [path]
         while pending:
             path = pending.pop()
-            directory = self._kept.directory(path)
+            directory = self._target.directory(path)
             for name, _ in syscalls.scan(directory):
                 stat = syscalls.stat(At(directory, name))
                 if modes.S_ISDIR(stat.st_mode):
                     pending.append(join(path, name))
                 elif not is_whiteout_device(stat):
                     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
-        self._kept.forget_all()
-        remove_tree(self._kept.at(top))
-
-    # What the merged view shows
+        self._target.forget_all()
+        remove_tree(self._target.at(top))
 
     def _copy(self, path: bytes) -> None:
         parent, _, name = path.rpartition(b"/")
         entry = self._lookup(self._session, parent, name)
-        pending = [_Task(path, entry, self._lookup(self._image, parent, name))]
+        pending = [Task(path, entry, self._lookup(self._image, parent, name))]
         while pending:
             self._check()
             task = pending.pop()
@@ -130,8 +98,8 @@ class Commit:
                 self._finish(task)
             elif not task.entry.positive:
                 if task.below.positive:
-                    syscalls.mknod(self._kept.at(task.path), modes.S_IFCHR, 0)
-            elif self._is_image(task) and syscalls.stat_or_none(self._kept.at(task.path)) is None:
+                    syscalls.mknod(self._target.at(task.path), modes.S_IFCHR, 0)
+            elif self._is_image(task) and syscalls.stat_or_none(self._target.at(task.path)) is None:
                 continue
             elif task.entry.is_directory:
                 pending.append(task._replace(finish=True))
@@ -153,27 +121,27 @@ class Commit:
             directory = _directory(entry, path)
         return lookup(stack, directory, name)
 
-    def _is_image(self, task: _Task) -> bool:
+    def _is_image(self, task: Task) -> bool:
         """Say whether an object, and all in it, is the image's at the same path."""
         entry = task.entry
         return entry.presence is Presence.LOWER and len(entry.lowers) == 1 and self._merges(task)
 
-    def _merges(self, task: _Task) -> bool:
+    def _merges(self, task: Task) -> bool:
         """Say whether what the image has at the path is part of what the merged view shows."""
         lowers = task.entry.lowers
         return bool(lowers) and (
             lowers[-1].layer is self._session.lowers[-1] and lowers[-1].path == task.path
         )
 
-    def _begin_directory(self, task: _Task) -> list[_Task]:
+    def _begin_directory(self, task: Task) -> list[Task]:
         """Make a directory; return what is to be done in it."""
-        at = self._kept.at(task.path)
+        at = self._target.at(task.path)
         opaque = self._session.xattrs.opaque
         found: set[bytes] = set()
         if syscalls.stat_or_none(at) is None:
             syscalls.mkdir(at, 0o700)
         else:  # a way, in which others may be left that lead to nothing
-            found.update(name for name, _ in syscalls.scan(self._kept.directory(task.path)))
+            found.update(name for name, _ in syscalls.scan(self._target.directory(task.path)))
         if syscalls.getxattr(at, opaque) is not None:
             syscalls.removexattr(at, opaque)
         shown = _directory(task.entry, task.path)
@@ -186,7 +154,7 @@ class Commit:
             else:
                 syscalls.setxattr(at, opaque, b"y")
         return [
-            _Task(
+            Task(
                 path,
                 lookup(self._session, shown, name),
                 ABSENT if image is None else lookup(self._image, image, name),
@@ -195,29 +163,80 @@ class Commit:
             if not self._rules.keep(path := join(task.path, name))
         ]
 
-    def _finish(self, task: _Task) -> None:
+    def _finish(self, task: Task) -> None:
         """Give a directory, which is complete, its attributes."""
-        source, target = self._at(task), self._kept.at(task.path)
+        source, target = self._at(task), self._target.at(task.path)
         copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
 
-    def _copy_file(self, task: _Task) -> None:
-        source, target = self._at(task), self._kept.at(task.path)
+    def _copy_file(self, task: Task) -> None:
+        source, target = self._at(task), self._target.at(task.path)
         stat = syscalls.stat(source)
         inode = (stat.st_dev, stat.st_ino)
         if stat.st_nlink > 1 and inode in self._links:
-            syscalls.link(self._kept.at(self._links[inode]), target)
+            syscalls.link(self._target.at(self._links[inode]), target)
             return
         contents = task.entry.lowers[-1].at() if task.entry.metacopy else source
         copy_object(contents, source, target, self._session.xattrs, self._cancelled)
         if stat.st_nlink > 1:
             self._links[inode] = task.path
 
-    def _at(self, task: _Task) -> At:
+    def _at(self, task: Task) -> At:
         """Return the topmost object of what the merged view shows."""
-        if task.entry.presence is Presence.UPPER:
+        return self._source(task.path, task.entry)
+
+    def _source(self, path: bytes, entry: Entry) -> At:
+        """Return the topmost object that `entry` stands for, of the session or the image."""
+        if entry.presence is Presence.UPPER:
             assert self._session.upper is not None
-            return self._session.upper.at(task.path)
-        return task.entry.lowers[0].at()
+            return self._session.upper.at(path)
+        return entry.lowers[0].at()
+
+
+class Commit(AsShown):
+    """What is shown becomes what is kept."""
+
+    def __init__(
+        self, session: Stack, keep: Keep, paths: Sequence[bytes], cancelled: Callable[[], bool]
+    ) -> None:
+        """`session`, taken over: a copy of the session's layers. `cancelled` is asked often.
+
+        Precondition: `keep` has ways to where the paths are.
+        """
+        super().__init__(session, keep.stack.writable.copy(), keep.rules, cancelled)
+        self.paths = [path for path in paths if not keep.rules.keep(path)]
+
+    def run(self) -> None:
+        """Do it; then all is on disk. Raises OSError: ENOSPC, ECANCELED; nothing is left then."""
+        try:
+            try:
+                for path in self.paths:
+                    self._remove(path)
+                    self._copy(path)
+            except BaseException:
+                for path in self.paths:
+                    self._remove(path)
+                raise
+            syscalls.syncfs(self._target.root)
+        finally:
+            self.close()
+
+    def _remove(self, path: bytes) -> None:
+        """Remove what is not kept of what there is at a path of the kept layer."""
+        pending = [path]
+        while pending:
+            path = pending.pop()
+            at = self._target.at(path)
+            stat = syscalls.stat_or_none(at)
+            if stat is None:
+                continue
+            if modes.S_ISDIR(stat.st_mode) and self._rules.lead(path):
+                below = [name for name, _ in syscalls.scan(self._target.directory(path))]
+                pending += [
+                    inside for name in below if not self._rules.keep(inside := join(path, name))
+                ]
+                continue
+            self._target.forget_tree(path)
+            remove_tree(at)
 
 
 def _directory(entry: Entry, path: bytes) -> Directory:

@@ -1231,7 +1231,7 @@ class Overlay:
         moved = [node for node in opened if node.linked and node.lasting != rules.keep(node.path)]
         entering = [node for node in moved if not node.lasting]
         self._keep_writers(entering)
-        self._hold_contents(moved)
+        self._hold_contents([node for node in moved if node.upper])
         self.keep.change(rules)
         outdated = self._begin_generation(entering)
         self._note_pending()
@@ -1314,7 +1314,10 @@ class Overlay:
         """
         old = self.stack.upper
         if old is None or not any(old.is_same(layer) for layer in new.lowers):
-            self._hold_contents([node for node in opened if not node.lasting])
+            stay = [layer.identity for layer in new.lowers]
+            self._hold_contents(
+                [node for node in opened if not node.lasting and _is_left(node, stay)]
+            )
             return [], ()
         moving: list[MovingFile] = []
         try:
@@ -1370,10 +1373,10 @@ class Overlay:
                 self._fast_path.give_up(node.kept_number)
 
     def _hold_contents(self, opened: list[Node]) -> None:
-        """Keep files of an upper, which goes away, within reach of who may have them open."""
+        """Keep files of layers that go away within reach of who may have them open."""
         held: list[Node] = []
         for node in opened:
-            if node.upper and node.linked and not self._fast_path.holds(node.number):
+            if node.linked and not self._fast_path.holds(node.number):
                 try:
                     node.anchor_to(self._locate(node))
                 except OSError as error:
@@ -1384,3 +1387,8 @@ class Overlay:
                         other.drop_anchor()
                     return
                 held.append(node)
+
+
+def _is_left(node: Node, stay: Sequence[Identity]) -> bool:
+    """Say whether what a node stands for is in an upper that goes away, or in such a lower."""
+    return node.upper or (bool(node.lowers) and node.lowers[0].layer.identity not in stay)

@@ -20,7 +20,7 @@ import trio
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from sessiond.errors import Failed, InvalidOption, NotSupported, SessiondError
-from sessiond.keep_rules import RULES_LIMIT, checked_rule, rule_for
+from sessiond.keep_rules import RULES_LIMIT, checked_path, checked_rule, rule_for
 from sessiond.session import durable, quota
 from sessiond.session.faults import explained
 from sessiond.session.model import KeptLayers, SessionRecord, UpperDirectories
@@ -136,19 +136,11 @@ def committed_rules(record: SessionRecord, paths: list[str]) -> tuple[str, ...]:
     if not paths:
         raise InvalidOption("There is nothing to commit: name the paths of files or directories.")
     try:
-        rules = tuple(rule_for(os.fsencode(checked_rule_path(path))) for path in paths)
+        rules = tuple(rule_for(os.fsencode(checked_path(path)[1:])) for path in paths)
     except ValueError as error:
         raise InvalidOption(f"{error}.") from None
     _require_few(record, (*record.keep_rules, *rules))
     return rules
-
-
-def checked_rule_path(path: str) -> str:
-    """Return `path`, absolute in a merged view, without its leading slash. Raises ValueError."""
-    if not path.startswith("/"):
-        raise ValueError(f"{path!r}: an absolute path of the session is needed")
-    checked_rule(rule_for(os.fsencode(path[1:])))
-    return path[1:]
 
 
 def checked_rules(record: SessionRecord, rules: list[str]) -> tuple[str, ...]:

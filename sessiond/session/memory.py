@@ -32,6 +32,7 @@ from sessiond.session.model import (
     Span,
     Stack,
     Uid,
+    UpperDirectories,
 )
 from sessiond.session.mounter import MergeState, MountRequest
 
@@ -64,7 +65,9 @@ class MemoryMount:
         self._held = trio.Lock()
         self._dead = trio.Event()
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
+    async def swap(
+        self, stack: Stack, *, moved: bool = False, retained: bool = False
+    ) -> tuple[str, ...]:
         await trio.lowlevel.checkpoint()
         self._halt()
         self._mounter.raise_injected("swap")
@@ -147,6 +150,14 @@ class MemoryMount:
         self._mounter.raise_injected("commit")
         self._require_alive()
         self.committed += paths
+
+    async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("retain")
+        self._require_alive()
+        for path in paths:
+            with suppress(FileNotFoundError):
+                os.link(self.stack.upper.fs / path[1:], upper.fs / path[1:])
 
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()

@@ -16,8 +16,8 @@ from typing import Annotated, NamedTuple, NewType, Self
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from sessiond.config import NAME, NAME_LIMIT, TIME_OF_DAY, cgroup_path
-from sessiond.errors import InvalidName, NoSuchSnapshot
-from sessiond.keep_rules import RULES_LIMIT, checked_rule
+from sessiond.errors import InvalidName, InvalidOption, NoSuchSnapshot
+from sessiond.keep_rules import RULES_LIMIT, checked_path, checked_rule
 from sessiond.overlay.rebase import Conflicts as Conflicts
 from sessiond.session.clock import Instant
 from sessiond.session.faults import quoted
@@ -70,6 +70,16 @@ def session_id(text: str) -> SessionId:
 def snapshot_name(text: str) -> SnapshotName:
     """Return `text` as a snapshot name; the same rule and error as for `session_id`."""
     return SnapshotName(_checked(text, "snapshot name"))
+
+
+def kept_paths(paths: list[str]) -> tuple[str, ...]:
+    """Return `paths` as those that a reset is to leave as they are. Raises `InvalidOption`."""
+    if len(paths) > RULES_LIMIT:
+        raise InvalidOption(f"At most {RULES_LIMIT} paths can be kept; name directories instead.")
+    try:
+        return tuple(checked_path(path) for path in paths)
+    except ValueError as error:
+        raise InvalidOption(f"{error}.") from None
 
 
 def _checked(text: str, what: str) -> str:
@@ -148,6 +158,8 @@ class Manner(BaseModel):
     """Seconds that they have, from SIGTERM to SIGKILL."""
     snapshot: Annotated[SnapshotName, _NAME] | bool = False
     """Keep what there is first, under this name or, if it is true, as an automatic snapshot."""
+    keep: tuple[Annotated[str, AfterValidator(checked_path)], ...] = ()
+    """Of a reset: paths that it leaves as they are."""
 
 
 AT_ONCE = Manner()
@@ -366,15 +378,16 @@ class SessionRecord(BaseModel):
         """The upper becomes the topmost committed layer, under a new one."""
         return self.with_new_upper((self.upper, *self.layers))
 
-    def reset(self, at: Instant, *, scheduled: bool = False) -> Self:
+    def reset(self, at: Instant, *, scheduled: bool = False, partly: bool = False) -> Self:
         """Nothing but a new upper over the image; snapshots stay.
 
-        With `scheduled`, it is what was scheduled, which is over then.
+        With `scheduled`, it is what was scheduled, which is over then. `partly`: something of what
+        was there stays, so the session is as old as before, or it could be made to last for ever.
         """
         return self.with_new_upper(()).model_copy(
             update={
                 "last_reset": at.wall,
-                "began": at,
+                "began": self.began if partly else at,
                 "kept_still": (),
                 "scheduled": None if scheduled else self.scheduled,
             }

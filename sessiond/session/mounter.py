@@ -25,6 +25,7 @@ from sessiond.session.model import (
     Span,
     Stack,
     Uid,
+    UpperDirectories,
 )
 
 VIEW_TYPE = "fuse.sessiond"
@@ -65,14 +66,17 @@ class Mount(Protocol):
     def worker(self) -> int:
         """Id of the process that serves it; 0 if there is none."""
 
-    async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
+    async def swap(
+        self, stack: Stack, *, moved: bool = False, retained: bool = False
+    ) -> tuple[str, ...]:
         """Serve `stack` from now on, in place of the layers served so far.
 
         Atomic for everyone inside: a system call sees either the old layers or the new. The new
         upper has to be empty or to have been written by this overlay; or it is the same one as
         before, and what `stack` lacks of the lowers is empty. Files open across the swap
         keep their contents where the new stack no longer has them. With `moved`, the new layers
-        hold copies of what the old ones hold, and open files go on in these.
+        hold copies of what the old ones hold, and open files go on in these. With `retained`, the
+        new upper is the one that `retain` has filled while changes were held, as they still are.
 
         Returns the paths of files, some of them if they are many, of which the old upper, now a
         lower, has a state of another moment than of all others: programs wrote to them meanwhile.
@@ -130,6 +134,15 @@ class Mount(Protocol):
         """Copy what the merged view shows at `paths`, deletions included, to what is kept.
 
         The view changes only by `keep`. Precondition: `frozen`. Raises `NoSpace`, `Failed`.
+        """
+
+    async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
+        """Bring what the merged view shows at `paths`, deletions included, into an empty upper,
+        which is to be served over the image next.
+
+        What rules keep is left out. The view changes only by `swap`, with `retained`; files of the
+        present upper, if they have one name, go on as the same files then, open or not.
+        Precondition: `frozen`. Raises `NoSpace`, `Failed`; `upper` is of no use then.
         """
 
     async def sync(self) -> None:

@@ -53,7 +53,7 @@ def due(record: SessionRecord, clock: Clock, idle_since: float | None) -> list[D
         found.append(Due(why, of, at, rules.warning, manner=manner))
 
     if rules.after is not None:
-        add(Why.AFTER, record.last_reset, now - age + rules.after)
+        add(Why.AFTER, record.began or record.last_reset, now - age + rules.after)
     if rules.daily is not None:
         hour, minute = map(int, rules.daily.split(":"))
         moment = next_time_of_day(hour, minute, clock.now() - timedelta(seconds=age))

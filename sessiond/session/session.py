@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractAsyncContextManager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -175,11 +175,15 @@ class Session:
     def reset(self, *, started_by: Uid, manner: Manner = AT_ONCE, scheduled: bool = False) -> Job:
         """Go back to the image; snapshots are kept. With `scheduled`, it is what was scheduled.
 
-        How long it takes does not depend on how much was changed. Raises `Busy`, `NoSuchSession`,
-        `SnapshotExists`.
+        How long it takes does not depend on how much was changed, but on what `manner` leaves as
+        it is. Raises `Busy`, `NoSuchSession`, `SnapshotExists`.
         """
         return self._start_switch(
-            Operation.RESET, started_by, manner, lambda: self._reset(scheduled), layers=()
+            Operation.RESET,
+            started_by,
+            manner,
+            lambda: self._reset(scheduled, manner.keep),
+            layers=(),
         )
 
     def restore(
@@ -320,17 +324,24 @@ class Session:
         async def body(job: Job) -> None:
             if manner.terminate:
                 await self._terminate(job, manner)
-            if manner.snapshot is False:
+            if manner.snapshot is False and not manner.keep:
                 await switch()
                 return
             # Held, so that nothing is written between, and lost.
-            async with self.view.held():
-                await self._keep_first(job, manner, besides)
+            async with self._held(manner):
+                if manner.snapshot is not False:
+                    await self._keep_first(job, manner, besides)
                 await switch()
             if self.storage is StorageKind.PERSISTENT:
                 await self.view.require().sync()
 
         return self.turn.start_job(operation, started_by, body, layers=layers)
+
+    def _held(self, manner: Manner) -> AbstractAsyncContextManager[None]:
+        """Hold changes back; programs stand still only for a snapshot, which takes but a moment."""
+        if manner.snapshot is not False:
+            return self.view.held()
+        return nullcontext() if self.view.mount is None else self.view.mount.frozen()
 
     async def _keep_first(self, job: Job, manner: Manner, besides: SnapshotRecord | None) -> None:
         now, after = datetime.now(UTC), self.record.committed()
@@ -362,10 +373,11 @@ class Session:
             # It goes on, or whoever can bring this about could keep a session from being reset.
             log.error("%s The %s of session %s goes on.", error, job.operation, self.id)  # noqa: TRY400
 
-    async def _reset(self, scheduled: bool) -> None:
+    async def _reset(self, scheduled: bool, retained: tuple[str, ...]) -> None:
         now = Instant.now(self.services.surroundings.clock)
         rules_before = self.record.keep_rules
-        await self.switch(self.record.reset(now, scheduled=scheduled))
+        after = self.record.reset(now, scheduled=scheduled, partly=bool(retained))
+        await self.switch(after, retained=retained)
         if self.record.keep_rules != rules_before:
             await kept.use_rules(self)
         self.tell(lambda observer: observer.reset_done(self))
@@ -486,32 +498,49 @@ class Session:
 
     # Record and layers
 
-    async def switch(self, after: SessionRecord, *, halting: bool = False) -> tuple[str, ...]:
+    async def switch(
+        self, after: SessionRecord, *, halting: bool = False, retained: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
         """Record `after`, whose upper is a new one, and serve it; if that fails, all is as before.
 
         With `halting`, the session's programs stand still at that moment, where that can be had.
-        Returns what `Mount.swap` does. Only within an operation. Cannot be cancelled once begun.
-        Raises `ImageUnavailable`, `NoSpace`, `Failed`.
+        Paths that are `retained` stay as they are; precondition: `Mount.frozen`, then. Returns what
+        `Mount.swap` does. Only within an operation. Cannot be cancelled but while something is
+        being retained. Raises `ImageUnavailable`, `NoSpace`, `Failed`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         before = self.record
         self.require_few(after)
         recorded = False
-        with trio.CancelScope(shield=True):
+        with trio.CancelScope(shield=True) as scope:
             below = await self.view.below(after)
             try:
                 gives_back = before.upper not in after.all_layers
                 make_upper = self.services.store.make_upper
                 await trio.to_thread.run_sync(make_upper, after, below, gives_back)
+                if retained:
+                    scope.shield = False
+                    await self._retain(after, retained)
+                    scope.shield = True
                 await trio.to_thread.run_sync(self.services.store.write, after)
                 recorded = True
                 async with self.services.halting.halted(self) if halting else nullcontext():
-                    inexact = await self.view.serve(after)
+                    inexact = await self.view.serve(after, retained=bool(retained))
             except BaseException as error:
                 await self._go_back(before, after, error, recorded=recorded)
                 raise
         self.adopt(after)
         return inexact
+
+    async def _retain(self, after: SessionRecord, paths: tuple[str, ...]) -> None:
+        """Bring what is shown at these paths into the upper of `after`, which is empty."""
+        try:
+            await self.view.require().retain(paths, self.services.store.upper(after))
+        except NoSpace as error:
+            raise NoSpace(
+                f"There is no space in session {self.id} to keep {', '.join(paths)} over the "
+                "reset. Delete files, or reset it without keeping that."
+            ) from error
 
     def require_few(self, after: SessionRecord) -> None:
         if len(after.all_layers) > max(LAYERS_LIMIT, len(self.record.all_layers)):

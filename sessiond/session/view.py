@@ -44,10 +44,13 @@ class View:
         self._attempts = Attempts(most=5, seconds=60.0)
         self._recoveries = Attempts(most=20, seconds=10.0)
 
-    async def serve(self, record: SessionRecord, *, moved: bool = False) -> tuple[str, ...]:
+    async def serve(
+        self, record: SessionRecord, *, moved: bool = False, retained: bool = False
+    ) -> tuple[str, ...]:
         """Switch over to the layers of `record`; mount them if nothing is mounted.
 
-        With `moved`, they are copies of those served, and files that are open go on in them.
+        With `moved`, they are copies of those served, and files that are open go on in them. With
+        `retained`, the upper has what `Mount.retain` has brought there.
         Returns what `Mount.swap` does. Only within an operation. Raises `ImageUnavailable`,
         `NoSpace`, `Failed`; what was served before is served still then.
         """
@@ -55,7 +58,8 @@ class View:
         if self.mount is None:
             await self._show(record, image)
             return ()
-        return await self.mount.swap(self.stack(record, image), moved=moved)
+        stack = self.stack(record, image)
+        return await self.mount.swap(stack, moved=moved, retained=retained)
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[None]:

@@ -31,8 +31,9 @@ def deep(profile: str) -> Life:
 
 
 async def flatten(world: World, manager: Manager) -> None:
-    flattening.DEEP, flattening._PAUSE_SECONDS = 0, 0.0
+    flattening._PAUSE_SECONDS = 0.0
     session = manager.get("s")
+    session.record = session.record.model_copy(update={"flatten_above": 0})
     session.flattening.consider()
     await until(lambda: not flattening.mergeable(session.record))
 

@@ -15,7 +15,9 @@ from sessiond.keep_rules import KeepRules, rule_for
 from sessiond.overlay.commit import Commit
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.keep import Keep
+from sessiond.overlay.layer import Layer
 from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import RENAME_EXCHANGE
 from tests.crash.operations import place
@@ -132,6 +134,37 @@ def test_operations(scratch: str, name: str) -> None:
             assert os.listdir(top / work / "work") == []
         if not lived.died:
             break
+
+
+def test_what_one_reset_retains(scratch: str) -> None:
+    """Until it is served, the upper that comes next has no effect on the present one."""
+    path = b"home/u"
+
+    def retain(overlay: Overlay, upper: Path) -> None:
+        target = Layer.open(os.fsencode(upper), writable=True)
+        Retain(overlay.stack.copy(), target, KeepRules(), [path], lambda: False).run()
+
+    for point in count():
+        top = make(scratch)
+        for name in ("next", "next-work"):
+            (top / name).mkdir()
+        with served(top) as overlay:
+            prepare(overlay)
+            overlay.unlink(*place(overlay, "home/u/other"))
+            overlay.rename(place(overlay, "home/u/docs/sub"), place(overlay, "home/u/sub"))
+        before = view(top)
+        lived = fault_points.run(
+            lambda overlay, top=top: retain(overlay, top / "next"),  # type: ignore[misc]
+            lambda top=top: serve(top),  # type: ignore[misc]
+            die_at=point,
+        )
+        assert view(top) == before, f"killed before change {point}, {lived.calls[-1]}"
+        if not lived.died:
+            break
+    for now, next_one in (("upper", "next"), ("work", "next-work")):
+        (top / now).rename(top / f"former-{now}")
+        (top / next_one).rename(top / now)
+    assert view(top) == {name: data for name, data in before.items() if name != "/home/new"}
 
 
 def test_commit(scratch: str) -> None:

@@ -146,6 +146,17 @@ async def test_directories_that_come_again_after_a_reset(
             await trio.run_process(["umount", directories[0] / "inside"])
 
 
+async def test_a_file_of_a_snapshot_that_is_open(playground: Playground) -> None:
+    first = playground.stack()
+    async with playground.mounted(first) as mount:
+        (playground.root / "file").write_text("snapshot")
+        await mount.swap(playground.stack(first.upper.fs))
+        with open(playground.root / "file") as reader:
+            await mount.swap(playground.stack())
+            assert not (playground.root / "file").exists()
+            assert reader.read() == "snapshot"
+
+
 async def test_names_that_the_kernel_knows_to_be_missing(playground: Playground) -> None:
     """Deleted ones, and such as a snapshot has: more than the worker can keep in mind, too."""
     names = [f"{number:0200}" for number in range(6000)]

@@ -116,6 +116,34 @@ def test_deaths(daemon: Daemon, who: str) -> None:
     assert (root / "etc/motd").read_text().startswith("Kept")
 
 
+def test_a_reset_that_leaves_a_path_as_it_is(idle_daemon: Daemon) -> None:
+    """Of a session that keeps nothing otherwise."""
+    daemon = idle_daemon
+    daemon.configure({"profile.guest": {"image": str(daemon.directory / "image"), "size": "64M"}})
+    daemon.start()
+    root = create(daemon, "one")
+    (root / "home/guest").mkdir(parents=True)
+    (root / "etc/motd").write_text("lost")
+    (root / "srv/data/file1").unlink()
+    with open(root / "home/guest/log", "w") as log:
+        print("before", file=log, flush=True)
+        options = ["--keep", "/home/guest", "--keep", "/srv/data/file1", "--keep", "/none"]
+        daemon.sessionctl("reset", "one", *options, "--snapshot-as", "all")
+        print("after", file=log, flush=True)
+        daemon.sessionctl("reset", "one", *options)
+        print("again", file=log, flush=True)
+    assert (root / "home/guest/log").read_text() == "before\nafter\nagain\n"
+    assert (root / "etc/motd").read_text() == "Welcome.\n"
+    assert "file1" not in os.listdir(root / "srv/data")
+    assert daemon.differences("one").keys() == {
+        "/home/guest",
+        "/home/guest/log",
+        "/srv/data/file1",
+    }
+    daemon.sessionctl("restore", "one", "all")
+    assert (root / "etc/motd").read_text() == "lost"
+
+
 def test_commit_when_the_manager_is_killed_meanwhile(daemon: Daemon) -> None:
     root = create(daemon, "one")
     for number in range(600):

@@ -57,13 +57,18 @@ async def snapshot_and_reset(manager: Manager, _: str) -> None:
     await manager.get("s").reset(started_by=UID, manner=manner).wait()
 
 
+async def partial_reset(manager: Manager, _: str) -> None:
+    manner = Manner(keep=("/new",))
+    await manager.get("s").reset(started_by=UID, manner=manner).wait()
+
+
 async def persist(manager: Manager, _: str) -> None:
     await manager.get("s").persist(started_by=UID).wait()
 
 
 OPERATIONS: dict[str, Callable[[Manager, str], Awaitable[None]]] = {
     operation.__name__: operation
-    for operation in (create, close, reset, restore, snapshot_and_reset, persist)
+    for operation in (create, close, reset, restore, snapshot_and_reset, partial_reset, persist)
 }
 
 
@@ -176,7 +181,7 @@ async def check(world: World, manager: Manager, operation: str, profile: str, do
     found = any((layer / "file").exists() for layer in layers)
     new = any((layer / "new").exists() for layer in layers)
     job = session.last_job
-    if operation in {"reset", "restore", "snapshot_and_reset", "persist"} and job is not None:
+    if operation not in {"create", "close"} and job is not None:
         assert job.finished
         assert (job.error is None) == (done or (job.error is None))
         if job.error is not None:
@@ -184,6 +189,9 @@ async def check(world: World, manager: Manager, operation: str, profile: str, do
     match operation:
         case "reset" | "snapshot_and_reset":
             assert found == new == (job is None or job.error is not None)
+        case "partial_reset":
+            assert new
+            assert found == (job is None or job.error is not None)
         case "restore":
             assert found
             assert new == (job is None or job.error is not None)

@@ -11,7 +11,8 @@ from tests.support.machine import CHECKOUT
 
 pytestmark = [
     pytest.mark.parametrize(
-        "operation", ["create", "close", "reset", "restore", "snapshot_and_reset", "persist"]
+        "operation",
+        ["create", "close", "reset", "restore", "snapshot_and_reset", "partial_reset", "persist"],
     ),
     pytest.mark.parametrize("profile", ["volatile", "lasting"]),
 ]

@@ -58,8 +58,10 @@ def hierarchy(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     hierarchy.directory.mkdir()
 
     class LookingMount(MemoryMount):
-        async def swap(self, stack: Stack, *, moved: bool = False) -> tuple[str, ...]:
-            inexact = await super().swap(stack, moved=moved)
+        async def swap(
+            self, stack: Stack, *, moved: bool = False, retained: bool = False
+        ) -> tuple[str, ...]:
+            inexact = await super().swap(stack, moved=moved, retained=retained)
             hierarchy.look()
             return inexact
 

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from sessiond.config import Config
 from sessiond.errors import (
+    Cancelled,
     Failed,
     Interrupted,
     InvalidOption,
@@ -19,7 +21,7 @@ from sessiond.errors import (
     SessionExists,
 )
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState
+from sessiond.session.model import Manner, SessionState, SnapshotName, Uid
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -194,3 +196,95 @@ async def test_what_was_half_made_is_made_anew(world: World) -> None:
         await create(manager)
         assert not new.exists()
         assert sorted(path.name for path in kept(world).iterdir()) == ["fs", "orphans", "work"]
+
+
+# What one reset keeps
+
+
+PARTLY = Manner(keep=("/new",))
+
+
+async def test_a_reset_that_leaves_something(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await world.mount("s").write("new", b"kept")
+        await world.mount("s").write("lost", b"lost")
+        began = session.record.began
+        await session.reset(started_by=UID, manner=PARTLY).wait()
+        upper = world.mount("s").stack.upper.fs
+        assert {path.name: path.read_bytes() for path in upper.iterdir()} == {"new": b"kept"}
+        assert world.mount("s").frozen_times == 1
+        assert session.last_reset is not None
+        assert session.record.began == began, "or who uses it could make it last for ever"
+        await session.reset(started_by=UID).wait()
+        assert session.record.began != began
+
+
+@pytest.mark.parametrize("fault", [NoSpace("It is full."), Failed("The worker is gone.")])
+@pytest.mark.parametrize("call", ["retain", "swap"])
+async def test_if_it_cannot_all_is_as_before(world: World, call: str, fault: SessiondError) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await world.mount("s").write("new", b"kept")
+        await world.mount("s").write("other", b"not lost")
+        before = session.record
+        world.mounter.injected[call] = [fault]
+        with pytest.raises(type(fault)) as failed:
+            await session.reset(started_by=UID, manner=PARTLY).wait()
+        if call == "retain" and isinstance(fault, NoSpace):
+            assert "no space in session s to keep /new over the reset" in str(failed.value)
+        assert session.record.layers == before.layers
+        assert session.record.upper == before.upper
+        upper = world.mount("s").stack.upper.fs
+        assert {path.name for path in upper.iterdir()} == {"new", "other"}
+        await until(lambda: len(world.layers(world.storage("s"))) == 1)
+
+
+async def test_a_session_that_is_not_mounted_keeps_nothing(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await session.view.unmount()
+        with pytest.raises(Failed, match="is not mounted"):
+            await session.reset(started_by=UID, manner=PARTLY).wait()
+        await session.reset(started_by=UID).wait()
+
+
+async def test_it_can_be_cancelled_while_it_is_copied(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await world.mount("s").write("new", b"kept")
+        before = session.record
+
+        async def retain(*_: object) -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(world.mount("s"), "retain", retain)
+        job = session.reset(started_by=UID, manner=PARTLY)
+        await until(lambda: len(world.layers(world.storage("s"))) == 2)
+        job.cancel()
+        with pytest.raises(Cancelled):
+            await job.wait()
+        assert session.record.upper == before.upper
+        await world.mount("s").write("later", b"")
+
+
+async def test_a_snapshot_is_made_of_all(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        await world.mount("s").write("lost", b"lost")
+        manner = Manner(keep=("/new",), snapshot=SnapshotName("before"))
+        await session.reset(started_by=UID, manner=manner).wait()
+        (layer,) = session.snapshots["before"].layers
+        assert (world.storage("s") / "layers" / str(layer) / "fs/lost").exists()
+
+
+async def test_a_scheduled_one_keeps_it_over_a_restart(world: World) -> None:
+    async with world.manager(world.config()) as manager:
+        session = await manager.create(USER, "lasting", session_id="s")
+        await session.timer.schedule(Uid(UID), after=3600, manner=PARTLY)
+    async with world.manager() as manager:
+        scheduled = manager.get("s").record.scheduled
+        assert scheduled is not None
+        assert scheduled.manner.keep == ("/new",)

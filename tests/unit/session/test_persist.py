@@ -115,10 +115,12 @@ async def test_when_the_mount_fails_the_session_stays_volatile(world: World, cal
         if call == "second swap":
             swap = type(world.mount("s")).swap
 
-            async def fail_on_disk(stack: Stack, *, moved: bool = False) -> None:
+            async def fail_on_disk(
+                stack: Stack, *, moved: bool = False, retained: bool = False
+            ) -> None:
                 if world.mount("s").frozen_times:
                     raise Failed("The worker refuses.")
-                await swap(world.mount("s"), stack, moved=moved)
+                await swap(world.mount("s"), stack, moved=moved, retained=retained)
 
             world.mount("s").swap = fail_on_disk  # type: ignore[method-assign]
         else:

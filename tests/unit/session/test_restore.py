@@ -157,11 +157,11 @@ async def test_when_a_swap_fails_nothing_is_kept_and_nothing_lost(
         swaps: list[object] = []
         serve = View.serve
 
-        async def fail_once(view: View, record: object) -> None:
+        async def fail_once(view: View, record: object, *, retained: bool) -> None:
             swaps.append(record)
             if len(swaps) == swap:
                 raise Failed("The layer is gone.")
-            await serve(view, record)  # type: ignore[arg-type]
+            await serve(view, record, retained=retained)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
             patch.setattr(View, "serve", fail_once)
