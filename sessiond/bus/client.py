@@ -29,6 +29,7 @@ from sessiond.bus.connection import CALL_TIMEOUT, Connection
 from sessiond.bus.signals import Match, Signals
 from sessiond.bus.wire import BusError, Variant, WireError
 from sessiond.errors import SessiondError
+from sessiond.session.model import ArchiveKind as ArchiveKind
 from sessiond.session.model import ChangeSummary as ChangeSummary
 from sessiond.session.model import SessionId, SnapshotName
 
@@ -436,9 +437,10 @@ class Snapshot(_Proxy):
         """Delete it, and what only it kept."""
         await self._call("Delete", timeout=OPERATION_TIMEOUT)
 
-    async def export(self, target: int) -> Job:
-        """Start to write it, as an OCI layer, to `target`, a pipe, which the caller closes."""
-        (path,) = await self._call("Export", "ha{sv}", os.dup(target), {})
+    async def export(self, target: int, *, kind: ArchiveKind = ArchiveKind.OCI) -> Job:
+        """Start to write it to `target`, a pipe, which the caller closes."""
+        options = {"format": Variant("s", kind.value)}
+        (path,) = await self._call("Export", "ha{sv}", os.dup(target), options)
         return Job(self._connection, str(path))
 
     async def rename(self, name: str) -> None:
@@ -549,7 +551,7 @@ class Session(_Proxy):
         return await self._start("Rebase", "a{sv}", options)
 
     async def import_snapshot(self, name: str, source: int, *, description: str = "") -> Job:
-        """Start to make a snapshot of an OCI layer, which `source` gives, a pipe.
+        """Start to make a snapshot of an OCI layer or a squashfs, which `source` gives, a pipe.
 
         The caller closes that.
         """

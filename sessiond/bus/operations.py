@@ -34,7 +34,7 @@ from sessiond.errors import InvalidOption, NoSuchSession
 from sessiond.session.conflicts import Program
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import Breakdown, Conflicts
+from sessiond.session.model import ArchiveKind, Breakdown, Conflicts
 
 Options = Mapping[str, object]
 
@@ -256,8 +256,8 @@ class Operations:
     ) -> str:
         # Not for owners: a snapshot has files in it that they may not read in the merged view.
         uid = await authorise(caller, Action.EXPORT, apart_from_owner(session))
-        parse(ExportOptions, options)
-        return self._publish(session.snapshots.export(name, target, started_by=uid))
+        kind = ArchiveKind(parse(ExportOptions, options).format)
+        return self._publish(session.snapshots.export(name, target, kind, started_by=uid))
 
     async def import_snapshot(
         self, caller: Caller, session: Session, source: int, name: str, options: Options

@@ -92,7 +92,7 @@ class RebaseOptions(NoOptions):
 class ExportOptions(NoOptions):
     """Options of Export."""
 
-    format: Literal["oci"] = Field("oci", description="'oci'")
+    format: Literal["oci", "squashfs"] = Field("oci", description="'oci' or 'squashfs'")
 
 
 class ImportOptions(SnapshotOptions):

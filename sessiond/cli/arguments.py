@@ -39,6 +39,8 @@ class Arguments(argparse.Namespace):
     depth: int | None
     directories: int | None
     file: Path
+    format: str | None
+    """Of an archive."""
     user: str
     profile: str
     id: str | None
@@ -226,8 +228,19 @@ def _parser() -> argparse.ArgumentParser:
     command("delete-snapshot", "Delete a snapshot", one, named)
     archive = argparse.ArgumentParser(add_help=False)
     archive.add_argument("file", metavar="FILE", type=Path, help="a file, or - for a pipe")
-    command("export", "Write a snapshot to a file, as an OCI layer (tar)", one, named, archive)
-    add = command("import", "Make a snapshot of an OCI layer (tar)", one, named, archive)
+    export = command(
+        "export",
+        "Write a snapshot to a file: an OCI layer (tar), or a squashfs",
+        one,
+        named,
+        archive,
+    )
+    export.add_argument(
+        "--format",
+        choices=("oci", "squashfs"),
+        help="of the file; if not given, squashfs if its name ends so, else oci",
+    )
+    add = command("import", "Make a snapshot of such a file", one, named, archive)
     add.add_argument("--description", default="", metavar="TEXT", help="what it is good for")
     persist = command("persist", "Move a session to disk, so that it survives a reboot", one)
     persist.add_argument(

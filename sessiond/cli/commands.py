@@ -14,6 +14,7 @@ from functools import partial
 import trio
 
 from sessiond.bus.client import (
+    ArchiveKind,
     ChangeSummary,
     Client,
     Event,
@@ -224,7 +225,11 @@ async def export(client: Client, asked: Arguments) -> None:
     """Write a snapshot to a file."""
     session = await client.session(asked.session)
     title = f"Exporting {asked.snapshot} of {asked.session}"
-    await write_archive(session.snapshot_named(asked.snapshot).export, asked.file, title)
+    kind = ArchiveKind.SQUASHFS if asked.file.suffix == ".squashfs" else ArchiveKind.OCI
+    if asked.format is not None:
+        kind = ArchiveKind(asked.format)
+    export_to = partial(session.snapshot_named(asked.snapshot).export, kind=kind)
+    await write_archive(export_to, asked.file, title)
 
 
 async def import_snapshot(client: Client, asked: Arguments) -> None:

@@ -27,6 +27,8 @@ class Put(NamedTuple):
     """The object."""
     data: At
     """Where its contents are, of a regular file."""
+    opaque: bool = False
+    """It is a directory that has nothing of the directory which the image has there."""
 
 
 class Removed(NamedTuple):
@@ -69,9 +71,9 @@ def changeset(stack: Stack) -> Iterator[Put | Removed]:
             if before.positive:
                 yield Removed(path)
         elif now.lowers != before.lowers:
-            yield Put(
-                path, now.stat, now.lowers[0].at(), now.lowers[-1 if now.metacopy else 0].at()
-            )
+            data = now.lowers[-1 if now.metacopy else 0]
+            hides = now.is_directory and before.is_directory and now.lowers[-1:] != before.lowers
+            yield Put(path, now.stat, now.lowers[0].at(), data.at(), hides)
             if now.is_directory:
                 counterpart = Directory(None, before.lowers) if before.is_directory else None
                 merged = Directory(None, now.lowers, now.marked)

@@ -147,6 +147,15 @@ class Operation(StrEnum):
     COMMIT = "commit"
 
 
+class ArchiveKind(StrEnum):
+    """What a snapshot is exported as."""
+
+    OCI = "oci"
+    """A tar, as OCI image layers are."""
+    SQUASHFS = "squashfs"
+    """A file system image, as overlayfs's layers are."""
+
+
 class Manner(BaseModel):
     """How a reset or restore is gone about."""
 

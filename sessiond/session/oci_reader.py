@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
+from enum import Enum, auto
 
 from sessiond.errors import Failed, NoSpace
 from sessiond.overlay import syscalls
@@ -36,6 +37,8 @@ _ZEROS = bytes(4096)
 _GZIP = b"\x1f\x8b"
 _MUST_HAVE = (b"security.", b"system.posix_acl_")
 """Attributes without which a file would be less protected."""
+_NOTES = (b".origin", b".impure", b".nlink", b".uuid", b".protattr")
+"""What overlayfs notes for itself, and a layer means the same without."""
 _SECOND = 1_000_000_000
 _TIME_LIMIT = 1 << 33
 """Seconds before and after 1970."""
@@ -54,8 +57,21 @@ _MALFORMED = (
 Read = Callable[[int], bytes]
 
 
+class Marks(Enum):
+    """How an archive says what it does to the image."""
+
+    OCI = auto()
+    """By names; see `oci`."""
+    OVERLAYFS = auto()
+    """As overlayfs does in a layer: the device 0:0, and the attribute of opaque directories."""
+
+
 def read_layer(
-    read: Read, target: Layer, image: Layer, progress: Callable[[int], None] = lambda _: None
+    read: Read,
+    target: Layer,
+    image: Layer,
+    progress: Callable[[int], None] = lambda _: None,
+    marks: Marks = Marks.OCI,
 ) -> None:
     """Unpack an archive, which `read` gives, into the empty layer `target` over `image`.
 
@@ -66,14 +82,15 @@ def read_layer(
     source = _Source(read, progress)
     try:
         stream = source if source.peek(2) != _GZIP else _Inflated(source)
-        _unpack(_Window(stream), target, image)
+        _unpack(_Window(stream), target, image, marks)
     except _MALFORMED as error:
         reason = str(error) or type(error).__name__
         raise Failed(f"The archive is damaged, cut off, or no tar: {reason}.") from error
 
 
-def _unpack(window: _Window, target: Layer, image: Layer) -> None:
-    unpacker = _Unpacker(window, target, image)
+def _unpack(window: _Window, target: Layer, image: Layer, marks: Marks) -> None:
+    kinds = {Marks.OCI: _Unpacker, Marks.OVERLAYFS: _OverlayfsUnpacker}
+    unpacker = kinds[marks](window, target, image)
     window.allow(_HEADER_LIMIT)
     # Its own extraction is not used: that follows symlinks, and knows no layers.
     with tarfile.TarFile(fileobj=window, mode="r", errors="surrogateescape") as archive:  # type: ignore[arg-type]
@@ -205,14 +222,16 @@ class _Unpacker:
         parent, _, name = path.rpartition(b"/")
         directory = self._parent(parent)
         with self._time_kept(directory):
-            if name == OPAQUE:
-                syscalls.setxattr(At(directory, b"."), self._xattrs.opaque, b"y")
-            elif name.startswith(RESERVED):
-                pass
-            elif name.startswith(WHITEOUT):
-                self._white_out(path, At(directory, _name(name[len(WHITEOUT) :])))
-            else:
+            if not self._take_mark(member, directory, name):
                 self._put(archive, member, path, At(directory, name))
+
+    def _take_mark(self, member: tarfile.TarInfo, directory: int, name: bytes) -> bool:
+        """Do what a member stands for, if that is no object; return whether it is none."""
+        if name == OPAQUE:
+            syscalls.setxattr(At(directory, b"."), self._xattrs.opaque, b"y")
+        elif name.startswith(WHITEOUT) and not name.startswith(RESERVED):
+            self._white_out(At(directory, _name(name[len(WHITEOUT) :])))
+        return name.startswith(WHITEOUT)
 
     @contextmanager
     def _time_kept(self, directory: int) -> Iterator[None]:
@@ -249,7 +268,7 @@ class _Unpacker:
         except OSError:
             return None
 
-    def _white_out(self, path: bytes, at: At) -> None:
+    def _white_out(self, at: At) -> None:
         found = syscalls.stat_or_none(at)
         if found is None:
             syscalls.mknod(at, modes.S_IFCHR, 0)
@@ -335,7 +354,7 @@ class _Unpacker:
     def _describe(self, at: At, member: tarfile.TarInfo) -> None:
         """Give an object the attributes that its member has; a directory may have others."""
         syscalls.chown(at, member.uid, member.gid)
-        wanted = dict(_xattrs_of(member))
+        wanted = dict(self._xattrs_of(member))
         if member.isdir():
             for name in syscalls.listxattr(at):
                 if name not in wanted and not self._xattrs.is_own(name):
@@ -350,6 +369,49 @@ class _Unpacker:
             syscalls.chmod(at, member.mode & 0o7777)
         time = _time_of(member)
         syscalls.utime(at, time, time)
+
+    def _xattrs_of(self, member: tarfile.TarInfo) -> Iterator[tuple[bytes, bytes]]:
+        for key, value in member.pax_headers.items():
+            name = os.fsencode(key)
+            if name.startswith(XATTR):
+                name = self._attribute(name[len(XATTR) :])
+                if not name.startswith(OVERLAY_XATTRS):
+                    yield name, os.fsencode(value)
+
+    def _attribute(self, name: bytes) -> bytes:
+        """Return the name of an attribute; see `Archive`."""
+        return name.replace(b"%3D", b"=").replace(b"%25", b"%")
+
+
+class _OverlayfsUnpacker(_Unpacker):
+    """The same of an archive with the marks of overlayfs."""
+
+    def _take_mark(self, member: tarfile.TarInfo, directory: int, name: bytes) -> bool:
+        if not (member.ischr() and member.devmajor == member.devminor == 0):
+            return False
+        self._white_out(At(directory, name))
+        return True
+
+    def _attribute(self, name: bytes) -> bytes:
+        return name
+
+    def _describe(self, at: At, member: tarfile.TarInfo) -> None:
+        super()._describe(at, member)
+        own = {
+            os.fsencode(key)[len(XATTR) :]: os.fsencode(value)
+            for key, value in member.pax_headers.items()
+            if os.fsencode(key).startswith(XATTR + OVERLAY_XATTRS)
+        }
+        for name, value in own.items():
+            if name == self._xattrs.opaque and value == b"y":
+                syscalls.setxattr(at, name, value)
+            elif self._xattrs.is_own(name) and not name.endswith(_NOTES):
+                # A redirect, a copy of metadata alone, a whiteout that is a file.
+                raise Failed(
+                    f"The archive cannot be imported: {_shown(_checked_path(member.name))} has the "
+                    f"attribute {os.fsdecode(name)}, so it means nothing without the layers that "
+                    "it was made on."
+                )
 
 
 def _parts(member: tarfile.TarInfo) -> list[tuple[int, int]]:
@@ -397,16 +459,6 @@ def _name(part: bytes) -> bytes:
 def _shown(path: bytes) -> str:
     text = os.fsdecode(path)
     return repr(text) if len(text) < 200 else f"{text[:200]!r}..."
-
-
-def _xattrs_of(member: tarfile.TarInfo) -> Iterator[tuple[bytes, bytes]]:
-    for key, value in member.pax_headers.items():
-        name = os.fsencode(key)
-        if not name.startswith(XATTR):
-            continue
-        name = name[len(XATTR) :].replace(b"%3D", b"=").replace(b"%25", b"%")
-        if not name.startswith(OVERLAY_XATTRS):
-            yield name, os.fsencode(value)
 
 
 def _time_of(member: tarfile.TarInfo) -> int:

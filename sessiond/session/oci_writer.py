@@ -38,14 +38,19 @@ _TYPES = {
 Write = Callable[[bytes], None]
 
 
-def write_layer(stack: Stack, write: Write, progress: Callable[[int], None]) -> Archive:
+def write_layer(
+    stack: Stack,
+    write: Write,
+    progress: Callable[[int], None],
+    kind: Callable[[Write, Callable[[int], None]], Archive] | None = None,
+) -> Archive:
     """Write what the lowers of `stack` do to the bottom-most of them, the image.
 
     `progress` is told of bytes of files as they are written. The archive is not complete, and no
     tool takes it for that, before `Archive.complete`. Raises `Failed` for what a layer cannot hold,
-    `OSError`, and what `write` raises.
+    `OSError`, and what `write` raises. `kind`: of archive, if not that of `oci`.
     """
-    archive = Archive(write, progress)
+    archive = (kind or Archive)(write, progress)
     for change in changeset(stack):
         if isinstance(change, Removed):
             archive.remove(change.path)
@@ -77,12 +82,7 @@ class Archive:
     def put(self, change: Put) -> None:
         """Add an object."""
         path, stat = change.path, change.stat
-        name = path.rpartition(b"/")[2]
-        if name.startswith(WHITEOUT):
-            raise Failed(
-                f"/{os.fsdecode(path)!r} cannot be in an OCI layer, where names that begin with "
-                ".wh. say what was removed; rename it, and take another snapshot."
-            )
+        self._require_possible(change)
         if modes.S_ISSOCK(stat.st_mode):  # no tar has these, and nobody listens any more
             self.remove(path)
             return
@@ -99,7 +99,7 @@ class Archive:
                 self._describe(info, pax | {b"linkpath": first}, stat)
                 return
         info.type = _TYPES[modes.S_IFMT(stat.st_mode)]
-        pax |= self._xattrs(change.at)
+        pax |= self._xattrs(change)
         if info.type == tarfile.SYMTYPE:
             pax[b"linkpath"] = syscalls.readlink(change.at)
         elif info.type in (tarfile.CHRTYPE, tarfile.BLKTYPE):
@@ -110,11 +110,22 @@ class Archive:
         if info.type == tarfile.REGTYPE:
             self._contents(change.data, stat.st_size)
 
-    @staticmethod
-    def _xattrs(at: At) -> dict[bytes, bytes]:
+    def _require_possible(self, change: Put) -> None:
+        """Raise `Failed` for what cannot be in such an archive."""
+        if change.path.rpartition(b"/")[2].startswith(WHITEOUT):
+            raise Failed(
+                f"/{os.fsdecode(change.path)!r} cannot be in an OCI layer, where names that begin "
+                "with .wh. say what was removed; rename it, and take another snapshot."
+            )
+
+    def _attribute(self, name: bytes) -> bytes:
+        """Return the name of an attribute without what ends a key; so GNU tar has it."""
+        return name.replace(b"%", b"%25").replace(b"=", b"%3D")
+
+    def _xattrs(self, change: Put) -> dict[bytes, bytes]:
         return {
-            XATTR + _escaped(name): syscalls.getxattr(at, name) or b""
-            for name in syscalls.listxattr(at)
+            XATTR + self._attribute(name): syscalls.getxattr(change.at, name) or b""
+            for name in syscalls.listxattr(change.at)
             if not name.startswith(OVERLAY_XATTRS)
         }
 
@@ -181,11 +192,6 @@ def _record(key: bytes, value: bytes) -> bytes:
     while length != len(rest) + len(str(length)):
         length = len(rest) + len(str(length))
     return b"%d%b" % (length, rest)
-
-
-def _escaped(name: bytes) -> bytes:
-    """Return the name of an attribute without what ends a key; so GNU tar has it."""
-    return name.replace(b"%", b"%25").replace(b"=", b"%3D")
 
 
 def _decimal(nanoseconds: int) -> bytes:

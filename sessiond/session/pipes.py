@@ -65,7 +65,14 @@ class Pipe:
             except BlockingIOError:  # there is some room, but not enough for so little
                 continue
             except BrokenPipeError:
-                raise Failed("The other end of the pipe was closed early.") from None
+                raise _closed_early() from None
+
+    def require_reader(self) -> None:
+        """Raise `Failed` when the reader is gone."""
+        poll = select.poll()
+        poll.register(self._descriptor, 0)
+        if poll.poll(0):
+            raise _closed_early()
 
     def read(self, size: int) -> bytes:
         """Return what there is, at most `size` bytes; nothing at the end. Raises `Failed`."""
@@ -84,3 +91,7 @@ class Pipe:
                 return
             if time.monotonic() > end:
                 raise Failed(f"{what} for {PATIENCE:g} seconds; it is given up.")
+
+
+def _closed_early() -> Failed:
+    return Failed("The other end of the pipe was closed early.")

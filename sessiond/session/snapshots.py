@@ -14,6 +14,7 @@ from sessiond.errors import Failed, InvalidOption, SessiondError, SnapshotExists
 from sessiond.journal import Event
 from sessiond.session.jobs import Job
 from sessiond.session.model import (
+    ArchiveKind,
     SessionRecord,
     SnapshotName,
     SnapshotRecord,
@@ -142,14 +143,16 @@ class Snapshots(Mapping[str, SnapshotRecord]):
         await self._session.write(self._session.record.with_snapshots(snapshots))
         return new
 
-    def export(self, name: str, target: int, *, started_by: Uid) -> Job:
-        """Write a snapshot to `target`, a pipe, as an OCI layer; other operations go on meanwhile.
+    def export(
+        self, name: str, target: int, kind: ArchiveKind = ArchiveKind.OCI, *, started_by: Uid
+    ) -> Job:
+        """Write a snapshot to `target`, a pipe; other operations go on meanwhile.
 
         Raises `NoSuchSnapshot`, `InvalidOption`, `NoSuchSession`. The caller closes `target`.
         """
         self._session.turn.require_open()
         return self._session.transfers.export(
-            self._session.record.snapshot(name), target, started_by=started_by
+            self._session.record.snapshot(name), target, kind, started_by=started_by
         )
 
     def add(self, name: str, source: int, *, description: str = "", started_by: Uid) -> Job:

@@ -123,6 +123,11 @@ class Store:
 
     # Where things are
 
+    @property
+    def disk(self) -> Path:
+        """A directory on disk, with the state of sessions."""
+        return self._bases[StorageKind.PERSISTENT]
+
     def runtime_directory(self, session: SessionId) -> Path:
         """The directory of a session that a reboot clears."""
         return self._directory(session, StorageKind.TMPFS)

@@ -21,12 +21,19 @@ import trio
 from sessiond.errors import NoSuchSnapshot, SessiondError
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.stack import Stack
-from sessiond.session import pipes
+from sessiond.session import pipes, squashfs
 from sessiond.session.faults import explained
 from sessiond.session.jobs import Job
-from sessiond.session.model import Operation, SessionRecord, SnapshotName, SnapshotRecord, Uid
+from sessiond.session.model import (
+    ArchiveKind,
+    Operation,
+    SessionRecord,
+    SnapshotName,
+    SnapshotRecord,
+    Uid,
+)
 from sessiond.session.mounts import sync_file_system
-from sessiond.session.oci_reader import read_layer
+from sessiond.session.oci_reader import Read, read_layer
 from sessiond.session.oci_writer import write_layer
 from sessiond.session.pipes import Pipe
 from sessiond.session.tree import tree_bytes
@@ -44,11 +51,13 @@ class Transfers:
         self._session = session
         self._jobs: set[Job] = set()
 
-    def export(self, snapshot: SnapshotRecord, target: int, *, started_by: Uid) -> Job:
+    def export(
+        self, snapshot: SnapshotRecord, target: int, kind: ArchiveKind, *, started_by: Uid
+    ) -> Job:
         """Begin to write a snapshot to the pipe `target`. Raises `InvalidOption`."""
         pipe = pipes.take(target, write=True)
         return self._start(
-            Operation.EXPORT, started_by, pipe, lambda job: self._export(job, snapshot, pipe)
+            Operation.EXPORT, started_by, pipe, lambda job: self._export(job, snapshot, pipe, kind)
         )
 
     def add(self, name: SnapshotName, description: str, source: int, *, started_by: Uid) -> Job:
@@ -99,15 +108,23 @@ class Transfers:
 
     # Out
 
-    async def _export(self, job: Job, snapshot: SnapshotRecord, pipe: int) -> None:
+    async def _export(
+        self, job: Job, snapshot: SnapshotRecord, pipe: int, kind: ArchiveKind
+    ) -> None:
         await self._session.flattening.rest()
         image = await self._session.view.image()
         record = self._session.record
-        write = partial(self._write, job, record, snapshot, image.root, pipe)
+        write = partial(self._write, job, record, snapshot, image.root, pipe, kind)
         await self._in_thread(f"export snapshot {snapshot.name} of session {record.id}", write)
 
     def _write(
-        self, job: Job, record: SessionRecord, snapshot: SnapshotRecord, image: Path, pipe: int
+        self,
+        job: Job,
+        record: SessionRecord,
+        snapshot: SnapshotRecord,
+        image: Path,
+        pipe: int,
+        kind: ArchiveKind,
     ) -> None:
         store, check = self._session.services.store, trio.from_thread.check_cancelled
         # By itself, a stack of these layers and no others.
@@ -119,9 +136,13 @@ class Transfers:
                 indexes=[os.fsencode(path) for path in store.indexes(below) if path.is_dir()],
             )
         ) as stack:
-            report = _Report(job, total)
-            archive = write_layer(stack, Pipe(pipe, check).write, report)
-            trio.from_thread.run_sync(self._require_kept, snapshot)
+            report, target = _Report(job, total), Pipe(pipe, check)
+            require_kept = partial(trio.from_thread.run_sync, self._require_kept, snapshot)
+            if kind is ArchiveKind.SQUASHFS:
+                squashfs.write_image(stack, target, store.disk, report, check, require_kept)
+                return
+            archive = write_layer(stack, target.write, report)
+            require_kept()
             archive.complete()
 
     def _require_kept(self, snapshot: SnapshotRecord) -> None:
@@ -156,8 +177,32 @@ class Transfers:
             closing(Layer.open(os.fsencode(target), writable=True)) as layer,
             closing(Layer.open(os.fsencode(image), writable=False)) as below,
         ):
-            read_layer(Pipe(pipe, check).read, layer, below, report)
+            source = Pipe(pipe, check)
+            head, read = _peeked(source.read, len(squashfs.MAGIC))
+            if head == squashfs.MAGIC:
+                disk = self._session.services.store.disk
+                squashfs.read_image(read, layer, below, disk, report, check)
+            else:
+                read_layer(read, layer, below, report)
         sync_file_system(target)
+
+
+def _peeked(read: Read, size: int) -> tuple[bytes, Read]:
+    """Return what comes first, at most `size` bytes, and what gives all, as `read` does."""
+    head = b""
+    while len(head) < size and (data := read(size - len(head))):
+        head += data
+    ahead = [head]
+
+    def read_all(size: int) -> bytes:
+        if not ahead:
+            return read(size)
+        first = ahead.pop()
+        if len(first) > size:
+            ahead.append(first[size:])
+        return first[:size]
+
+    return head, read_all if head else read
 
 
 class _Report:

@@ -30,6 +30,7 @@ from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
     AT_ONCE,
     NO_BREAKDOWN,
+    ArchiveKind,
     Breakdown,
     ChangeSummary,
     Conflicts,
@@ -161,9 +162,9 @@ class FakeSnapshots(dict[SnapshotName, SnapshotRecord]):
     async def pin(self, name: str, pinned: bool) -> None:
         self._edit(name, pinned=pinned)
 
-    def export(self, name: str, target: int, *, started_by: Uid) -> FakeJob:
+    def export(self, name: str, target: int, kind: ArchiveKind, *, started_by: Uid) -> FakeJob:
         self.record(name)
-        os.write(target, b"the archive")
+        os.write(target, b"the archive" if kind is ArchiveKind.OCI else b"hsqs")
         return self._session.start(Operation.EXPORT, started_by)
 
     def add(self, name: str, source: int, *, description: str = "", started_by: Uid) -> FakeJob:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from sessiond.errors import SessiondError
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.stack import Stack
-from sessiond.session.oci_reader import read_layer
+from sessiond.session.oci_reader import Marks, read_layer
 from sessiond.session.oci_writer import write_layer
+from sessiond.session.pipes import Pipe
+from sessiond.session.squashfs import read_image, write_image
 from tests.support import trees
 from tests.support.fuzzing import fuzz
 from tests.support.trees import Dir, File, Link, Symlink, Tree, Whiteout
@@ -63,8 +65,8 @@ _ARCHIVE = archive() if os.geteuid() == 0 else b""
 
 
 @fuzz(150)
-@given(st.binary(max_size=2000) | nearly_right())
-def test_an_archive_is_read_or_refused(data: bytes) -> None:
+@given(st.binary(max_size=2000) | nearly_right(), st.sampled_from(Marks))
+def test_an_archive_is_read_or_refused(data: bytes, marks: Marks) -> None:
     with tempfile.TemporaryDirectory() as directory:
         top = Path(directory)
         for name in ("target", "image", "beside"):
@@ -74,6 +76,59 @@ def test_an_archive_is_read_or_refused(data: bytes) -> None:
             closing(Layer.open(os.fsencode(top / "image"), writable=False)) as image,
             suppress(SessiondError, OSError),
         ):
-            read_layer(BytesIO(data).read, layer, image)
+            read_layer(BytesIO(data).read, layer, image, marks=marks)
+        assert list((top / "beside").iterdir()) == list((top / "image").iterdir()) == []
+        assert {path.name for path in top.iterdir()} == {"target", "image", "beside"}
+
+
+def image() -> bytes:
+    """The same as a squashfs."""
+    with tempfile.TemporaryDirectory() as directory:
+        layers = [os.fsencode(f"{directory}/{name}") for name in ("layer", "image")]
+        for layer in layers:
+            os.mkdir(layer)
+        trees.build({"d": {"gone": b"1"}}, os.fsdecode(layers[1]))
+        trees.build(TREE, os.fsdecode(layers[0]))
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(writer, False)
+        pipe = Pipe(writer, _nothing)
+        with closing(Stack.open(layers)) as stack, closing(pipe):
+            write_image(stack, pipe, Path(directory), lambda _: None, _nothing, _nothing)
+        with open(reader, "rb") as file:
+            return file.read()
+
+
+def _nothing() -> None:
+    """Nobody gives up."""
+
+
+_IMAGE = image() if os.geteuid() == 0 else b""
+_END = len(_IMAGE)
+
+
+@st.composite
+def nearly_right_image(draw: st.DrawFn) -> bytes:
+    """One with other bytes in its superblock or its tables."""
+    data = bytearray(_IMAGE)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(4, 95) | st.integers(96, _END - 1))
+        value = draw(st.binary(min_size=1, max_size=8))
+        data[at : at + len(value)] = value
+    return bytes(data[: draw(st.just(_END) | st.integers(0, _END))])
+
+
+@fuzz(40)
+@given(nearly_right_image())
+def test_a_squashfs_is_read_or_refused(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        top = Path(directory)
+        for name in ("target", "image", "beside"):
+            (top / name).mkdir()
+        with (
+            closing(Layer.open(os.fsencode(top / "target"), writable=True)) as layer,
+            closing(Layer.open(os.fsencode(top / "image"), writable=False)) as below,
+            suppress(SessiondError, OSError),
+        ):
+            read_image(BytesIO(data).read, layer, below, top, lambda _: None, _nothing)
         assert list((top / "beside").iterdir()) == list((top / "image").iterdir()) == []
         assert {path.name for path in top.iterdir()} == {"target", "image", "beside"}

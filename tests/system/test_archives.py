@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from sessiond.cli.exit_codes import ExitCode
 from tests.support import trees
 from tests.support.daemon import MANAGER, Daemon, wait_until
 
@@ -33,6 +34,47 @@ def test_a_snapshot_moves_to_another_session(daemon: Daemon) -> None:
     daemon.sessionctl("import", "two", "copy", str(file), "--description", "from one")
     daemon.sessionctl("restore", "two", "copy")
     trees.assert_same(expected, trees.snapshot(str(daemon.root("two"))))
+    daemon.sessionctl("close", "one")
+    daemon.sessionctl("close", "two")
+
+
+def test_a_snapshot_as_a_module_and_back(daemon: Daemon) -> None:
+    """As live-boot stacks modules on its image; and as another session takes it."""
+    daemon.sessionctl("create", "root", "guest", "--id", "one")
+    root = daemon.root("one")
+    (root / "etc/motd").write_text("changed")
+    (root / "etc/hosts").unlink()
+    (root / "tool").write_bytes(os.urandom(3 << 20))
+    (root / "tool").chmod(0o4755)
+    daemon.sessionctl("snapshot", "one", "all")
+    file = daemon.directory / "all.squashfs"
+    daemon.sessionctl("export", "one", "all", str(file))
+    said = subprocess.run(["unsquashfs", "-ll", file], capture_output=True, check=True, text=True)
+    assert "squashfs-root/etc/hosts" in said.stdout
+    piped = daemon.sessionctl("export", "one", "all", "-", "--format", "oci")
+    assert "changed" in piped.stdout
+    module, view = daemon.directory / "module", daemon.directory / "view"
+    for directory in (module, view):
+        directory.mkdir()
+    subprocess.run(["mount", "-o", "loop,ro", file, module], check=True)
+    layers = f"lowerdir={module}:{daemon.directory / 'image'}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, view], check=True)
+    try:
+        assert (view / "etc/motd").read_text() == "changed"
+        assert not (view / "etc/hosts").exists()
+        assert (view / "tool").stat().st_mode & 0o7777 == 0o4755
+        assert (view / "tool").read_bytes() == (root / "tool").read_bytes()
+        assert sorted(os.listdir(view)) == sorted(os.listdir(root))
+    finally:
+        subprocess.run(["umount", view, module], check=True)
+    daemon.sessionctl("create", "root", "guest", "--id", "two")
+    daemon.sessionctl("import", "two", "copy", str(file))
+    daemon.sessionctl("restore", "two", "copy")
+    assert daemon.differences("two") == daemon.differences("one")
+    assert (daemon.root("two") / "tool").read_bytes() == (root / "tool").read_bytes()
+    file.write_bytes(file.read_bytes()[:-200_000])
+    refused = daemon.sessionctl("import", "two", "cut", str(file), code=ExitCode.FAILED)
+    assert "cut off" in refused.stderr
     daemon.sessionctl("close", "one")
     daemon.sessionctl("close", "two")
 

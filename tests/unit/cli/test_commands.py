@@ -333,6 +333,20 @@ async def test_an_export_that_fails_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
 
 
+async def test_an_export_as_squashfs(
+    manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path
+) -> None:
+    manager.jobs_finish_at_once = True
+    await sessionctl("snapshot", "live", "good")
+    for file, options, begins in (
+        ("a.squashfs", [], b"hsqs"),
+        ("a.tar", ["--format", "squashfs"], b"hsqs"),
+        ("b.squashfs", ["--format", "oci"], b"the archive"),
+    ):
+        await sessionctl("export", "live", "good", str(tmp_path / file), *options)
+        assert (tmp_path / file).read_bytes() == begins
+
+
 async def test_import(manager: FakeManager, sessionctl: Sessionctl, tmp_path: Path) -> None:
     manager.jobs_finish_at_once = True
     (tmp_path / "file.tar").write_bytes(b"the archive")

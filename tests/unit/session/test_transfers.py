@@ -25,7 +25,7 @@ from sessiond.errors import (
 from sessiond.session import pipes
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState
+from sessiond.session.model import ArchiveKind, SessionState
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -262,3 +262,24 @@ async def test_what_a_dead_manager_has_left_is_removed(world: World, pipe: tuple
     async with world.manager() as manager:
         await until(lambda: drafts(world.disk("s")) == [])
         assert list(manager.get("s").snapshots) == ["zero", "one"]
+
+
+async def test_a_snapshot_goes_out_and_comes_back_as_squashfs(
+    world: World, pipe: tuple[int, int]
+) -> None:
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        reader, writer = pipe
+        job = session.snapshots.export("one", writer, ArchiveKind.SQUASHFS, started_by=UID)
+        os.close(writer)
+        data = await trio.to_thread.run_sync(_read_all, reader)
+        await job.wait()
+        assert data.startswith(b"hsqs")
+        assert job.bytes >= len(LARGE)
+        await (await add(session, "two", data)).wait()
+        await session.restore("two", started_by=UID).wait()
+        (layer, _image) = world.mount("s").stack.lowers
+        assert (layer / "large").read_bytes() == LARGE
+        with pytest.raises(Failed, match="cut off"):
+            await (await add(session, "three", data[:-8000])).wait()
+        await until(lambda: drafts(world.storage("s")) == [])
