@@ -427,7 +427,9 @@ def _manner(asked: Arguments) -> dict[str, bool | float | str]:
 
 def _kept(asked: Arguments) -> dict[str, list[str]]:
     """Return the option of a reset that says what stays."""
-    return {"keep": asked.kept} if asked.kept else {}
+    # A shell completes the names of directories with a slash.
+    kept = [path.rstrip("/") or path for path in asked.kept]
+    return {"keep": kept} if kept else {}
 
 
 async def _print_ended(session: Session, asked: Arguments) -> None:

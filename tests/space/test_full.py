@@ -18,7 +18,7 @@ from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session import session as session_module
 from sessiond.session.manager import Session
-from sessiond.session.model import SessionState, StorageKind
+from sessiond.session.model import Manner, SessionState, StorageKind
 from tests.space.conftest import ROOT, Machine, fill, reset, restore, settled
 
 WHAT = pytest.mark.parametrize("what", ["bytes", "inodes"])
@@ -80,6 +80,37 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
         await session.snapshots.delete("1")
         await manager.close("s")
         assert not session.services.store.storage(session.record).exists()
+
+
+@WHAT
+@PROFILE
+async def test_a_reset_of_a_full_session_that_is_to_leave_something(
+    machine: Machine, what: str, profile: str
+) -> None:
+    """There may be no space for that; then all is as before, and it is reset without."""
+    disk_of(machine, profile)
+    async with machine.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        work = session.mount_point / "work"
+        (work / "deep").mkdir(parents=True)
+        (work / "deep/file").write_bytes(b"kept")
+        fill(session.mount_point, what)
+        before, refusal = names(session), ""
+        try:
+            await session.reset(started_by=ROOT, manner=Manner(keep=("/work",))).wait()
+        except NoSpace as error:
+            refusal = str(error)
+        if refusal or (profile, what) == ("volatile", "inodes"):
+            assert "no space in session s to keep /work over the reset" in refusal
+            assert names(session) == before
+        else:
+            assert names(session) == image_names(machine) | {"work"}
+        assert (work / "deep/file").read_bytes() == b"kept"
+        assert (work / "deep/file").stat().st_nlink == 1
+        await settled(session)
+        await reset(session)
+        assert names(session) == image_names(machine)
+        await manager.close("s")
 
 
 @WHAT

@@ -517,7 +517,7 @@ async def test_a_reset_with_manners(manager: FakeManager, sessionctl: Sessionctl
     await sessionctl("reset", "live", "--snapshot-first")
     assert manager.jobs[0].manner == Manner(terminate=True, grace=3, snapshot=SnapshotName("kept"))
     assert manager.jobs[1].manner == Manner(snapshot=True)
-    await sessionctl("reset", "live", "--keep", "/home/a b", "--keep", "/srv")
+    await sessionctl("reset", "live", "--keep", "/home/a b", "--keep", "/srv/")
     assert manager.jobs[2].manner == Manner(keep=("/home/a b", "/srv"))
     done = await sessionctl("reset", "live", "--keep", "../srv", code=ExitCode.USAGE)
     assert b"an absolute path of the session is needed" in done.stderr

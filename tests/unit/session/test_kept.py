@@ -20,8 +20,10 @@ from sessiond.errors import (
     SessiondError,
     SessionExists,
 )
+from sessiond.session import schedule
+from sessiond.session.clock import Instant
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import Manner, SessionState, SnapshotName, Uid
+from sessiond.session.model import Manner, ResetRules, SessionState, SnapshotName, Uid
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -268,6 +270,20 @@ async def test_it_can_be_cancelled_while_it_is_copied(
             await job.wait()
         assert session.record.upper == before.upper
         await world.mount("s").write("later", b"")
+
+
+async def test_a_reset_that_is_due_is_not_put_off_by_it(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        clock = session.services.surroundings.clock
+        before = session.record.model_copy(update={"reset_rules": ResetRules(after=3600)})
+        now = Instant.now(clock)
+        (due,) = schedule.due(before, clock, None)
+        (still,) = schedule.due(before.reset(now, partly=True), clock, None)
+        assert still.of == due.of, "or it would be announced anew"
+        assert still.at == pytest.approx(due.at, abs=1)
+        (later,) = schedule.due(before.reset(now), clock, None)
+        assert later.of != due.of
 
 
 async def test_a_snapshot_is_made_of_all(world: World) -> None:
