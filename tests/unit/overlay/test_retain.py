@@ -148,7 +148,7 @@ CHANGES = [action for action in ACTIONS if action not in {"reset", "count"}]
 steps = st.builds(Step, st.sampled_from(CHANGES), st.sampled_from(PATHS), st.sampled_from(PATHS))
 
 
-@fuzz(60)
+@fuzz(25)
 @given(st.lists(steps, min_size=5, max_size=25), paths)
 def test_after_any_changes_paths_stay_as_they_are(sequence: list[Step], kept: list[str]) -> None:
     directory = Path(tempfile.mkdtemp())
