@@ -17,7 +17,7 @@ import struct
 import sys
 import termios
 import tty
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
@@ -36,37 +36,41 @@ def run_apart(child: Callable[[], NoReturn], *, terminal_owner: int) -> int:
     sys.stderr.flush()
     if all(os.isatty(stream) for stream in (0, 1, 2)):
         return _run_on_pty(child, terminal_owner)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        child()
-    with _forwarding_signals(pid):
-        return _exit_code(pid)
+    with _holding_signals() as held:
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            child()
+        with _forwarding_signals(pid, held):
+            return _exit_code(pid)
 
 
 def _run_on_pty(child: Callable[[], NoReturn], owner: int) -> int:
     settings = termios.tcgetattr(_STDIN)
     size = _window_size()
-    pid, master = pty.fork()
-    if pid == 0:
-        os.fchown(_STDIN, owner, -1)
-        termios.tcsetattr(_STDIN, termios.TCSANOW, settings)
-        fcntl.ioctl(_STDIN, termios.TIOCSWINSZ, size)
-        child()
+    with _holding_signals() as held:
+        pid, master = pty.fork()
+        if pid == 0:
+            os.fchown(_STDIN, owner, -1)
+            termios.tcsetattr(_STDIN, termios.TCSANOW, settings)
+            fcntl.ioctl(_STDIN, termios.TIOCSWINSZ, size)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            child()
 
-    def resize(_number: int, _frame: FrameType | None) -> None:
-        fcntl.ioctl(master, termios.TIOCSWINSZ, _window_size())
+        def resize(_number: int, _frame: FrameType | None) -> None:
+            fcntl.ioctl(master, termios.TIOCSWINSZ, _window_size())
 
-    previous = signal.signal(signal.SIGWINCH, resize)
-    try:
-        tty.setraw(_STDIN)
-        with _forwarding_signals(pid):
-            _relay(pid, master)
-            return _exit_code(pid)
-    finally:
-        termios.tcsetattr(_STDIN, termios.TCSAFLUSH, settings)
-        signal.signal(signal.SIGWINCH, previous)
-        os.close(master)
+        previous = signal.signal(signal.SIGWINCH, resize)
+        try:
+            tty.setraw(_STDIN)
+            with _forwarding_signals(pid, held):
+                _relay(pid, master)
+                return _exit_code(pid)
+        finally:
+            termios.tcsetattr(_STDIN, termios.TCSAFLUSH, settings)
+            signal.signal(signal.SIGWINCH, previous)
+            os.close(master)
 
 
 def _relay(pid: int, master: int) -> None:
@@ -131,13 +135,29 @@ def _window_size() -> bytes:
 
 
 @contextmanager
-def _forwarding_signals(pid: int) -> Iterator[None]:
+def _holding_signals() -> Iterator[Collection[int]]:
+    """Have what is to be forwarded wait until it is, or the child would be left alone; hand out
+    what is held otherwise.
+    """
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    try:
+        yield held
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+@contextmanager
+def _forwarding_signals(pid: int, held: Collection[int]) -> Iterator[None]:
     def forward(number: int, _frame: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
+        try:
             os.killpg(pid, number)
+        except ProcessLookupError:  # it has yet to get as far as its own group, or has ended
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     previous = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield
     finally:
         for number, handler in previous.items():

@@ -60,6 +60,26 @@ def test_signals_reach_the_command() -> None:
         assert process.wait(60) == 5
 
 
+EARLY = """
+import os, signal, sys, time
+from sessiond.cli import terminal
+fork = os.fork
+def slow_fork():
+    parent = os.getpid()
+    pid = fork()
+    if pid == 0:
+        os.kill(parent, signal.SIGTERM)  # before it can have got anywhere
+    return pid
+os.fork = slow_fork
+sys.exit(terminal.run_apart(lambda: os.execvp("sleep", ["sleep", "1000"]), terminal_owner=0))
+"""
+
+
+def test_a_signal_that_comes_before_the_command_has_begun() -> None:
+    command = [sys.executable, "-c", EARLY]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, timeout=60).returncode == 128 + 15
+
+
 @contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
     master, slave = pty.openpty()
@@ -86,8 +106,9 @@ def on_terminal(script: str) -> Iterator[tuple[subprocess.Popen[bytes], int, int
 
 
 def read_until(master: int, end: bytes) -> bytes:
+    """Return what is written, to `end` and a little further."""
     seen = b""
-    while not seen.endswith(end):
+    while end not in seen:
         seen += os.read(master, 65536)
     return seen
 
@@ -146,9 +167,8 @@ def test_a_command_that_does_not_read_blocks_no_output() -> None:
     """More is typed than a terminal holds while the command writes more than it holds, too."""
     script = "stty raw -echo; echo ready; head -c 300000 /dev/zero; head -c 65536 >/dev/null"
     with on_terminal(script) as (process, master, _):
-        read_until(master, b"ready\n")
+        size, typed = len(read_until(master, b"ready\n")) - len(b"ready\n"), 0
         os.set_blocking(master, False)
-        size = typed = 0
         while size < 300000 or typed < 65536:
             if typed < 65536:
                 with suppress(BlockingIOError):
