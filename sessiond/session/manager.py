@@ -353,6 +353,11 @@ class Manager:
                 "quota_inodes": None,
                 "mount_point": None,
                 "image_changed": "refuse",
+                # All that is done in it has to be in the new image, and to stay until then.
+                "keep": None,
+                "keep_quota": None,
+                "keep_quota_inodes": None,
+                "reset": ResetTable(),
             }
         )
         return await self._maintenance.begin(

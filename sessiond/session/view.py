@@ -120,7 +120,8 @@ class View:
         """Return the mount. Raises `NoSuchSession`, or `Failed` with why there is none."""
         self._session.turn.require_open()
         if self.mount is None:
-            raise Failed(f"Session {self._session.id} is not mounted. {self._session.failure}")
+            why = self._session.failure or "What is being done to it has to end first."
+            raise Failed(f"Session {self._session.id} is not mounted. {why}")
         return self.mount
 
     # What is shown
