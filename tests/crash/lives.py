@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
 from io import BytesIO
 
@@ -14,10 +15,18 @@ FILES = {"first": b"1" * 100, "second": b"2" * 5000}
 PROFILES = ("volatile", "lasting")
 
 
-def given(profile: str) -> Life:
-    """Return the life that leaves session ``s`` with a snapshot, and another session."""
+def given(profile: str, life: Life) -> Life:
+    """Return the life that leaves session ``s`` with a snapshot, and another session.
 
-    async def life(world: World, manager: Manager) -> None:
+    It is as `life` needs it, which is to be next.
+    """
+    if life in (set_keep, commit):
+        profile = f"{profile}-keeping"
+
+    async def made(world: World, manager: Manager) -> None:
+        if life in (begin_maintenance, cancel_maintenance):
+            make = ["mksquashfs", world.image, world.directory / "squashfs", "-quiet"]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         await manager.create(USER, "lasting", session_id="other")
         await world.mount("other").write("file", b"of another session")
         session = await manager.create(USER, profile, session_id="s")
@@ -25,8 +34,12 @@ def given(profile: str) -> Life:
         await session.snapshots.make("one")
         for name, content in FILES.items():
             await world.mount("s").write(name, content)
+        if life is cancel_scheduled_reset:
+            await schedule_reset(world, manager)
+        if life is cancel_maintenance:
+            await begin_maintenance(world, manager)
 
-    return life
+    return made
 
 
 async def nothing(world: World, manager: Manager) -> None:
@@ -46,11 +59,43 @@ async def snapshot(world: World, manager: Manager) -> None:
 
 
 async def rename_snapshot(world: World, manager: Manager) -> None:
-    await manager.get("s").rename_snapshot("one", "two")
+    await manager.get("s").snapshots.rename("one", "two")
 
 
 async def delete_snapshot(world: World, manager: Manager) -> None:
-    await manager.get("s").delete_snapshot("one")
+    await manager.get("s").snapshots.delete("one")
+
+
+async def describe_snapshot(world: World, manager: Manager) -> None:
+    await manager.get("s").snapshots.describe("one", "as it was")
+
+
+async def pin_snapshot(world: World, manager: Manager) -> None:
+    await manager.get("s").snapshots.pin("one", True)
+
+
+async def schedule_reset(world: World, manager: Manager) -> None:
+    await manager.get("s").timer.schedule(UID, after=3600)
+
+
+async def cancel_scheduled_reset(world: World, manager: Manager) -> None:
+    await manager.get("s").timer.cancel(UID)
+
+
+async def set_keep(world: World, manager: Manager) -> None:
+    await manager.get("s").set_keep(["/home/*/notes"])
+
+
+async def commit(world: World, manager: Manager) -> None:
+    await manager.get("s").commit(["/first"], started_by=UID).wait()
+
+
+async def begin_maintenance(world: World, manager: Manager) -> None:
+    await manager.begin_maintenance("packed", "Back at noon.", started_by=UID)
+
+
+async def cancel_maintenance(world: World, manager: Manager) -> None:
+    await manager.cancel_maintenance()
 
 
 async def restore(world: World, manager: Manager) -> None:
@@ -85,5 +130,7 @@ async def shut_down(world: World, manager: Manager) -> None:
 
 LIVES: tuple[Life, ...] = (
     *(nothing, create_volatile, create_lasting, snapshot, rename_snapshot, delete_snapshot),
-    *(restore, reset, persist, import_snapshot, close, shut_down),
+    *(describe_snapshot, pin_snapshot, schedule_reset, cancel_scheduled_reset),
+    *(begin_maintenance, cancel_maintenance),
+    *(set_keep, commit, restore, reset, persist, import_snapshot, close, shut_down),
 )

@@ -18,6 +18,7 @@ from typing import TypeAlias
 
 import trio
 
+from sessiond.config import Config
 from sessiond.session.manager import Manager, Session
 from sessiond.session.memory import MemoryMount, MemoryMounter
 from sessiond.session.model import StorageKind
@@ -65,6 +66,15 @@ class RealStorage(World):
     mounter: MemoryMounter = field(default_factory=lambda: MemoryMounter(_Mount))
     mounts: Mounts = field(default_factory=_Mounts)  # type: ignore[assignment]
 
+    def config(self, **sessions: str) -> Config:
+        """See `World`; some keep what the user commits, and one is over an image file."""
+        config = super().config(**sessions).model_dump(mode="json", exclude_unset=True)
+        profiles = config["profile"]
+        for name in tuple(profiles):
+            profiles[f"{name}-keeping"] = profiles[name] | {"keep": []}
+        profiles["packed"] = profiles["volatile"] | {"image": str(self.directory / "squashfs")}
+        return Config.model_validate(config)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -73,6 +83,8 @@ class Found:
     storage: StorageKind
     files: Files
     snapshots: dict[str, Files]
+    said: frozenset[object]
+    """What people have said of it."""
 
 
 State: TypeAlias = "dict[str, Found]"
@@ -117,7 +129,9 @@ async def _recover(top: Path) -> State:
     world = RealStorage(top)
     async with world.manager() as manager:
         state = {
-            session.id: Found(session.storage, _served(world, session), _kept(session))
+            session.id: Found(
+                session.storage, _served(world, session), _kept(session), _said(session)
+            )
             for session in manager.sessions.values()
         }
         for base in (world.runtime, world.state):
@@ -148,6 +162,13 @@ def _kept(session: Session) -> dict[str, Files]:
         )
         for snapshot in record.snapshots
     }
+
+
+def _said(session: Session) -> frozenset[object]:
+    record = session.record
+    snapshots = [(one.description, one.pinned) for one in record.snapshots]
+    scheduled = record.scheduled and record.scheduled.after
+    return frozenset((*snapshots, scheduled, record.keep_rules, record.maintenance))
 
 
 def _merged(layers: Iterable[Path]) -> Files:

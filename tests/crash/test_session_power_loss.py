@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.crash import sessions
 from tests.crash.lives import LIVES, given, persist, restore, snapshot
 from tests.crash.sessions import Files, Life, State
 from tests.support.disks import FILE_SYSTEMS, make_image
-from tests.support.recording_disk import RecordingDisk, mounted_image
+from tests.support.recording_disk import Record, RecordingDisk, mounted_image
 from tests.support.sessions import World
 
 CASES = [
@@ -44,6 +45,8 @@ class Machine:
         (self._top / "recorded").mkdir()
         image = make_image(kind, directory)
         self.disk = RecordingDisk(image, f"{directory}/recorded")
+        self.layers = 0
+        """How many there were when it was looked last."""
 
     def run(self, before: Life, life: Life) -> tuple[int, int]:
         """Let one manager do `before`, and the next one `life`; return when that was in the log."""
@@ -54,14 +57,16 @@ class Machine:
             sessions.die(self._top, life)
             return start, self.disk.position
 
-    def after_power_loss(self, upto: int) -> State:
-        """Return what the next manager serves if the power went after `upto` records."""
+    def after_power_loss(self, written: Sequence[Record]) -> State:
+        """Return what the next manager serves if the disk has got only that."""
         mounts = SystemMounts()
         for target in mounts.mounted_below(self._top / "run"):
             mounts.detach(target)
         shutil.rmtree(self._top / "run", ignore_errors=True)
-        with self.disk.after_power_loss(self.disk.records()[:upto], str(self._state)):
-            return sessions.recovered(self._top)
+        with self.disk.after_power_loss(written, str(self._state)):
+            found = sessions.recovered(self._top)
+            self.layers = len(list(self._state.glob("sessions/*/layers/*")))
+            return found
 
 
 def after_writing(life: Life) -> Life:
@@ -98,14 +103,14 @@ def test_power_loss(
     directory = f"{scratch}/{life.__name__}-{kind}"
     os.mkdir(directory)
     machine = Machine(directory, kind)
-    start, end = machine.run(given(profile), after_writing(life))
+    start, end = machine.run(given(profile, life), after_writing(life))
     records = machine.disk.records()
-    before = machine.after_power_loss(0)
-    after = machine.after_power_loss(len(records))
+    before = machine.after_power_loss([])
+    after = machine.after_power_loss(records)
     states = without_unsynced(before), without_unsynced(after)
     for number, record in enumerate(records):
         if record.is_flush and record.end > start:
-            found = machine.after_power_loss(number)
+            found = machine.after_power_loss(records[:number])
             what = f"power lost at {record.end}, done at {end}"
             assert without_unsynced(found) in states, what
             if record.end > end:
