@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sessiond.journal import Event
+from tests.matrix.methods import METHODS, By
 from tests.support.cgroups import COUNTER, is_of_one_moment, prepare_counter
 from tests.support.machine import PYTHON, CannotBoot, Machine, booted
 
@@ -279,7 +280,7 @@ def journal(machine: Machine, *matches: str) -> list[dict[str, str]]:
 
 
 def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
-    service.run("useradd --create-home alice; sessionctl create alice guest --id hers")
+    service.run("id alice || useradd --create-home alice; sessionctl create alice guest --id hers")
     reset, uid = "sessionctl reset", service.run("id --user alice").strip()
     in_a_session(service, f"{reset} hers", seat="seat0")
     said = in_a_session(service, f"{reset} hers", code=4)
@@ -301,6 +302,65 @@ def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
         requests[0]["SESSIOND_JOB"],
         "succeeded",
     )
+
+
+@pytest.fixture
+def alice(service: Machine) -> str:
+    """A user who can log in, with four sessions; and her uid."""
+    service.run("id alice || useradd --create-home alice")
+    for number in range(4):
+        service.run(f"sessionctl create alice guest --id hers-{number}")
+    return service.run("id --user alice").strip()
+
+
+def test_each_method_of_who_is_at_the_machine(service: Machine, alice: str) -> None:
+    """She may all that is hers without a password, and nothing else."""
+
+    def called(*sessions: str) -> dict[str, list[str]]:
+        visit = f"{PYTHON} -m tests.matrix.visit {' '.join(sessions)}"
+        found = json.loads(in_a_session(service, visit, seat="seat0"))
+        assert found
+        return found  # type: ignore[no-any-return]
+
+    service.run(f"sessionctl reset kiosk; echo note >{ROOT}/note; sessionctl snapshot kiosk first")
+    service.run("sessionctl snapshot hers-0 first")
+    own, others = called("hers-0", "hers-1", "hers-2"), called("kiosk", "kiosk", "kiosk")
+    assert own.keys() == others.keys()
+    refused = {"InteractiveAuthorizationRequired", "NotAuthorized"}
+    for entry in METHODS:
+        if entry.by is By.ANYONE:
+            continue
+        (outcome, said) = own[str(entry)]
+        assert (outcome in refused) is (entry.by is By.ROOT), f"{entry}: {outcome}: {said}"
+        assert others[str(entry)][0] in refused, str(entry)
+    service.run("cat /run/sessiond/sessions/kiosk/root/note")
+
+
+def test_logind_knows_that_a_user_is_idle_who_is_logged_in(service: Machine, alice: str) -> None:
+    login = "--property=PAMName=login --property=User=alice"
+    seat = "--setenv=XDG_SEAT=seat0 --setenv=XDG_SESSION_TYPE=x11"
+    service.run(f"systemd-run --quiet --unit desktop {login} {seat} sleep infinity")
+    service.wait("loginctl show-user alice --property=State | grep --quiet active")
+    session = service.run("loginctl show-user alice --value --property=Display").strip()
+    path = service.run(
+        "busctl --json=short call org.freedesktop.login1 /org/freedesktop/login1 "
+        f"org.freedesktop.login1.Manager GetSession s {session}"
+    )
+    (path,) = json.loads(path)["data"]
+
+    def next_reset(*, idle: bool) -> str:
+        # As her desktop says it.
+        hint = f"org.freedesktop.login1.Session SetIdleHint b {str(idle).lower()}"
+        service.run(f"busctl call org.freedesktop.login1 {path} {hint}")
+        service.run("sessionctl schedule-reset hers-3 --idle 1h")
+        return 'sessionctl status hers-3 --json | grep --quiet \'"next_reset": "\''
+
+    service.run(f"{next_reset(idle=False)} && exit 1; exit 0")
+    service.wait(next_reset(idle=True))
+    file = ROOT.replace("kiosk", "hers-3") + "/file"
+    service.run(f"touch {file}; sessionctl schedule-reset hers-3 --idle 1s --warning 0s")
+    service.wait(f"! test -e {file}")
+    service.run("systemctl stop desktop")
 
 
 def test_descriptors_outlive_the_process(machine: Machine) -> None:
