@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import os
+import select
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,8 +158,11 @@ class Keep(_Message):
 class Commit(_Message):
     """Copy what the merged view shows at paths to the layers of what outlives resets.
 
-    Nothing changes in the view: that takes a `Keep`. Precondition: changes are held back. The
-    outcome comes as that of `Changes`; if its socket closes before, copying ends soon.
+    Through the socket that comes along, replies with `copied` tell how far it is. One without says
+    that a `Step` is awaited there: the first brings what has changed meanwhile, for which changes
+    have to be held back from here to the `Keep` that follows; the second has the copies take their
+    place. The next `Keep` makes that final if its rules name the paths, or undoes it. If the socket
+    closes before the second, all that was copied is removed.
     """
 
     kind: Literal["commit"] = "commit"
@@ -169,13 +173,18 @@ class Commit(_Message):
 class Retain(_Message):
     """Bring what the merged view shows at paths into an upper that is to be served next.
 
-    Precondition: changes are held back. The outcome comes as that of `Commit`.
+    Precondition: changes are held back. The outcome comes as that of `Changes`; if the socket for
+    it closes before, it is given up.
     """
 
     kind: Literal["retain"] = "retain"
     paths: tuple[str, ...]
     """Absolute in the merged view."""
     upper: Path
+
+
+class Step(_Message):
+    """Go on with a `Commit`."""
 
 
 class Sync(_Message):
@@ -270,6 +279,13 @@ class PendingFiles(_Message):
     """Something is there: one of these, or a file that was removed while it was open."""
 
 
+class Copied(_Message):
+    """How much of what is to be copied is, in bytes."""
+
+    done: _Count
+    total: _Count
+
+
 class Reply(_Message):
     """The answer to a request; also sent once unasked, when the worker is ready or cannot be."""
 
@@ -278,6 +294,7 @@ class Reply(_Message):
     """Of the system call that failed; 0 without error, or if it was none."""
     changes: ChangeCounts | None = None
     pending: PendingFiles | None = None
+    copied: Copied | None = None
     inexact: tuple[str, ...] = ()
     """Of a swap: see `Mount.swap`; what is not UTF-8 is escaped."""
     worker: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -292,6 +309,16 @@ class Reply(_Message):
     """Why they cannot be merged."""
     frozen: bool = False
     """Whether it holds changes back, when another manager finds it."""
+
+
+def failure(error: OSError) -> Reply:
+    """Return the answer to a request that has failed, in words for people."""
+    # Calls with a descriptor have its number for a name.
+    named = isinstance(error.filename, str | bytes)
+    text = f"{os.fsdecode(error.filename) + ': ' if named else ''}{error.strerror or error}"
+    # A name that is not UTF-8 has no place in JSON.
+    printable = text.encode(errors="backslashreplace").decode()
+    return Reply(error=printable, errno=error.errno or 0)
 
 
 _requests: TypeAdapter[Request] = TypeAdapter(Request)
@@ -334,3 +361,10 @@ async def receive(channel: trio.socket.SocketType) -> tuple[bytes, list[int]]:
             os.close(fd)
         raise OSError("truncated control message")
     return packet, list(descriptors)
+
+
+def hung_up(channel: trio.socket.SocketType) -> bool:
+    """Say whether nobody waits for an outcome any more."""
+    poll = select.poll()
+    poll.register(channel.fileno(), 0)
+    return bool(poll.poll(0))

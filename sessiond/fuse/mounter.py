@@ -349,7 +349,7 @@ class FuseMount:
 
     async def _ask_for_outcome(
         self,
-        request: control.Changes | control.Diff | control.Sync | control.Commit | control.Retain,
+        request: control.Changes | control.Diff | control.Sync | control.Retain,
         descriptors: tuple[int, ...] = (),
     ) -> Reply:
         """Ask for what takes long; other requests are served meanwhile."""
@@ -357,7 +357,10 @@ class FuseMount:
         with trio.socket.from_stdlib_socket(ours) as outcome:
             with theirs:
                 await self._ask(request, (theirs.fileno(), *descriptors))
-            reply = await self._received(outcome)
+            return await self._outcome(outcome)
+
+    async def _outcome(self, channel: trio.socket.SocketType) -> Reply:
+        reply = await self._received(channel)
         if reply is None:
             # Another may go on for it by now.
             raise Failed(
@@ -472,12 +475,36 @@ class FuseMount:
 
     async def keep(self, rules: tuple[str, ...]) -> None:
         """See `Mount.keep`."""
-        self._rules = rules  # also of a worker that has to go on for this one
-        await self._ask(control.Keep(rules=rules))
+        self._rules = rules
+        try:
+            await self._ask(control.Keep(rules=rules))
+        except SessiondError:
+            if not self._died.is_set():  # else the worker that goes on for it begins with them
+                raise
 
-    async def commit(self, paths: tuple[str, ...]) -> None:
-        """See `Mount.commit`."""
-        await self._ask_for_outcome(control.Commit(paths=paths))
+    @asynccontextmanager
+    async def committing(
+        self, paths: tuple[str, ...], report: Callable[[int, int], None]
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """See `Mount.committing`."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with trio.socket.from_stdlib_socket(ours) as channel:
+
+            async def step() -> None:
+                with suppress(OSError):  # it has ended, and has said why before
+                    await control.send(channel, control.Step())
+                await self._until_step(channel, report)
+
+            with theirs:
+                await self._ask(control.Commit(paths=paths), (theirs.fileno(),))
+            await self._until_step(channel, report)
+            yield step
+
+    async def _until_step(
+        self, channel: trio.socket.SocketType, report: Callable[[int, int], None]
+    ) -> None:
+        while (told := (await self._outcome(channel)).copied) is not None:
+            report(told.done, told.total)
 
     async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
         """See `Mount.retain`."""

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import resource
-import select
 import signal
 import socket
 import tempfile
@@ -36,13 +35,13 @@ from sessiond.control import (
     Start,
 )
 from sessiond.fuse import comparison, data_path, device, sandbox
+from sessiond.fuse.commits import Commits
 from sessiond.fuse.counting import Counting
 from sessiond.fuse.merging import Merging
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
 from sessiond.fuse.vanished import Vanished
 from sessiond.keep_rules import KeepRules
-from sessiond.overlay import commit
 from sessiond.overlay.by_directory import ByDirectory
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.keep import Keep
@@ -52,7 +51,6 @@ from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack, StackOptions
-from sessiond.overlay.workdir import remove_tree
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
@@ -272,7 +270,7 @@ async def _run(
         path = data_path.choose(start.data_path)
         operations, served, is_known = _prepare(start, path, connection, journal)
     except OSError as error:
-        await control.send(channel, _failure(error))
+        await control.send(channel, control.failure(error))
         return
     except ValueError as error:
         await control.send(channel, Reply(error=str(error)))
@@ -385,15 +383,6 @@ async def _serve_and_cancel(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def _failure(error: OSError) -> Reply:
-    # Calls with a descriptor have its number for a name.
-    named = isinstance(error.filename, str | bytes)
-    text = f"{os.fsdecode(error.filename) + ': ' if named else ''}{error.strerror or error}"
-    # A name that is not UTF-8 has no place in JSON.
-    printable = text.encode(errors="backslashreplace").decode()
-    return Reply(error=printable, errno=error.errno or 0)
-
-
 class _Controlled:
     """The manager's side of a worker: one request after another."""
 
@@ -417,9 +406,9 @@ class _Controlled:
         self._vanished = Vanished(operations.overlay, nursery)
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
         self.counting = Counting(operations.overlay, self._comparisons)
-        self._committing = trio.Lock()
-        self._committed: list[bytes] = []
-        """Paths that were copied, and that the next rules are expected to name."""
+        self._commits = Commits(
+            operations.overlay, trio.CapacityLimiter(1), lambda: self._is_frozen
+        )
         self._retained: tuple[Path, Retain] | None = None
         """What the upper at that path was filled with, which is expected to be served next."""
         self._settling: Retain | None = None
@@ -498,7 +487,7 @@ class _Controlled:
                 case control.Keep():
                     await self.keep(KeepRules(request.rules))
         except OSError as error:
-            return _failure(error)
+            return control.failure(error)
         except Exception:
             log.exception("request %s failed", request)
             return Reply(error="the worker failed; its log has the reason")
@@ -556,6 +545,7 @@ class _Controlled:
     async def keep(self, rules: KeepRules) -> None:
         """Keep what `rules` say from now on."""
         overlay = self._operations.overlay
+        await self._commits.undo_unless(rules)
         if overlay.keep is None or overlay.keep.rules.rules == rules.rules:
             return
         if self._is_frozen:
@@ -573,10 +563,7 @@ class _Controlled:
         await trio.to_thread.run_sync(self._tell_kernel, outdated, [])
         if self._operations.data_path is not DataPath.PLAIN:
             _note_rules(rules)
-        overlay, committed, self._committed = self._operations.overlay, self._committed, []
-        for path in committed:
-            if rules.keep(path) and (hidden := overlay.take_hidden(path)) is not None:
-                await trio.to_thread.run_sync(remove_tree, hidden)
+        self._nursery.start_soon(self._commits.finish)
 
     def _tell_kernel(self, outdated: Outdated, lost: list[tuple[int, bytes]]) -> None:
         """Tell the kernel what it must not take for granted any more. In a thread."""
@@ -584,32 +571,10 @@ class _Controlled:
         device.invalidate(lost, outdated.directories)
 
     def _start_commit(self, request: control.Commit, descriptor: int) -> Reply:
-        keep = self._operations.overlay.keep
-        if not self._is_frozen or keep is None:
-            return Reply(error="Nothing can be committed now.")
-        overlay = self._operations.overlay
         paths = [os.fsencode(path)[1:] for path in request.paths]
-        for path in paths:
-            overlay.make_way(path)
-        outcome = _socket(descriptor)
-        work = commit.Commit(overlay.stack.copy(), keep, paths, lambda: _hung_up(outcome))
-        self._nursery.start_soon(self._commit, work, outcome)
+        self._commits.require_ways(paths)
+        self._nursery.start_soon(self._commits.carry_out, paths, _socket(descriptor))
         return Reply()
-
-    async def _commit(self, work: commit.Commit, outcome: trio.socket.SocketType) -> None:
-        with outcome:
-            async with self._committing:
-                try:
-                    await trio.to_thread.run_sync(work.run)
-                    self._committed = work.paths
-                    reply = Reply()
-                except OSError as error:
-                    reply = _failure(error)
-                except Exception:
-                    log.exception("a commit failed")
-                    reply = Reply(error="the worker failed; its log has the reason")
-            with suppress(OSError):
-                await control.send(outcome, reply)
 
     def _start_retaining(self, request: control.Retain, descriptor: int) -> Reply:
         if not self._is_frozen:
@@ -622,7 +587,7 @@ class _Controlled:
             Layer.open(os.fsencode(request.upper), writable=True),
             KeepRules() if overlay.keep is None else overlay.keep.rules,
             [os.fsencode(path)[1:] for path in request.paths],
-            lambda: _hung_up(outcome),
+            lambda: control.hung_up(outcome),
         )
         self._nursery.start_soon(self._retain, request.upper, work, outcome)
         return Reply()
@@ -641,7 +606,7 @@ class _Controlled:
                 reply = Reply()
             except OSError as error:
                 work.close()
-                reply = _failure(error)
+                reply = control.failure(error)
             except Exception:
                 log.exception("paths cannot be retained")
                 work.close()
@@ -709,7 +674,7 @@ class _Controlled:
             try:
                 reply = Reply(changes=await compare())
             except OSError as error:
-                reply = _failure(error)
+                reply = control.failure(error)
             except Exception:
                 log.exception("a comparison failed")
                 reply = Reply(error="the worker failed; its log has the reason")
@@ -724,7 +689,7 @@ class _Controlled:
                 await trio.to_thread.run_sync(_sync, self._copies())
                 reply = Reply()
             except OSError as error:
-                reply = _failure(error)
+                reply = control.failure(error)
             with suppress(OSError):  # it does not want to know any more
                 await control.send(outcome, reply)
 
@@ -743,7 +708,7 @@ class _Controlled:
                 await self._operations.settle_all(only_closed=only_closed)
                 problem = said if only_closed else ""
             except OSError as error:
-                problem = _failure(error).error or ""
+                problem = control.failure(error).error or ""
             if problem not in {said, ""}:
                 log.error("What is written to an open file stays in RAM: %s", problem)
             said = problem
@@ -867,13 +832,6 @@ def _socket(descriptor: int) -> trio.socket.SocketType:
     except OSError:
         os.close(duplicate)
         raise
-
-
-def _hung_up(outcome: trio.socket.SocketType) -> bool:
-    """Say whether nobody waits for an outcome any more."""
-    poll = select.poll()
-    poll.register(outcome.fileno(), 0)
-    return bool(poll.poll(0))
 
 
 def _sync(stacks: list[Stack]) -> None:

@@ -1,244 +1,555 @@
-"""Commit: what the merged view shows at a path is copied to what is kept.
+"""Commit: what the merged view shows at a path is copied to what is kept, while programs go on.
 
 Written is what differs from the image: copies of what was made or changed, and whiteouts for what
-is gone. The rules do not name the path yet, so nobody sees what is half done, and a crash leaves
-what the next commit of the path removes. What is kept below the path already stays as it is.
+is gone. That is done aside, in the workdir of what is kept, under the same paths: first all, then
+again what was touched meanwhile, and in the end, while nothing changes, the little that is left. A
+copy that was made while its original changed may be of no moment at all; but then that was touched,
+and it is copied again before anybody sees it. At last renames put all in its place. The rules do
+not name the path yet, so nobody sees what is half done. What is kept below it already stays.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat as modes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
 from sessiond.overlay.directory import copy_object
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.lookup import ABSENT, Directory, Entry, Lower, Presence, join, lookup, names
+from sessiond.overlay.lookup import (
+    ABSENT,
+    Directory,
+    Entry,
+    Identity,
+    Lower,
+    Presence,
+    join,
+    lookup,
+    names,
+)
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.whiteout import is_whiteout_device
 from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
 
+log = logging.getLogger(__name__)
 
-class Task(NamedTuple):
-    """An object to be brought into the layer, or a directory in which that is done."""
+_PATH_LIMIT = 4096
+"""Bytes (PATH_MAX). Programs can nest directories without end; each takes memory and time here."""
+_LINKS_LIMIT = 250_000
+"""Names of files with several that are remembered: they change together."""
+_OBJECT_BYTES = 4096
+"""What an object counts for, besides its contents, when it is asked how much was copied."""
+_ATTEMPTS = 3
+"""As for a snapshot: how often a file that is written to all the while is copied."""
+_FATAL = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ECANCELED),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.EMLINK),
+    }
+)
+"""All else, while programs go on, may be because what is copied has just changed."""
+
+
+class _Task(NamedTuple):
+    """An object to be brought into what is kept, or a directory in which that is done."""
 
     path: bytes
     entry: Entry
     """What the merged view shows."""
     below: Entry
-    """What the image shows there."""
+    """What the image would show if nothing were kept."""
     finish: bool = False
+    """All that is in the directory has come before."""
 
 
-class AsShown:
-    """Copies what a merged view shows at paths to a layer over the image, in any thread, while
-    nothing changes.
+class Commit:
+    """Copies paths. One thread at a time calls it; in between, programs may change the session.
+
+    `copy`, then `renew` as often as it is worth it, at last with `last`; `publish`, and perhaps
+    `undo`. `close` in any case: only what was published is left.
     """
 
     def __init__(
-        self, session: Stack, target: Layer, rules: KeepRules, cancelled: Callable[[], bool]
+        self,
+        session: Stack,
+        keep: Keep,
+        paths: Sequence[bytes],
+        cancelled: Callable[[], bool],
+        report: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """`session` and `target` are taken over. What `rules` keep is left out. `cancelled` is
-        asked often.
+        """`session`, taken over: a copy of the session's layers. `cancelled` is asked often.
+
+        `report` is told how many bytes of how many are copied. Raises OSError: ENOSPC.
         """
         self._session = session
-        self._target = target
+        self._kept = keep.stack.writable.copy()
         self._image = Stack((session.lowers[-1].copy(),), None, None, session.options)
-        self._rules = rules
+        self._rules = keep.rules
+        self.paths = _topmost([path for path in paths if not keep.rules.keep(path)])
+        self._roots = set(self.paths)
         self._cancelled = cancelled
-        self._links: dict[tuple[int, int], bytes] = {}
-        """Paths of copies of files that have several names, by the inode that was copied."""
+        self._report = report
+        self._done = self._total = 0
+        self._objects = 0
+        self._last = False
+        """Nothing changes any more."""
+        self._linked: dict[Identity, dict[bytes, Identity]] = {}
+        """Of files that have several names, those copied: with the inode that the copy is of."""
+        self._links = 0
+        self._unsure: dict[bytes, bool] = {}
+        """Paths of what could not be copied since it changed."""
+        self._undo: list[Callable[[], None]] = []
+        self._aside = keep.stack.workdir.temporary()
+        try:
+            syscalls.mkdir(self._aside, 0o700)
+            self._copies = Layer(syscalls.open_path(self._aside))
+        except BaseException:
+            remove_tree(self._aside)
+            self._close_layers()
+            raise
 
     def close(self) -> None:
+        """Remove what was not published, or what that has replaced."""
+        self._copies.close()
+        self._close_layers()
+        remove_tree(self._aside)
+
+    def _close_layers(self) -> None:
         self._session.close()
         self._image.close()
-        self._target.close()
+        self._kept.close()
+
+    def copy(self) -> None:
+        """Copy all. Raises OSError: ENOSPC, ECANCELED."""
+        self._total = sum(_bytes(task) for path in self.paths for task in self._walk(path))
+        self._require_space()
+        self._report(0, self._total)
+        self._unsure.clear()
+        for path in self.paths:
+            self._copy(path)
+
+    def renew(
+        self,
+        session: Stack,
+        touched: Mapping[bytes, bool],
+        identities: Collection[Identity],
+        *,
+        last: bool = False,
+    ) -> int:
+        """Copy again what was `touched` (see `Touched`); return how many bytes that were, about.
+
+        `session`, taken over, is a later copy of the session's layers. With `last`, nothing changes
+        until `publish` has returned. Raises as `copy`.
+        """
+        self._session.close()
+        self._session, self._last = session, last
+        before = self._done + self._objects * _OBJECT_BYTES
+        wanted = self._relevant({**touched, **dict.fromkeys(self._unsure, True)})
+        for identity in identities:
+            for path in self._linked.get(identity, ()):
+                wanted.setdefault(path, False)
+        self._unsure.clear()
+        self._renew(sorted(wanted.items(), key=lambda item: item[0].split(b"/")))
+        return self._done + self._objects * _OBJECT_BYTES - before
+
+    def sync(self) -> None:
+        """Write it to disk, which takes long; the little that comes later does not."""
+        syscalls.syncfs(self._kept.root)
+
+    def publish(self) -> None:
+        """Put all in its place; it is on disk then. If that fails, nothing has changed.
+
+        Precondition: `renew` was the `last`, and `keep` has ways to where the paths are. Raises
+        OSError: ENOTEMPTY where something is kept below what is no directory any more.
+        """
+        self._kept.forget_all()  # there may be other ways by now
+        try:
+            for path in self.paths:
+                self._put(path)
+            self.sync()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Take it away again, and put back what was there before."""
+        while self._undo:
+            self._undo.pop()()
+
+    # What is copied
 
     def _check(self) -> None:
         if self._cancelled():
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
 
-    def _remove_way(self, path: bytes) -> None:
-        """Remove what leads to what was kept below `path`, where there is no directory any more.
+    def _require_space(self) -> None:
+        upper = self._session.upper
+        if upper is not None and upper.device == self._kept.device:
+            return  # they may share blocks
+        space = syscalls.statvfs(self._kept.root)
+        if self._total > space.f_bfree * space.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        Raises ENOTEMPTY if there is something still, though out of reach.
-        """
-        if syscalls.stat_or_none(self._target.at(path)) is None:
-            return
-        top, pending = path, [path]
-        while pending:
-            path = pending.pop()
-            directory = self._target.directory(path)
-            for name, _ in syscalls.scan(directory):
-                stat = syscalls.stat(At(directory, name))
-                if modes.S_ISDIR(stat.st_mode):
-                    pending.append(join(path, name))
-                elif not is_whiteout_device(stat):
-                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
-        self._target.forget_all()
-        remove_tree(self._target.at(top))
+    @contextmanager
+    def _uncertain(self, path: bytes) -> Iterator[None]:
+        """Put off what fails because it has just changed."""
+        try:
+            yield
+        except OSError as error:
+            if self._last or error.errno in _FATAL:
+                raise
+            self._unsure[path] = True
 
-    def _copy(self, path: bytes) -> None:
-        parent, _, name = path.rpartition(b"/")
-        entry = self._lookup(self._session, parent, name)
-        pending = [Task(path, entry, self._lookup(self._image, parent, name))]
-        while pending:
+    def _walk(self, path: bytes) -> Iterator[_Task]:
+        """Yield what differs from the image; a directory before what is in it, and once after."""
+        levels: list[Iterator[_Task]] = []
+        with self._uncertain(path):
+            shown, below = self._find(self._session, path), self._find(self._image, path)
+            levels.append(iter([_Task(path, shown, below)]))
+        while levels:
             self._check()
-            task = pending.pop()
-            if not task.entry.is_directory:
-                self._remove_way(task.path)
-            if task.finish:
-                self._finish(task)
-            elif not task.entry.positive:
-                if task.below.positive:
-                    syscalls.mknod(self._target.at(task.path), modes.S_IFCHR, 0)
-            elif self._is_image(task) and syscalls.stat_or_none(self._target.at(task.path)) is None:
+            following = next(levels[-1], None)
+            if following is None:
+                levels.pop()
                 continue
-            elif task.entry.is_directory:
-                pending.append(task._replace(finish=True))
-                pending += self._begin_directory(task)
-            else:
-                self._copy_file(task)
+            if self._is_image(following):
+                continue
+            if len(following.path) >= _PATH_LIMIT:
+                reason = "what is nested so deep that its path is too long cannot be committed"
+                raise OSError(errno.ENAMETOOLONG, reason, b"/" + following.path[:100] + b"...")
+            yield following
+            if following.entry.is_directory and not following.finish:
+                levels.append(iter([following._replace(finish=True)]))
+                levels.append(self._inside(following))
 
-    def _lookup(self, stack: Stack, parent: bytes, name: bytes) -> Entry:
+    def _find(self, stack: Stack, path: bytes) -> Entry:
+        parent, _, name = path.rpartition(b"/")
         lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
         upper = stack.upper
         marked = upper is not None and upper.may_hold_marks
         directory = Directory(None if upper is None else b"", lowers, marked)
-        path = b""
+        walked = b""
         for component in filter(None, parent.split(b"/")):
             entry = lookup(stack, directory, component)
             if not entry.is_directory:
                 return ABSENT
-            path = join(path, component)
-            directory = _directory(entry, path)
+            walked = join(walked, component)
+            directory = _directory(entry, walked)
         return lookup(stack, directory, name)
 
-    def _is_image(self, task: Task) -> bool:
+    def _is_image(self, task: _Task) -> bool:
         """Say whether an object, and all in it, is the image's at the same path."""
         entry = task.entry
+        if not entry.positive:
+            return not task.below.positive
         return entry.presence is Presence.LOWER and len(entry.lowers) == 1 and self._merges(task)
 
-    def _merges(self, task: Task) -> bool:
+    def _merges(self, task: _Task) -> bool:
         """Say whether what the image has at the path is part of what the merged view shows."""
         lowers = task.entry.lowers
         return bool(lowers) and (
             lowers[-1].layer is self._session.lowers[-1] and lowers[-1].path == task.path
         )
 
-    def _begin_directory(self, task: Task) -> list[Task]:
-        """Make a directory; return what is to be done in it."""
-        at = self._target.at(task.path)
-        opaque = self._session.xattrs.opaque
-        found: set[bytes] = set()
-        if syscalls.stat_or_none(at) is None:
-            syscalls.mkdir(at, 0o700)
-        else:  # a way, in which others may be left that lead to nothing
-            found.update(name for name, _ in syscalls.scan(self._target.directory(task.path)))
-        if syscalls.getxattr(at, opaque) is not None:
-            syscalls.removexattr(at, opaque)
+    def _inside(self, task: _Task) -> Iterator[_Task]:
         shown = _directory(task.entry, task.path)
-        found.update(names(self._session, shown))
         image = None
-        if task.below.is_directory:
-            if self._merges(task):
+        found: set[bytes] = set()
+        with self._uncertain(task.path):
+            found.update(names(self._session, shown))
+            if task.below.is_directory and self._merges(task):
                 image = _directory(task.below, task.path)
                 found.update(names(self._image, image))
-            else:
-                syscalls.setxattr(at, opaque, b"y")
-        return [
-            Task(
-                path,
-                lookup(self._session, shown, name),
-                ABSENT if image is None else lookup(self._image, image, name),
-            )
-            for name in found
-            if not self._rules.keep(path := join(task.path, name))
-        ]
+        while found:
+            path = join(task.path, name := found.pop())
+            if self._rules.keep(path):
+                continue
+            following = None
+            with self._uncertain(path):
+                below = ABSENT if image is None else lookup(self._image, image, name)
+                following = _Task(path, lookup(self._session, shown, name), below)
+            if following is not None:
+                yield following
 
-    def _finish(self, task: Task) -> None:
+    # The copies
+
+    def _copy(self, path: bytes) -> None:
+        """Copy what is at `path`, of which there is no copy yet."""
+        self._make_parents(path)
+        for task in self._walk(path):
+            with self._uncertain(task.path):
+                if task.finish:
+                    self._finish(task)
+                elif not task.entry.positive:
+                    syscalls.mknod(self._copies.at(task.path), modes.S_IFCHR, 0)
+                elif task.entry.is_directory:
+                    self._make_directory(task)
+                else:
+                    self._copy_file(task)
+            self._objects += not task.finish
+
+    def _make_parents(self, path: bytes) -> None:
+        walked = b""
+        for component in path.split(b"/")[:-1]:
+            walked = join(walked, component)
+            if _stat(self._copies, walked) is None:
+                syscalls.mkdir(self._copies.at(walked), 0o700)
+
+    def _make_directory(self, task: _Task) -> None:
+        at = self._copies.at(task.path)
+        syscalls.mkdir(at, 0o700)
+        if task.below.is_directory and not self._merges(task):
+            syscalls.setxattr(at, self._session.xattrs.opaque, b"y")
+
+    def _finish(self, task: _Task) -> None:
         """Give a directory, which is complete, its attributes."""
-        source, target = self._at(task), self._target.at(task.path)
-        copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
+        with self._original(task) as source:
+            target = self._copies.at(task.path)
+            copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
 
-    def _copy_file(self, task: Task) -> None:
-        source, target = self._at(task), self._target.at(task.path)
-        stat = syscalls.stat(source)
-        inode = (stat.st_dev, stat.st_ino)
-        if stat.st_nlink > 1 and inode in self._links:
-            syscalls.link(self._target.at(self._links[inode]), target)
-            return
-        contents = task.entry.lowers[-1].at() if task.entry.metacopy else source
-        copy_object(contents, source, target, self._session.xattrs, self._cancelled)
-        if stat.st_nlink > 1:
-            self._links[inode] = task.path
+    def _copy_file(self, task: _Task) -> None:
+        target = self._copies.at(task.path)
+        with self._original(task) as source:
+            stat = syscalls.stat(source)
+            if stat.st_nlink > 1 and self._link(task, (stat.st_dev, stat.st_ino), target):
+                return
+            contents = task.entry.lowers[-1].at() if task.entry.metacopy else source
+            for _ in range(_ATTEMPTS):
+                xattrs = self._session.xattrs
+                copy_object(contents, source, target, xattrs, self._cancelled, on_disk=False)
+                before, stat = stat, syscalls.stat(source)
+                if not self._last or _version(before) == _version(stat):
+                    break
+                syscalls.unlink(target)
+            else:
+                copy_object(contents, source, target, xattrs, self._cancelled, on_disk=False)
+                log.warning("/%s is written to all the while", os.fsdecode(task.path))
+        self._done += _size(stat)
+        self._total = max(self._done, self._total)
+        self._report(self._done, self._total)
 
-    def _at(self, task: Task) -> At:
-        """Return the topmost object of what the merged view shows."""
-        return self._source(task.path, task.entry)
+    def _link(self, task: _Task, inode: Identity, target: At) -> bool:
+        """Make the copy a name of one that there is of the same file; return whether there is."""
+        known = self._linked.setdefault(task.entry.identity, {})
+        for path, original in known.items():
+            if original == inode and path != task.path and _stat(self._copies, path) is not None:
+                syscalls.link(self._copies.at(path), target)
+                break
+        else:
+            path = b""
+        self._links += task.path not in known
+        known[task.path] = inode
+        if self._links > _LINKS_LIMIT:
+            reason = f"there are more than {_LINKS_LIMIT} names of files that have several"
+            raise OSError(errno.EMLINK, reason, b"/" + self.paths[0])
+        return bool(path)
 
-    def _source(self, path: bytes, entry: Entry) -> At:
-        """Return the topmost object that `entry` stands for, of the session or the image."""
-        if entry.presence is Presence.UPPER:
+    @contextmanager
+    def _original(self, task: _Task) -> Iterator[At]:
+        """Hold on to the topmost object of what the merged view shows: one, whatever is renamed."""
+        if task.entry.presence is Presence.UPPER:
             assert self._session.upper is not None
-            return self._session.upper.at(path)
-        return entry.lowers[0].at()
-
-
-class Commit(AsShown):
-    """What is shown becomes what is kept."""
-
-    def __init__(
-        self, session: Stack, keep: Keep, paths: Sequence[bytes], cancelled: Callable[[], bool]
-    ) -> None:
-        """`session`, taken over: a copy of the session's layers. `cancelled` is asked often.
-
-        Precondition: `keep` has ways to where the paths are.
-        """
-        super().__init__(session, keep.stack.writable.copy(), keep.rules, cancelled)
-        self.paths = [path for path in paths if not keep.rules.keep(path)]
-
-    def run(self) -> None:
-        """Do it; then all is on disk. Raises OSError: ENOSPC, ECANCELED; nothing is left then."""
+            at = self._session.upper.at(task.path)
+        else:
+            at = task.entry.lowers[0].at()
+        fd = syscalls.open_path(at)
         try:
-            try:
-                for path in self.paths:
-                    self._remove(path)
-                    self._copy(path)
-            except BaseException:
-                for path in self.paths:
-                    self._remove(path)
-                raise
-            syscalls.syncfs(self._target.root)
+            if modes.S_IFMT(os.fstat(fd).st_mode) != modes.S_IFMT(task.entry.stat.st_mode):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            yield At(fd, b"")
         finally:
-            self.close()
+            syscalls.close(fd)
 
-    def _remove(self, path: bytes) -> None:
-        """Remove what is not kept of what there is at a path of the kept layer."""
+    # Once more
+
+    def _relevant(self, touched: Mapping[bytes, bool]) -> dict[bytes, bool]:
+        """Return what of that is committed."""
+        wanted = {
+            path: whole
+            for path, whole in touched.items()
+            if self._is_committed(path) and not self._rules.keep(path)
+        }
+        for root in self.paths:
+            if any(touched.get(above, False) for above in (b"", *_from_top(root))):
+                wanted[root] = True
+        return wanted
+
+    def _is_committed(self, path: bytes) -> bool:
+        return not self._roots.isdisjoint(_from_top(path))
+
+    def _renew(self, wanted: list[tuple[bytes, bool]]) -> None:
+        """Copy paths again, of which each comes after those above it; True: with all below."""
+        for path, whole in wanted:  # first: what is to be copied again must not be linked to
+            copied = _stat(self._copies, path)
+            if copied is not None and (whole or not self._is_directory(path, copied)):
+                self._copies.forget_tree(path)
+                remove_tree(self._copies.at(path))
+        anew: set[bytes] = set()
+        changed: set[bytes] = set()
+        for path, _ in wanted:
+            self._check()
+            if any(above in anew for above in _from_top(path)):
+                continue
+            top = self._topmost_missing(path)
+            if top is not None:
+                anew.add(top)
+                self._copy(top)
+                changed.add(top.rpartition(b"/")[0])
+            elif _is_directory(_stat(self._copies, path)):
+                changed |= {path, path.rpartition(b"/")[0]}
+        for path in changed:
+            if self._is_committed(path) and _is_directory(_stat(self._copies, path)):
+                with self._uncertain(path):
+                    task = _Task(path, self._find(self._session, path), ABSENT)
+                    if task.entry.is_directory:
+                        self._finish(task)
+
+    def _is_directory(self, path: bytes, copied: os.stat_result) -> bool:
+        """Say whether `path`, of which there is a copy, is a directory, as that is."""
+        shown = ABSENT
+        with self._uncertain(path):
+            shown = self._find(self._session, path)
+        return shown.is_directory and _is_directory(copied)
+
+    def _topmost_missing(self, path: bytes) -> bytes | None:
+        """Return the topmost committed path, of `path` and those above, that has no copy, if there
+        can be one.
+        """
+        for above in _from_top(path):
+            if self._is_committed(above):
+                copied = _stat(self._copies, above)
+                if copied is None:
+                    return above
+                if not _is_directory(copied):
+                    return None
+        return None
+
+    # Into its place
+
+    def _put(self, path: bytes) -> None:
+        """Exchange what there is at a path of the kept layer, but for what is kept, for the copy.
+
+        Recursion ends where no rule leads further.
+        """
+        there = _stat(self._kept, path)
+        if there is not None and _is_directory(there) and self._rules.lead(path):
+            if self._find(self._session, path).is_directory:
+                self._put_into(path)
+                return
+            self._require_nothing(path)
+        self._exchange(path)
+
+    def _put_into(self, path: bytes) -> None:
+        """The same for a directory that leads to what is kept, which the copy is to be merged with.
+
+        There is no copy if it is the image's.
+        """
+        found = {name for name, _ in syscalls.scan(self._kept.directory(path))}
+        copied = _stat(self._copies, path) is not None
+        if copied:
+            found.update(name for name, _ in syscalls.scan(self._copies.directory(path)))
+        for name in found:
+            if not self._rules.keep(below := join(path, name)):
+                self._put(below)
+        opaque = self._session.xattrs.opaque
+        mark = syscalls.getxattr(self._copies.at(path), opaque) if copied else None
+        before = syscalls.getxattr(self._kept.at(path), opaque)
+        self._undo.append(lambda: self._set_opaque(path, before))
+        self._set_opaque(path, mark)
+        if copied:
+            source, target = self._copies.at(path), self._kept.at(path)
+            copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
+
+    def _set_opaque(self, path: bytes, mark: bytes | None) -> None:
+        at, opaque = self._kept.at(path), self._session.xattrs.opaque
+        if mark is not None:
+            syscalls.setxattr(at, opaque, mark)
+        elif syscalls.getxattr(at, opaque) is not None:
+            syscalls.removexattr(at, opaque)
+
+    def _exchange(self, path: bytes) -> None:
+        copied, there = _stat(self._copies, path), _stat(self._kept, path)
+        if there is not None:
+            self._make_parents(path)
+        if copied is not None and there is not None:
+            self._move(self._copies, self._kept, path, syscalls.RENAME_EXCHANGE)
+        elif copied is not None:
+            self._move(self._copies, self._kept, path, syscalls.RENAME_NOREPLACE)
+        elif there is not None:
+            self._move(self._kept, self._copies, path, syscalls.RENAME_NOREPLACE)
+
+    def _move(self, source: Layer, target: Layer, path: bytes, flags: int) -> None:
+        self._rename(source, target, path, flags)
+        self._undo.append(lambda: self._rename(target, source, path, flags))
+
+    def _rename(self, source: Layer, target: Layer, path: bytes, flags: int) -> None:
+        syscalls.rename(source.at(path), target.at(path), flags)
+        source.forget_tree(path)
+        target.forget_tree(path)
+
+    def _require_nothing(self, path: bytes) -> None:
+        """Raise ENOTEMPTY if what leads to what is kept below `path`, where there is no directory
+        any more, leads to something still, though out of reach.
+        """
         pending = [path]
         while pending:
             path = pending.pop()
-            at = self._target.at(path)
-            stat = syscalls.stat_or_none(at)
-            if stat is None:
-                continue
-            if modes.S_ISDIR(stat.st_mode) and self._rules.lead(path):
-                below = [name for name, _ in syscalls.scan(self._target.directory(path))]
-                pending += [
-                    inside for name in below if not self._rules.keep(inside := join(path, name))
-                ]
-                continue
-            self._target.forget_tree(path)
-            remove_tree(at)
+            directory = self._kept.directory(path)
+            for name, _ in syscalls.scan(directory):
+                stat = syscalls.stat(At(directory, name))
+                if modes.S_ISDIR(stat.st_mode):
+                    pending.append(join(path, name))
+                elif not is_whiteout_device(stat):
+                    raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), b"/" + path)
 
 
 def _directory(entry: Entry, path: bytes) -> Directory:
     upper = path if entry.presence is Presence.UPPER else None
     return Directory(upper, entry.lowers, entry.marked)
+
+
+def _topmost(paths: Sequence[bytes]) -> list[bytes]:
+    """Leave out those that are below another."""
+    given = set(paths)
+    return [path for path in dict.fromkeys(paths) if not given & set(_from_top(path)[:-1])]
+
+
+def _from_top(path: bytes) -> list[bytes]:
+    """Return the paths of what is above, and the path itself."""
+    parts = path.split(b"/")
+    return [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _stat(layer: Layer, path: bytes) -> os.stat_result | None:
+    """Return the stat(2) of what a layer has at a path; None for nothing."""
+    try:
+        return syscalls.stat_or_none(layer.at(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _is_directory(stat: os.stat_result | None) -> bool:
+    return stat is not None and modes.S_ISDIR(stat.st_mode)
+
+
+def _bytes(task: _Task) -> int:
+    return 0 if task.finish or not task.entry.positive else _size(task.entry.stat)
+
+
+def _size(stat: os.stat_result) -> int:
+    """Return how much there is to be copied of an object: holes are not."""
+    if not modes.S_ISREG(stat.st_mode):
+        return 0
+    return min(stat.st_size, stat.st_blocks * 512)
+
+
+def _version(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_mtime_ns, stat.st_size

@@ -283,10 +283,13 @@ def copy_object(
     target: At,
     xattrs: OverlayXattrs,
     cancelled: Callable[[], bool] = lambda: False,
+    *,
+    on_disk: bool = True,
 ) -> None:
-    """Make `target` a copy of a file, on disk when this returns; `contents`: where its data is.
+    """Make `target` a copy of a file; `contents`: where its data is.
 
-    Raises OSError: ECANCELED soon after `cancelled` has begun to return True.
+    With `on_disk`, the data is there when this returns. Raises OSError: ECANCELED soon after
+    `cancelled` has begun to return True.
     """
     stat = syscalls.stat(source)
     if not modes.S_ISREG(stat.st_mode):
@@ -301,7 +304,8 @@ def copy_object(
         copy = syscalls.create_file(target, 0o600)
         syscalls.copy_data(file, copy, stat.st_size, cancelled)
         copy_attributes(source, copy, stat, xattrs)
-        syscalls.fsync(copy)
+        if on_disk:
+            syscalls.fsync(copy)
     finally:
         for fd in (file, copy):
             if fd >= 0:

@@ -17,7 +17,7 @@ from contextlib import suppress
 
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
-from sessiond.overlay.commit import AsShown, Task
+from sessiond.overlay.as_shown import AsShown, Task
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.lookup import Entry, Presence, join
 from sessiond.overlay.stack import Stack

@@ -46,20 +46,74 @@ _SUMS_FROM = 64
 """From so many names, the sums of a directory are kept until one of them changes."""
 
 
+class Watch:
+    """What was touched since one of those who follow it has asked last."""
+
+    def __init__(self, touched: Touched, names: dict[bytes, bool]) -> None:
+        self._touched = touched
+        self._names = names
+        self._identities: set[Identity] = set()
+
+    def path(self, path: bytes, *, whole: bool) -> None:
+        """Note a name; see `Touched.path`."""
+        if len(self._names) > _NAMES_LIMIT:
+            self._names = {b"": True}
+        self._names[path] = self._names.get(path, False) or whole
+
+    def everything(self) -> None:
+        """Note that all is."""
+        self._names = {b"": True}
+
+    def identity(self, identity: Identity) -> None:
+        """Note that all names of an object may be."""
+        if len(self._identities) > _NAMES_LIMIT:
+            self._identities.clear()
+            self.everything()
+        self._identities.add(identity)
+
+    def take_identities(self) -> set[Identity]:
+        """Return whose names may have changed, if they have others than those that were touched."""
+        taken, self._identities = self._identities, set()
+        return taken
+
+    def take(self, *, most: int | None = None) -> dict[bytes, bool]:
+        """Return what was touched, and forget it; of files that may still be written, all but that.
+
+        `most`: leave out files that are open for writing, and go no further than so many others.
+        """
+        self._touched.find_written(self, most)
+        taken, self._names = self._names, {}
+        return taken
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Touched:
-    """What may have changed since it was counted last. At first, that is everything."""
+    """What may have changed, told to those who `watch`; the first of them is who counts."""
 
     def __init__(self) -> None:
-        self._names: dict[bytes, bool] = {b"": True}
-        """Paths; True where all that is below may have changed."""
-        self._identities: set[Identity] = set()
+        self._counted = Watch(self, {b"": True})
+        """Since it was counted last. At first, that is everything."""
+        self._watches = [self._counted]
         self._written: dict[Node, None] = {}
         self.notify: Callable[[], None] = lambda: None
         """Called when something is touched."""
 
+    def watch(self) -> Watch:
+        """Return what will tell what is touched from now on, until `unwatch`."""
+        watch = Watch(self, {})
+        self._watches.append(watch)
+        return watch
+
+    def unwatch(self, watch: Watch) -> None:
+        """Forget who follows."""
+        self._watches.remove(watch)
+
     def everything(self) -> None:
         """The layers are others."""
-        self._names = {b"": True}
+        for watch in self._watches:
+            watch.everything()
         self._written.clear()
         self.notify()
 
@@ -69,15 +123,15 @@ class Touched:
 
     def path(self, path: bytes, *, whole: bool = False) -> None:
         """See `name`."""
-        if len(self._names) > _NAMES_LIMIT:
-            self._names = {b"": True}
-        self._names[path] = self._names.get(path, False) or whole
+        for watch in self._watches:
+            watch.path(path, whole=whole)
         self.notify()
 
     def node(self, node: Node) -> None:
         """All names of a node may have changed."""
         if not node.is_directory:
-            self._identities.add(node.identity)
+            for watch in self._watches:
+                watch.identity(node.identity)
         for parent, name in node.links:
             self.name(parent, name)
 
@@ -97,17 +151,17 @@ class Touched:
             self.node(node)
 
     def take_identities(self) -> set[Identity]:
-        """Return whose names may have changed, if they have others than those that were touched."""
-        taken, self._identities = self._identities, set()
-        return taken
+        """See `Watch.take_identities`; what was counted."""
+        return self._counted.take_identities()
 
     def take(self, *, most: int | None = None) -> dict[bytes, bool]:
-        """Return what was touched, and forget it; of files that may still be written, all but that.
+        """See `Watch.take`; what was counted."""
+        return self._counted.take(most=most)
 
-        `most`: leave out files that are open for writing, and go no further than so many others.
-        """
+    def find_written(self, watch: Watch, most: int | None) -> None:
+        """Touch the files that may have been written, for `watch`; see `Watch.take`."""
         for node in list(self._written):
-            if most is not None and len(self._names) >= most:
+            if most is not None and len(watch) >= most:
                 break
             if not node.linked:
                 continue  # until it has a name, or is gone
@@ -118,8 +172,6 @@ class Touched:
             elif most is not None:
                 continue
             self.node(node)
-        taken, self._names = self._names, {}
-        return taken
 
 
 def _writers(node: Node) -> int:

@@ -28,6 +28,7 @@ from sessiond.session.records import fsync_directory
 from sessiond.session.tree import copy_root, remove_tree
 
 if TYPE_CHECKING:
+    from sessiond.session.jobs import Job
     from sessiond.session.session import Session
 
 log = logging.getLogger(__name__)
@@ -166,22 +167,27 @@ def _require_few(record: SessionRecord, rules: tuple[str, ...]) -> None:
         )
 
 
-async def commit(session: Session, paths: list[str], rules: tuple[str, ...]) -> None:
-    """Save what a session shows at `paths`; within its operation. Programs that write wait.
+async def commit(session: Session, job: Job, paths: list[str], rules: tuple[str, ...]) -> None:
+    """Save what a session shows at `paths`; within its operation.
 
-    `rules` are those of the paths. Raises `NoSpace`, `Failed`.
+    Programs that write wait for the end of it only. `rules` are those of the paths. Raises
+    `NoSpace`, `Failed`; all is as before then.
     """
     store = session.services.store
     mount = session.view.require()
-    async with mount.frozen():
-        await mount.commit(tuple(paths))
-        after = with_committed(session.record, rules)
+    async with mount.committing(tuple(paths), job.report) as step, mount.frozen():
+        await step()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
-            # The record first: who finds the one and not the other finishes it (`KeptFiles`).
-            await trio.to_thread.run_sync(store.write, after)
-            session.adopt(after)
-            await trio.to_thread.run_sync(store.kept.write, after)
-            await mount.keep(after.keep_rules)
+            await step()
+            after = with_committed(session.record, rules)
+            try:
+                # The record first: who finds the one and not the other finishes it (`KeptFiles`).
+                await trio.to_thread.run_sync(store.write, after)
+                session.adopt(after)
+                await trio.to_thread.run_sync(store.kept.write, after)
+            finally:
+                await mount.keep(session.record.keep_rules)
 
 
 async def use_rules(session: Session) -> None:

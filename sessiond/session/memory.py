@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,11 +145,26 @@ class MemoryMount:
         self._require_alive()
         self.rules = rules
 
-    async def commit(self, paths: tuple[str, ...]) -> None:
+    @asynccontextmanager
+    async def committing(
+        self, paths: tuple[str, ...], report: Callable[[int, int], None]
+    ) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        steps = iter(("commit rest", "commit publish"))
+
+        async def step() -> None:
+            await trio.lowlevel.checkpoint()
+            assert self._held.locked(), "programs can write"
+            self._mounter.raise_injected(name := next(steps))
+            self._require_alive()
+            if name == "commit publish":
+                self.committed += paths
+
         await trio.lowlevel.checkpoint()
+        report(0, 1000)
         self._mounter.raise_injected("commit")
         self._require_alive()
-        self.committed += paths
+        report(1000, 1000)
+        yield step
 
     async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
         await trio.lowlevel.checkpoint()

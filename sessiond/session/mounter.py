@@ -6,6 +6,7 @@ Both pass the same tests.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -130,10 +131,16 @@ class Mount(Protocol):
         Precondition: `MountRequest.keep`. Raises `Failed`.
         """
 
-    async def commit(self, paths: tuple[str, ...]) -> None:
+    def committing(
+        self, paths: tuple[str, ...], report: Callable[[int, int], None]
+    ) -> AbstractAsyncContextManager[Callable[[], Awaitable[None]]]:
         """Copy what the merged view shows at `paths`, deletions included, to what is kept.
 
-        The view changes only by `keep`. Precondition: `frozen`. Raises `NoSpace`, `Failed`.
+        That is done, while programs go on, when the context is entered; `report` is told how many
+        bytes of how many are copied. Then comes what is returned, twice, both times `frozen`: the
+        first copies what has changed meanwhile, the second has all take its place; `keep` has to
+        follow, which says whether it counts: the view changes only by that. If the context is left
+        before, nothing has changed. All raise `NoSpace`, `Failed`; nothing has changed then.
         """
 
     async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:

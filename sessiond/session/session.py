@@ -251,7 +251,7 @@ class Session:
         return self.turn.start_job(
             Operation.COMMIT,
             started_by,
-            lambda _: kept.commit(self, paths, rules),
+            lambda job: kept.commit(self, job, paths, rules),
             committing=rules,
         )
 

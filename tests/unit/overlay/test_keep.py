@@ -7,7 +7,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -282,8 +282,10 @@ def commit(overlay: Overlay, *paths: str) -> None:
     for path in paths:
         overlay.make_way(os.fsencode(path))
     wanted = [os.fsencode(path) for path in paths]
-    Commit(overlay.stack.copy(), keep, wanted, lambda: False).run()
-    overlay.keep_paths(KeepRules((*keep.rules.rules, *map(rule_for, wanted))))
+    with closing(Commit(overlay.stack.copy(), keep, wanted, lambda: False)) as work:
+        work.copy()
+        work.publish()
+        overlay.keep_paths(KeepRules((*keep.rules.rules, *map(rule_for, wanted))))
 
 
 def test_a_commit_saves_changes_and_deletions(bench: KeptBench) -> None:
@@ -331,11 +333,12 @@ def test_a_commit_that_is_cancelled_leaves_nothing(bench: KeptBench) -> None:
         overlay.stack.copy(),
         overlay.keep,
         [b"home/u/docs"],
-        lambda: asked.append(None) is None and len(asked) > 8,
+        lambda: asked.append(None) is None and len(asked) > 24,
     )
-    with pytest.raises(OSError, match="ancel"):
-        work.run()
+    with closing(work), pytest.raises(OSError, match="ancel"):
+        work.copy()
     assert os.listdir(bench.layer("kept") / "home/u") == []
+    assert os.listdir(bench.layer("kept-work") / "work") == []
     assert len(names(overlay, "home/u/docs")) == 11
 
 
