@@ -441,17 +441,19 @@ class Commit:
         """
         there = _stat(self._kept, path)
         if there is not None and _is_directory(there) and self._rules.lead(path):
-            if self._find(self._session, path).is_directory:
-                self._put_into(path)
+            shown = _Task(path, self._find(self._session, path), ABSENT)
+            if shown.entry.is_directory:
+                self._put_into(shown)
                 return
             self._require_nothing(path)
         self._exchange(path)
 
-    def _put_into(self, path: bytes) -> None:
+    def _put_into(self, shown: _Task) -> None:
         """The same for a directory that leads to what is kept, which the copy is to be merged with.
 
         There is no copy if it is the image's.
         """
+        path = shown.path
         found = {name for name, _ in syscalls.scan(self._kept.directory(path))}
         copied = _stat(self._copies, path) is not None
         if copied:
@@ -464,8 +466,8 @@ class Commit:
         before = syscalls.getxattr(self._kept.at(path), opaque)
         self._undo.append(lambda: self._set_opaque(path, before))
         self._set_opaque(path, mark)
-        if copied:
-            source, target = self._copies.at(path), self._kept.at(path)
+        with self._original(shown) as source:  # as a way, it may be from before a reset
+            target = self._kept.at(path)
             copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
 
     def _set_opaque(self, path: bytes, mark: bytes | None) -> None:
