@@ -155,6 +155,14 @@ class Keep(_Message):
     rules: tuple[str, ...]
 
 
+class Discard(_Message):
+    """Delete what is kept at paths that no rule names any more; the view does not show it."""
+
+    kind: Literal["discard"] = "discard"
+    paths: tuple[str, ...]
+    """Absolute in the merged view."""
+
+
 class Commit(_Message):
     """Copy what the merged view shows at paths to the layers of what outlives resets.
 
@@ -217,6 +225,7 @@ Request = Annotated[
     | Diff
     | MergeLayers
     | Keep
+    | Discard
     | Commit
     | Retain
     | Sync

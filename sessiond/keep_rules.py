@@ -14,6 +14,7 @@ COMPONENTS_LIMIT = 64
 _BYTES_LIMIT = 4000  # below PATH_MAX
 
 _GLOB = frozenset("*?[")
+_ESCAPED = re.compile(r"\[([*?[])\]")
 
 
 def checked_rule(rule: str) -> str:
@@ -50,6 +51,11 @@ def checked_path(path: str) -> str:
         raise ValueError(f"{path!r}: an absolute path of the session is needed")
     checked_rule(rule_for(os.fsencode(path[1:])))
     return path
+
+
+def path_of(rule: str) -> bytes:
+    """Return the path that `rule_for` has made a rule of."""
+    return os.fsencode(_ESCAPED.sub(r"\1", rule))[1:]
 
 
 class KeepRules:

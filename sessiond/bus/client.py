@@ -185,6 +185,14 @@ class PendingFile:
     """Names of those that have it open; none if that cannot be seen."""
 
 
+@dataclass(frozen=True, slots=True)
+class CommittedPath:
+    """A file or directory that was committed, and what it takes on disk."""
+
+    path: str
+    bytes: int
+
+
 class SnapshotInfo(_Info):
     """Properties of a snapshot; `parent` is the object path of the one below it, or ``/``."""
 
@@ -332,6 +340,7 @@ class ShadowedFiles(_Lines):
 _I = TypeVar("_I", bound=_Info)
 _Objects = TypeAdapter(dict[str, dict[str, dict[str, object]]])
 _Summary = TypeAdapter(ChangeSummary)
+_Committed = TypeAdapter(list[tuple[str, int]])
 _PendingFiles = TypeAdapter(list[tuple[str, tuple[str, ...]]])
 
 
@@ -527,6 +536,20 @@ class Session(_Proxy):
     async def commit(self, paths: Sequence[str]) -> Job:
         """Start to save what is at paths, so that it outlives resets and the session."""
         return await self._start("Commit", "asa{sv}", list(paths), {})
+
+    async def uncommit(self, paths: Sequence[str], *, delete: bool = False) -> None:
+        """Have what was committed there be the image's from the next reset on.
+
+        With `delete`, what is kept there is deleted then.
+        """
+        options = {"delete": Variant("b", True)} if delete else {}
+        await self._call("Uncommit", "asa{sv}", list(paths), options, timeout=OPERATION_TIMEOUT)
+
+    async def committed(self) -> list[CommittedPath]:
+        """Return what was committed."""
+        (files,) = await self._call("Committed", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
+        with _translated(self._gone):
+            return [CommittedPath(*one) for one in _Committed.validate_python(files)]
 
     async def set_keep(self, rules: Sequence[str]) -> None:
         """Have what these rules name outlive resets. For root."""

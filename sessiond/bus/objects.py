@@ -221,6 +221,14 @@ class SessionObject(Interface):
     async def commit(self, caller: Caller, paths: list[str], options: Options) -> str:
         return await self._operations.commit(caller, self._session, paths, options)
 
+    @method("Uncommit", "as paths, a{sv} options")
+    async def uncommit(self, caller: Caller, paths: list[str], options: Options) -> None:
+        await self._operations.uncommit(caller, self._session, paths, options)
+
+    @method("Committed", "a{sv} options", "a(st) files")
+    async def committed(self, caller: Caller, options: Options) -> list[tuple[str, int]]:
+        return await self._operations.committed(caller, self._session, options)
+
     @method("SetKeep", "as rules, a{sv} options")
     async def set_keep(self, caller: Caller, rules: list[str], options: Options) -> None:
         await self._operations.set_keep(caller, self._session, rules, options)

@@ -27,6 +27,7 @@ from sessiond.bus.options import (
     RestoreOptions,
     ScheduleOptions,
     SnapshotOptions,
+    UncommitOptions,
     parse,
 )
 from sessiond.bus.wire import BusError, Variant, shown
@@ -47,6 +48,9 @@ INHIBITOR_TEXT_LIMIT = 200
 
 SEARCHES_OF_USER = 2
 """Each takes a process for a moment."""
+
+SUMS_OF_USER = 2
+"""Each looks at all files that were committed."""
 
 
 def as_values(programs: Iterable[Program]) -> list[tuple[str, list[int], int, str]]:
@@ -75,6 +79,12 @@ class Operations:
         self._searches = Limit(
             SEARCHES_OF_USER,
             "You are looking for programs {most} times, the most that a user may at once. Wait for "
+            "an answer, then try again.",
+            exempt={ROOT},
+        )
+        self._sums = Limit(
+            SUMS_OF_USER,
+            "You ask {most} times what was committed, the most that a user may at once. Wait for "
             "an answer, then try again.",
             exempt={ROOT},
         )
@@ -190,6 +200,22 @@ class Operations:
         parse(NoOptions, options)
         await session.undisturbed()
         return self._publish(session.commit(paths, started_by=uid))
+
+    async def uncommit(
+        self, caller: Caller, session: Session, paths: list[str], options: Options
+    ) -> None:
+        await authorise(caller, Action.COMMIT, session)
+        chosen = parse(UncommitOptions, options)
+        await session.undisturbed()
+        await session.uncommit(paths, delete=chosen.delete)
+
+    async def committed(
+        self, caller: Caller, session: Session, options: Options
+    ) -> list[tuple[str, int]]:
+        uid = await authorise(caller, Action.COMPARE, session)
+        parse(NoOptions, options)
+        with self._sums.share(uid):
+            return [(shown(one.path), one.bytes) for one in await session.committed()]
 
     async def set_keep(
         self, caller: Caller, session: Session, rules: list[str], options: Options

@@ -89,6 +89,12 @@ class RebaseOptions(NoOptions):
     )
 
 
+class UncommitOptions(NoOptions):
+    """Options of Uncommit."""
+
+    delete: bool = Field(False, description="a boolean: whether to delete what is kept there")
+
+
 class ExportOptions(NoOptions):
     """Options of Export."""
 

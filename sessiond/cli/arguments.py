@@ -47,6 +47,7 @@ class Arguments(argparse.Namespace):
     paths: list[str]
     kept: list[str]
     """Paths that a reset leaves as they are."""
+    delete: bool
     rules: list[str]
     program: list[str]
     step: str
@@ -266,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
     commit.add_argument(
         "paths", metavar="PATH", nargs="+", help="absolute, as the session's programs see it"
     )
+    uncommit = command("uncommit", "Have committed files be the image's after the next reset", one)
+    uncommit.add_argument("paths", metavar="PATH", nargs="+", help="as they were committed")
+    uncommit.add_argument(
+        "--delete", action="store_true", help="delete what is kept there, at the next reset"
+    )
+    command("committed", "List what was committed, with sizes", telling, one)
     keep = command("keep", "Set the rules for what outlives resets; for root", one)
     keep.add_argument("rules", metavar="RULE", nargs="*", help="path, or glob; none: nothing more")
     diff = command("diff", "List what differs from the image, or from a snapshot", telling, one)

@@ -332,6 +332,22 @@ async def commit(client: Client, asked: Arguments) -> None:
     await carry_out(session.commit(asked.paths), f"Committing files of {asked.session}")
 
 
+async def uncommit(client: Client, asked: Arguments) -> None:
+    """Take commits back."""
+    session = await client.session(asked.session)
+    await session.uncommit(asked.paths, delete=asked.delete)
+
+
+async def committed(client: Client, asked: Arguments) -> None:
+    """Print what was committed."""
+    session = await client.session(asked.session)
+    files = await session.committed()
+    if asked.json:
+        print_json([dataclasses.asdict(file) for file in files])
+    else:
+        print_table(("PATH", "SIZE"), [(file.path, size(file.bytes)) for file in files])
+
+
 async def keep(client: Client, asked: Arguments) -> None:
     """Set the rules for what outlives resets."""
     session = await client.session(asked.session)
@@ -400,6 +416,8 @@ COMMANDS: dict[str, Command] = {
     "rebase": rebase,
     "shadowed": shadowed,
     "commit": commit,
+    "uncommit": uncommit,
+    "committed": committed,
     "keep": keep,
     "diff": diff,
     "cancel": cancel,

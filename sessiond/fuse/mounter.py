@@ -482,6 +482,10 @@ class FuseMount:
             if not self._died.is_set():  # else the worker that goes on for it begins with them
                 raise
 
+    async def discard(self, paths: tuple[str, ...]) -> None:
+        """See `Mount.discard`."""
+        await self._ask(control.Discard(paths=paths))
+
     @asynccontextmanager
     async def committing(
         self, paths: tuple[str, ...], report: Callable[[int, int], None]

@@ -51,6 +51,7 @@ from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack, StackOptions
+from sessiond.overlay.workdir import remove_tree
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
@@ -484,8 +485,8 @@ class _Controlled:
                     return Reply(pending=self._pending())
                 case control.MergeLayers():
                     return self._merge(request)
-                case control.Keep():
-                    await self.keep(KeepRules(request.rules))
+                case control.Keep() | control.Discard():
+                    await self._answer_keep(request)
         except OSError as error:
             return control.failure(error)
         except Exception:
@@ -530,6 +531,15 @@ class _Controlled:
             case control.Thaw():
                 await self.thaw()
         return Reply()
+
+    async def _answer_keep(self, request: control.Keep | control.Discard) -> None:
+        keep = self._operations.overlay.keep
+        if isinstance(request, control.Keep):
+            await self.keep(KeepRules(request.rules))
+        elif keep is not None:
+            for path in request.paths:
+                for aside in keep.discard(os.fsencode(path)[1:]):
+                    self._nursery.start_soon(trio.to_thread.run_sync, remove_tree, aside)
 
     def _merge(self, request: control.MergeLayers) -> Reply:
         if self._comparisons.borrowed_tokens:  # they rely on where things are

@@ -13,6 +13,7 @@ there, and that it is what the directory was like, should the session's layers l
 from __future__ import annotations
 
 import errno
+import stat as modes
 from collections.abc import Iterator
 
 from sessiond.keep_rules import KeepRules
@@ -48,6 +49,28 @@ class Keep:
         """List what is kept of the directory `path`, which is not kept itself."""
         listed = names(self.stack, self.ways.directory(path))
         return [name for name in listed if self.rules.keep(join(path, name))]
+
+    def discard(self, path: bytes) -> list[At]:
+        """Take what there is at `path`, but for what is kept, out of the layer.
+
+        Return where it is, for the caller to remove. Recursion ends where no rule leads further.
+        """
+        upper, rules = self.stack.writable, self.rules
+        if rules.keep(path):
+            return []
+        try:
+            stat = syscalls.stat_or_none(at := upper.at(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        if stat is None:
+            return []
+        if modes.S_ISDIR(stat.st_mode) and rules.lead(path):
+            below = [join(path, name) for name, _ in syscalls.scan(upper.directory(path))]
+            return [at for inside in below for at in self.discard(inside)]
+        aside = self.stack.workdir.temporary()
+        syscalls.rename(at, aside)
+        self.ways.forget(path)
+        return [aside]
 
     def lost_ways(self, path: bytes = b"") -> Iterator[bytes]:
         """Return paths of ways, from the top down, below which something is kept."""

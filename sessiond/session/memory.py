@@ -53,6 +53,7 @@ class MemoryMount:
         self.halt_next: Freezer | None = None
         """Whose programs are to stand still at the next `swap` or `frozen`."""
         self.halted_times = 0
+        self.discarded: tuple[str, ...] = ()
         self.frozen_times = 0
         self.recovered_times = 0
         self.mounted = True
@@ -173,6 +174,12 @@ class MemoryMount:
         for path in paths:
             with suppress(FileNotFoundError):
                 os.link(self.stack.upper.fs / path[1:], upper.fs / path[1:])
+
+    async def discard(self, paths: tuple[str, ...]) -> None:
+        await trio.lowlevel.checkpoint()
+        self._mounter.raise_injected("discard")
+        self._require_alive()
+        self.discarded += paths
 
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()

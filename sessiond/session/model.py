@@ -356,6 +356,11 @@ class SessionRecord(BaseModel):
         return tuple(dict.fromkeys((*(self.keep or ()), *self.kept_still, *self.commits)))
 
     @property
+    def lasting_rules(self) -> tuple[str, ...]:
+        """Those of them that outlive a reset."""
+        return tuple(dict.fromkeys((*(self.keep or ()), *self.commits)))
+
+    @property
     def all_layers(self) -> frozenset[LayerNumber]:
         """Every layer that has to be kept: those mounted, and those of snapshots."""
         return frozenset(
@@ -446,6 +451,12 @@ class SessionRecord(BaseModel):
         return self.model_copy(
             update={"keep": rules, "kept_still": tuple(dict.fromkeys(gone))[:RULES_LIMIT]}
         )
+
+    def without_commits(self, rules: tuple[str, ...]) -> Self:
+        """The same, but that `rules` hold until the next reset only."""
+        commits = tuple(rule for rule in self.commits if rule not in rules)
+        still = tuple(dict.fromkeys((*self.kept_still, *rules)))
+        return self.model_copy(update={"commits": commits, "kept_still": still})
 
     def with_snapshots(self, snapshots: Collection[SnapshotRecord]) -> Self:
         """The same layers, other snapshots."""

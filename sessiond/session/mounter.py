@@ -143,6 +143,12 @@ class Mount(Protocol):
         before, nothing has changed. All raise `NoSpace`, `Failed`; nothing has changed then.
         """
 
+    async def discard(self, paths: tuple[str, ...]) -> None:
+        """Delete what is kept at `paths`, of which the rules name nothing, or only what is below.
+
+        Raises `NoSpace`, `Failed`.
+        """
+
     async def retain(self, paths: tuple[str, ...], upper: UpperDirectories) -> None:
         """Bring what the merged view shows at `paths`, deletions included, into an empty upper,
         which is to be served over the image next.

@@ -30,6 +30,7 @@ from sessiond.session.differences import Differences
 from sessiond.session.flattening import Flattening
 from sessiond.session.images import Image
 from sessiond.session.jobs import Job
+from sessiond.session.kept import CommittedPath
 from sessiond.session.model import (
     AT_ONCE,
     Conflicts,
@@ -255,6 +256,20 @@ class Session:
             committing=rules,
         )
 
+    async def uncommit(self, paths: list[str], *, delete: bool = False) -> None:
+        """Have what was committed at `paths` be as in the image from the next reset on.
+
+        With `delete`, what is kept there is deleted then. Raises `InvalidOption`, `NotSupported`,
+        `Busy`, `NoSuchSession`, `NoSpace`, `Failed`.
+        """
+        with self.turn.operating("a commit is being taken back"):
+            await kept.uncommit(self, paths, delete=delete)
+
+    async def committed(self) -> list[CommittedPath]:
+        """Return what was committed, with its sizes. Raises `NoSuchSession`, `Failed`."""
+        self.turn.require_open()
+        return await kept.committed(self)
+
     async def set_keep(self, rules: list[str], *, when_idle: bool = False) -> None:
         """Have what `rules` name outlive resets; those that are gone hold until the next one.
 
@@ -380,6 +395,7 @@ class Session:
         await self.switch(after, retained=retained)
         if self.record.keep_rules != rules_before:
             await kept.use_rules(self)
+        await kept.discard_unwanted(self)
         self.tell(lambda observer: observer.reset_done(self))
 
     # Its life, as led by the manager

@@ -86,6 +86,7 @@ class View:
             return False
         log.info("Session %s goes on at %s.", session.id, session.mount_point)
         self._own(mount)
+        await kept.discard_unwanted(session)
         return True
 
     async def unmount(self) -> None:
@@ -192,6 +193,7 @@ class View:
             extra=session.event(Event.SESSION_STARTED),
         )
         self._own(mount)
+        await kept.discard_unwanted(session)
 
     async def _prepare_kept(self, record: SessionRecord, image: Image) -> SessionRecord:
         """Have a place for what outlives resets; return the record with what was committed."""

@@ -26,6 +26,7 @@ from sessiond.errors import (
 from sessiond.session import model
 from sessiond.session.conflicts import Program
 from sessiond.session.inhibitors import Inhibitors
+from sessiond.session.kept import CommittedPath
 from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
     AT_ONCE,
@@ -241,7 +242,8 @@ class FakeSession:
         self.snapshots = FakeSnapshots(self)
         self.differences = FakeDifferences(self)
         self.keep: tuple[str, ...] = ("/home/*/Documents",)
-        self.committed: list[str] = []
+        self.commits: list[str] = []
+        self.deleted: list[str] = []
         self.last_job: FakeJob | None = None
         self.usage = Usage(4096, 1 << 40, 3, 1000)
         self.space_level = SpaceLevel.NORMAL
@@ -329,8 +331,15 @@ class FakeSession:
         return self.start(Operation.REBASE, started_by)
 
     def commit(self, paths: list[str], *, started_by: Uid) -> FakeJob:
-        self.committed += paths
+        self.commits += paths
         return self.start(Operation.COMMIT, started_by)
+
+    async def uncommit(self, paths: list[str], *, delete: bool = False) -> None:
+        self.commits = [path for path in self.commits if path not in paths]
+        self.deleted += paths if delete else ()
+
+    async def committed(self) -> list[CommittedPath]:
+        return [CommittedPath(path, 4096) for path in self.commits]
 
     async def set_keep(self, rules: list[str]) -> None:
         self.keep = tuple(rules)

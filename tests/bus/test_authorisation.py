@@ -58,6 +58,8 @@ OWNERS_OPERATIONS: list[Call] = [
     (SESSION, names.SESSION, "Restore", ("sa{sv}", "fresh", "0")),
     (SESSION, names.SESSION, "Persist", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Commit", ("asa{sv}", "1", "/etc", "0")),
+    (SESSION, names.SESSION, "Uncommit", ("asa{sv}", "1", "/etc", "0")),
+    (SESSION, names.SESSION, "Committed", ("a{sv}", "0")),
     (SESSION, names.SESSION, "Changes", ("a{sv}", "0")),
     (SESSION, names.SESSION, "OpenDiff", ("a{sv}", "0")),
     (SESSION, names.SESSION, "PendingFiles", ("a{sv}", "0")),

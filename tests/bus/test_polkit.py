@@ -43,7 +43,15 @@ RESET: Call = (SESSION, names.SESSION, "Reset", ("a{sv}", "0"))
 PERSIST: Call = (SESSION, names.SESSION, "Persist", ("a{sv}", "0"))
 CHANGES: Call = (SESSION, names.SESSION, "Changes", ("a{sv}", "0"))
 
-HARMLESS = {"Changes", "Conflicts", "Inhibit", "OpenDiff", "OpenShadowed", "PendingFiles"}
+HARMLESS = {
+    "Changes",
+    "Committed",
+    "Conflicts",
+    "Inhibit",
+    "OpenDiff",
+    "OpenShadowed",
+    "PendingFiles",
+}
 """What takes no password of owners, wherever they are."""
 
 Start = Callable[[str], None]
