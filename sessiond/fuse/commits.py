@@ -20,8 +20,10 @@ import trio
 from sessiond import control
 from sessiond.control import Copied, Reply
 from sessiond.keep_rules import KeepRules
+from sessiond.overlay import syscalls
 from sessiond.overlay.commit import Commit
 from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.syscalls import At
 from sessiond.overlay.tally import Watch
 from sessiond.overlay.workdir import remove_tree
 
@@ -104,7 +106,7 @@ class Commits:
             overlay.touched.unwatch(watch)
             if work is not None:
                 with trio.CancelScope(shield=True):
-                    await self._in_thread(work.close)
+                    await self._in_thread(partial(_close, work))
 
     async def _copy(self, work: Commit, watch: Watch) -> None:
         """Copy all but what has changed in the end."""
@@ -141,20 +143,40 @@ class Commits:
             await self._in_thread(work.undo)
         except OSError as error:
             log.error("what a commit has left takes space: %s", error)  # noqa: TRY400
-        await self._in_thread(work.close)
+        await self._in_thread(partial(_close, work))
 
     async def finish(self) -> None:
         """Remove what nobody sees any more: the rules are in force, and the kernel knows."""
         work, self._counts = self._counts, None
         if work is None:
             return
-        for path in work.paths:
-            if (hidden := self._overlay.take_hidden(path)) is not None:
-                await self._in_thread(partial(remove_tree, hidden))
-        await self._in_thread(work.close)
+        hidden = [self._overlay.take_hidden(path) for path in work.paths]
+        await self.remove([at for at in hidden if at is not None])
+        await self._in_thread(partial(_close, work))
+
+    async def remove(self, aside: Sequence[At]) -> None:
+        """Remove what was put into a workdir, in the background; the layers may be exchanged."""
+        held = [At(syscalls.duplicate(at.directory), at.name) for at in aside]
+        try:
+            for at in held:
+                await self._in_thread(partial(_remove, at))
+        finally:
+            for at in held:
+                syscalls.close(at.directory)
 
     async def _in_thread(self, function: Callable[[], _T]) -> _T:
         return await trio.to_thread.run_sync(function, limiter=self._limiter)
+
+
+def _remove(at: At) -> None:
+    # The layer may be being deleted. What is left is removed when its workdir is opened.
+    with suppress(OSError):
+        remove_tree(at)
+
+
+def _close(work: Commit) -> None:
+    with suppress(OSError):  # in the same way
+        work.close()
 
 
 class _Told:

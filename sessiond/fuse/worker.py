@@ -51,7 +51,6 @@ from sessiond.overlay.orphans import Orphans
 from sessiond.overlay.overlay import Outdated, Overlay
 from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack, StackOptions
-from sessiond.overlay.workdir import remove_tree
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
@@ -538,8 +537,8 @@ class _Controlled:
             await self.keep(KeepRules(request.rules))
         elif keep is not None:
             for path in request.paths:
-                for aside in keep.discard(os.fsencode(path)[1:]):
-                    self._nursery.start_soon(trio.to_thread.run_sync, remove_tree, aside)
+                aside = keep.discard(os.fsencode(path)[1:])
+                self._nursery.start_soon(self._commits.remove, aside)
 
     def _merge(self, request: control.MergeLayers) -> Reply:
         if self._comparisons.borrowed_tokens:  # they rely on where things are

@@ -300,7 +300,7 @@ class Commit:
         walked = b""
         for component in path.split(b"/")[:-1]:
             walked = join(walked, component)
-            if _stat(self._copies, walked) is None:
+            if self._copies.stat_or_none(walked) is None:
                 syscalls.mkdir(self._copies.at(walked), 0o700)
 
     def _make_directory(self, task: _Task) -> None:
@@ -340,7 +340,11 @@ class Commit:
         """Make the copy a name of one that there is of the same file; return whether there is."""
         known = self._linked.setdefault(task.entry.identity, {})
         for path, original in known.items():
-            if original == inode and path != task.path and _stat(self._copies, path) is not None:
+            if (
+                original == inode
+                and path != task.path
+                and self._copies.stat_or_none(path) is not None
+            ):
                 syscalls.link(self._copies.at(path), target)
                 break
         else:
@@ -388,7 +392,7 @@ class Commit:
     def _renew(self, wanted: list[tuple[bytes, bool]]) -> None:
         """Copy paths again, of which each comes after those above it; True: with all below."""
         for path, whole in wanted:  # first: what is to be copied again must not be linked to
-            copied = _stat(self._copies, path)
+            copied = self._copies.stat_or_none(path)
             if copied is not None and (whole or not self._is_directory(path, copied)):
                 self._copies.forget_tree(path)
                 remove_tree(self._copies.at(path))
@@ -403,10 +407,10 @@ class Commit:
                 anew.add(top)
                 self._copy(top)
                 changed.add(top.rpartition(b"/")[0])
-            elif _is_directory(_stat(self._copies, path)):
+            elif _is_directory(self._copies.stat_or_none(path)):
                 changed |= {path, path.rpartition(b"/")[0]}
         for path in changed:
-            if self._is_committed(path) and _is_directory(_stat(self._copies, path)):
+            if self._is_committed(path) and _is_directory(self._copies.stat_or_none(path)):
                 with self._uncertain(path):
                     task = _Task(path, self._find(self._session, path), ABSENT)
                     if task.entry.is_directory:
@@ -425,7 +429,7 @@ class Commit:
         """
         for above in _from_top(path):
             if self._is_committed(above):
-                copied = _stat(self._copies, above)
+                copied = self._copies.stat_or_none(above)
                 if copied is None:
                     return above
                 if not _is_directory(copied):
@@ -439,7 +443,7 @@ class Commit:
 
         Recursion ends where no rule leads further.
         """
-        there = _stat(self._kept, path)
+        there = self._kept.stat_or_none(path)
         if there is not None and _is_directory(there) and self._rules.lead(path):
             shown = _Task(path, self._find(self._session, path), ABSENT)
             if shown.entry.is_directory:
@@ -455,7 +459,7 @@ class Commit:
         """
         path = shown.path
         found = {name for name, _ in syscalls.scan(self._kept.directory(path))}
-        copied = _stat(self._copies, path) is not None
+        copied = self._copies.stat_or_none(path) is not None
         if copied:
             found.update(name for name, _ in syscalls.scan(self._copies.directory(path)))
         for name in found:
@@ -478,7 +482,7 @@ class Commit:
             syscalls.removexattr(at, opaque)
 
     def _exchange(self, path: bytes) -> None:
-        copied, there = _stat(self._copies, path), _stat(self._kept, path)
+        copied, there = self._copies.stat_or_none(path), self._kept.stat_or_none(path)
         if there is not None:
             self._make_parents(path)
         if copied is not None and there is not None:
@@ -528,14 +532,6 @@ def _from_top(path: bytes) -> list[bytes]:
     """Return the paths of what is above, and the path itself."""
     parts = path.split(b"/")
     return [b"/".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-def _stat(layer: Layer, path: bytes) -> os.stat_result | None:
-    """Return the stat(2) of what a layer has at a path; None for nothing."""
-    try:
-        return syscalls.stat_or_none(layer.at(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
 
 
 def _is_directory(stat: os.stat_result | None) -> bool:

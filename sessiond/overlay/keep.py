@@ -58,17 +58,13 @@ class Keep:
         upper, rules = self.stack.writable, self.rules
         if rules.keep(path):
             return []
-        try:
-            stat = syscalls.stat_or_none(at := upper.at(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        if stat is None:
+        if (stat := upper.stat_or_none(path)) is None:
             return []
         if modes.S_ISDIR(stat.st_mode) and rules.lead(path):
             below = [join(path, name) for name, _ in syscalls.scan(upper.directory(path))]
             return [at for inside in below for at in self.discard(inside)]
         aside = self.stack.workdir.temporary()
-        syscalls.rename(at, aside)
+        syscalls.rename(upper.at(path), aside)
         self.ways.forget(path)
         return [aside]
 

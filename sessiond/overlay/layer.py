@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from functools import cached_property
 
@@ -101,6 +102,17 @@ class Layer:
             return At(self.root, b".")
         parent, _, name = path.rpartition(b"/")
         return At(self.directory(parent), name)
+
+    def stat_or_none(self, path: bytes) -> os.stat_result | None:
+        """Return the stat(2) of the object at `path`; None if there is none, also because something
+        on the way is no directory.
+        """
+        try:
+            return syscalls.stat_or_none(self.at(path))
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                return None
+            raise
 
     def forget(self, path: bytes) -> None:
         """Drop what is known of the directory `path`, which has been removed."""

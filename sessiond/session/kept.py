@@ -194,11 +194,14 @@ def _bytes_at(layer: Layer, path: bytes) -> int:
     while pending:
         trio.from_thread.check_cancelled()
         path = pending.pop()
-        with suppress(FileNotFoundError, NotADirectoryError):
-            stat = syscalls.stat(layer.at(path))
+        stat = layer.stat_or_none(path)
+        if stat is not None:
             total += stat.st_blocks * 512
             if modes.S_ISDIR(stat.st_mode):
-                pending += [join(path, name) for name, _ in syscalls.scan(layer.directory(path))]
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    pending += [
+                        join(path, name) for name, _ in syscalls.scan(layer.directory(path))
+                    ]
     return total
 
 

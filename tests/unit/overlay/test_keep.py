@@ -14,11 +14,13 @@ from typing import TypeAlias
 import pytest
 
 from sessiond.keep_rules import KeepRules, checked_rule, rule_for
+from sessiond.overlay import syscalls
 from sessiond.overlay.commit import Commit
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.syscalls import RENAME_EXCHANGE
+from sessiond.overlay.workdir import remove_tree
 from tests.support.soak import factor
 from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
 
@@ -340,6 +342,126 @@ def test_a_commit_that_is_cancelled_leaves_nothing(bench: KeptBench) -> None:
     assert os.listdir(bench.layer("kept") / "home/u") == []
     assert os.listdir(bench.layer("kept-work") / "work") == []
     assert len(names(overlay, "home/u/docs")) == 11
+
+
+def test_a_commit_with_a_file_that_was_changed_under_another_name(bench: KeptBench) -> None:
+    """Nobody has looked for the name that is committed since."""
+    (image(bench) / "home/u/docs/a").write_text("a")
+    overlay = bench.kept()
+    overlay.link(find(overlay, "home/u/docs/a"), *parent_of(overlay, "home/u/docs/b"))
+    bench.close()
+    overlay = bench.kept()
+    watch = overlay.touched.watch()
+    overlay.make_way(b"home/u/docs")
+    assert overlay.keep is not None
+    with closing(
+        Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+    ) as work:
+        work.copy()
+        write(overlay, "home/u/docs/a", b"changed")
+        work.renew(overlay.stack.copy(), watch.take(), watch.take_identities(), last=True)
+        work.publish()
+    docs = bench.layer("kept") / "home/u/docs"
+    assert (docs / "b").read_bytes() == b"changed"
+    assert (docs / "a").samefile(docs / "b")
+
+
+def test_a_file_that_cannot_be_read_is_not_left_out(
+    bench: KeptBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While programs go on, it may be because it has just changed; in the end it counts."""
+    image(bench)
+    overlay = bench.kept()
+    write(overlay, "home/u/docs/bad", b"bad")
+    overlay.make_way(b"home/u/docs")
+    copy = syscalls.copy_data
+
+    def broken(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
+        if size == 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        copy(source, target, size, cancelled)
+
+    monkeypatch.setattr(syscalls, "copy_data", broken)
+    assert overlay.keep is not None
+    with closing(
+        Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+    ) as work:
+        work.copy()
+        work.renew(overlay.stack.copy(), {}, ())
+        with pytest.raises(OSError, match="Input/output error"):
+            work.renew(overlay.stack.copy(), {}, (), last=True)
+
+
+def test_what_is_nested_too_deep_is_refused(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept()
+    parent = find(overlay, "home/u/docs")
+    for _ in range(20):
+        parent, _ = overlay.create(parent, b"d" * 250, new_directory())
+        overlay.refer(parent)
+    overlay.make_way(b"home/u/docs")
+    assert overlay.keep is not None
+    work = Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+    with closing(work), pytest.raises(OSError, match="nested so deep"):
+        work.copy()
+
+
+def test_what_is_in_the_way_is_put_back(bench: KeptBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that fails at its last step leaves what was there of rules of before."""
+    image(bench)
+    overlay = bench.kept("/home/u/docs", "/home/u/other", "/home/u/new/in")
+    write(overlay, "home/u/docs/kept", b"kept once")
+    write(overlay, "home/u/other", b"kept once")
+    mkdir(overlay, "home/u/new")
+    write(overlay, "home/u/new/in", b"kept")
+    overlay.keep_paths(KeepRules(["/home/u/new/in"]))
+    write(overlay, "home/u/docs/now", b"now")
+    unlink(overlay, "home/u/other")
+    write(overlay, "home/u/new/now", b"now")
+
+    def listed() -> set[str]:
+        fs = bench.layer("kept")
+        return {str(path.relative_to(fs)) for path in fs.rglob("*")}
+
+    before = listed()
+    monkeypatch.setattr(syscalls, "syncfs", fail)
+    overlay.make_way(b"home/u/docs")
+    paths = [b"home/u/docs", b"home/u/other", b"home/u/new"]
+    assert overlay.keep is not None
+    work = Commit(overlay.stack.copy(), overlay.keep, paths, lambda: False)
+    with closing(work):
+        work.copy()
+        with pytest.raises(OSError, match="No space"):
+            work.publish()
+    assert listed() == before
+    monkeypatch.undo()
+    overlay.keep_paths(KeepRules(["/home/u/docs", "/home/u/other", "/home/u/new/in"]))
+    assert names(overlay, "home/u/docs") == ["kept", "letter"]
+    assert contents(overlay, "home/u/other") == b"kept once"
+
+
+def fail(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_is_discarded_is_what_nothing_names(bench: KeptBench) -> None:
+    image(bench)
+    overlay = bench.kept("/home/u/docs", "/home/u/other")
+    mkdir(overlay, "home/u/docs/sub")
+    for path in ("home/u/docs/sub/kept", "home/u/docs/gone", "home/u/other"):
+        write(overlay, path, b"kept")
+    overlay.keep_paths(KeepRules(["/home/u/docs/sub/kept"]))
+    assert overlay.keep is not None
+    for path in (b"home/u/docs", b"home/u/other", b"home/u/nothing", b"home/u/other/in"):
+        for aside in overlay.keep.discard(path):
+            remove_tree(aside)
+    assert overlay.keep.discard(b"home/u/docs/sub/kept") == []
+    fs = bench.layer("kept") / "home/u"
+    assert sorted(os.listdir(fs)) == ["docs"]
+    assert os.listdir(fs / "docs") == ["sub"]
+    assert (fs / "docs/sub/kept").read_text() == "kept"
+    overlay.keep_paths(KeepRules(["/home/u/docs/sub/kept", "/home/u/other"]))
+    assert contents(overlay, "home/u/other") == b"of the image"
 
 
 NAMES = ("a", "b", "c")

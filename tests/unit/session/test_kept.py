@@ -23,7 +23,14 @@ from sessiond.errors import (
 from sessiond.session import schedule
 from sessiond.session.clock import Instant
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import Manner, ResetRules, SessionState, SnapshotName, Uid
+from sessiond.session.model import (
+    Manner,
+    ResetRules,
+    SessionRecord,
+    SessionState,
+    SnapshotName,
+    Uid,
+)
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -118,7 +125,7 @@ async def test_a_commit(world: World) -> None:
         assert mount.frozen_times == 1
         assert session.keep == mount.rules == (*RULES, "/etc/a[*]b", "/etc/c")
         written = json.loads((kept(world) / "committed.json").read_text())
-        assert written == {"rules": ["/etc/a[*]b", "/etc/c"]}
+        assert written == {"rules": ["/etc/a[*]b", "/etc/c"], "unwanted": []}
         await session.reset(started_by=UID).wait()
         assert session.keep == (*RULES, "/etc/a[*]b", "/etc/c")
         await manager.close("s")
@@ -139,11 +146,14 @@ async def test_what_cannot_be_committed(world: World, paths: list[str]) -> None:
         assert session.keep == ()
 
 
+@pytest.mark.parametrize("step", ["commit", "commit rest", "commit publish"])
 @pytest.mark.parametrize("fault", [NoSpace("full"), Failed("copying failed")])
-async def test_a_commit_that_fails_changes_nothing(world: World, fault: SessiondError) -> None:
+async def test_a_commit_that_fails_changes_nothing(
+    world: World, fault: SessiondError, step: str
+) -> None:
     async with world.manager(keeping(world, *RULES)) as manager:
         session = await create(manager)
-        world.mounter.injected["commit"] = [fault]
+        world.mounter.injected[step] = [fault]
         with pytest.raises(type(fault)):
             await session.commit(["/file"], started_by=UID).wait()
         assert session.keep == world.mount("s").rules == RULES
@@ -198,6 +208,146 @@ async def test_what_was_half_made_is_made_anew(world: World) -> None:
         await create(manager)
         assert not new.exists()
         assert sorted(path.name for path in kept(world).iterdir()) == ["fs", "orphans", "work"]
+
+
+async def test_a_commit_says_how_far_it_is(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        async with world.mount("s").frozen():
+            job = session.commit(["/file"], started_by=UID)
+            await until(lambda: job.bytes == 1000)
+            assert (job.progress, job.progress_valid) == (1, True)
+            assert not job.finished
+            job.cancel()
+        with pytest.raises(Cancelled):
+            await job.wait()
+        assert session.keep == world.mount("s").rules == ()
+        assert world.mount("s").committed == ()
+
+
+async def test_a_commit_that_cannot_be_recorded_is_taken_away(world: World) -> None:
+    """The worker is told by the rules of before that it does not count."""
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        mount = world.mount("s")
+        told: list[tuple[str, ...]] = []
+
+        def full(record: SessionRecord) -> None:
+            raise NoSpace("full")
+
+        async def keep(rules: tuple[str, ...]) -> None:
+            told.append(rules)
+
+        mount.keep = keep  # type: ignore[method-assign]
+        session.services.store.write = full  # type: ignore[method-assign]
+        with pytest.raises(NoSpace):
+            await session.commit(["/file"], started_by=UID).wait()
+        del session.services.store.write
+        assert told == [RULES]
+        assert session.keep == RULES
+
+
+async def test_uncommit(world: World) -> None:
+    """The session goes on with what it shows; the reset ends that, and nothing is deleted."""
+    async with world.manager(keeping(world, "/data")) as manager:
+        session = await create(manager)
+        await session.commit(["/etc/a*b", "/etc/c"], started_by=UID).wait()
+        await session.uncommit(["/etc/a*b"])
+        assert set(session.keep) == {"/data", "/etc/a[*]b", "/etc/c"}
+        assert [one.path for one in await session.committed()] == ["/etc/c"]
+        await session.reset(started_by=UID).wait()
+        assert session.keep == world.mount("s").rules == ("/data", "/etc/c")
+        await session.uncommit(["/etc/c"])
+        await manager.close("s")
+        assert (await create(manager, "other")).keep == ("/data",)
+        assert world.mount("s").discarded == world.mount("other").discarded == ()
+
+
+async def test_uncommit_deletes_what_nobody_sees_any_more(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        await session.commit(["/a", "/b", "/c", "/d"], started_by=UID).wait()
+        await session.uncommit(["/a", "/b", "/c"], delete=True)
+        await session.commit(["/b"], started_by=UID).wait()  # wanted after all
+        assert world.mount("s").discarded == ()
+        await session.reset(started_by=UID).wait()
+        assert world.mount("s").discarded == ("/a", "/c")
+        await session.reset(started_by=UID).wait()
+        assert world.mount("s").discarded == ("/a", "/c")
+        await session.uncommit(["/b", "/d"], delete=True)
+        await session.set_keep(["/d"])
+        await session.reset(started_by=UID).wait()
+        assert world.mount("s").discarded == ("/a", "/c", "/b")
+        await session.set_keep([])
+        await session.reset(started_by=UID).wait()
+        assert world.mount("s").discarded == ("/a", "/c", "/b")
+
+
+async def test_what_is_to_be_deleted_is_so_in_the_next_session(
+    world: World, expect_log: ExpectLog
+) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        await session.commit(["/a"], started_by=UID).wait()
+        await session.uncommit(["/a"], delete=True)
+        await manager.close("s")
+        world.mounter.injected["discard"] = [Failed("the disk is broken")]
+        await create(manager, "other")
+        expect_log("What was uncommitted in session other is there still: the disk is broken")
+        assert world.mount("other").discarded == ()
+        await manager.close("other")
+        await create(manager, "third")
+        assert world.mount("third").discarded == ("/a",)
+
+
+@pytest.mark.parametrize(
+    ("paths", "delete", "reason"),
+    [
+        ([], False, "name the paths"),
+        (["/other"], False, r"/other was not committed\. What was: /a, /data/b\."),
+        (["/a/below"], False, "/a/below was not committed"),
+        (["/data/b"], True, "/data/b cannot be deleted: it is kept by another rule"),
+    ],
+)
+async def test_what_cannot_be_uncommitted(
+    world: World, paths: list[str], delete: bool, reason: str
+) -> None:
+    async with world.manager(keeping(world, "/data")) as manager:
+        session = await create(manager)
+        await session.commit(["/a", "/data/b"], started_by=UID).wait()
+        with pytest.raises(InvalidOption, match=reason):
+            await session.uncommit(paths, delete=delete)
+        assert session.keep == ("/data", "/a", "/data/b")
+
+
+async def test_an_uncommit_that_cannot_be_recorded_changes_nothing(world: World) -> None:
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        await session.commit(["/a"], started_by=UID).wait()
+        before = session.record
+        (kept(world) / "committed.json").write_text("damaged")
+        with pytest.raises(Failed, match="makes no sense"):
+            await session.uncommit(["/a"])
+        assert session.record == before
+        with pytest.raises(Failed, match="makes no sense"):
+            await session.commit(["/b"], started_by=UID).wait()
+        assert session.keep == ("/a",)
+        (kept(world) / "committed.json").unlink()
+
+
+async def test_how_much_was_committed(world: World) -> None:
+    """No symlink leads outside, whoever has put it there."""
+    async with world.manager(keeping(world)) as manager:
+        session = await create(manager)
+        await session.commit(["/a", "/b/c/d", "/gone"], started_by=UID).wait()
+        fs = kept(world) / "fs"
+        (fs / "a/b").mkdir(parents=True)
+        (fs / "a/b/file").write_bytes(b"x" * 50_000)
+        (fs / "a/link").symlink_to("/usr")
+        (fs / "b").symlink_to("/usr")
+        sizes = {one.path: one.bytes for one in await session.committed()}
+        assert 50_000 <= sizes.pop("/a") < 100_000
+        assert sizes == {"/b/c/d": 0, "/gone": 0}
 
 
 # What one reset keeps
