@@ -57,10 +57,8 @@ class Commits:
 
     def require_ways(self, paths: Sequence[bytes]) -> None:
         """Prepare for `paths` to be put to what is kept. Raises OSError with words for people."""
-        keep = self._overlay.keep
-        for path in paths:
-            if keep is not None and not keep.rules.keep(path):
-                self._overlay.make_way(path)
+        for path in paths if self._overlay.keep is not None else ():
+            self._overlay.make_way(path)
 
     async def carry_out(self, paths: Sequence[bytes], channel: trio.socket.SocketType) -> None:
         """Do what `control.Commit` says; `channel` is taken over."""

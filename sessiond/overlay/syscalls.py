@@ -244,7 +244,8 @@ def readlink(at: At) -> bytes:
     if at.name:
         return os.readlink(at.name, dir_fd=at.directory)
     target = ctypes.create_string_buffer(4096)
-    return target.raw[: _checked(_libc.readlinkat(at.directory, b"", target, len(target)))]
+    size = _checked(_libc.readlinkat(at.directory, b"", target, len(target)))
+    return target.raw[:size]
 
 
 def mkdir(at: At, mode: int) -> None:

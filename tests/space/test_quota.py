@@ -132,6 +132,43 @@ async def test_what_is_more_than_the_quota_stays_volatile(limited: Machine) -> N
         assert not (limited.state / "sessions/s").exists()
 
 
+async def test_what_is_kept_takes_no_more_than_its_quota(limited: Machine) -> None:
+    """Also by a commit, of which nothing is left then; and a reset goes."""
+    limited.profiles["volatile"] |= {
+        "keep": ["/kept"],
+        "keep_quota": "2M",
+        "size": "16M",
+        "quota": None,
+        "quota_inodes": None,
+    }
+    async with limited.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        root = session.mount_point
+        kept = limited.state / "kept/0/volatile"
+        assert quota.counted(kept).bytes_limit == 2 << 20
+        (root / "kept").mkdir()
+        (root / "kept/file").write_bytes(b"x" * 4096)
+        (root / "large").write_bytes(os.urandom(4 << 20))
+        with pytest.raises(NoSpace):
+            await session.commit(["/large"], started_by=ROOT).wait()
+        await until(lambda: not os.listdir(kept / "work/work"))
+        assert session.keep == ("/kept",)
+        fill(root / "kept", "bytes")
+        assert quota.counted(kept).bytes_used <= 2 << 20
+        with pytest.raises(NoSpace):
+            await session.commit(["/file1"], started_by=ROOT).wait()
+        await reset(session)
+        assert (root / "kept/file").read_bytes() == b"x" * 4096
+        for path in (root / "kept").glob("big*"):
+            path.unlink()
+        (root / "small").write_bytes(b"small")
+        await session.commit(["/small"], started_by=ROOT).wait()
+        await session.uncommit(["/small"], delete=True)
+        await reset(session)
+        assert sorted(os.listdir(root / "kept")) == ["file"]
+        assert not (root / "small").exists()
+
+
 async def test_without_the_file_systems_help_there_is_no_session(machine: Machine) -> None:
     machine.mount_disk("ext4", size="16M")
     machine.profiles["lasting"]["quota"] = "4M"

@@ -149,20 +149,71 @@ def test_commit_when_the_manager_is_killed_meanwhile(daemon: Daemon) -> None:
     for number in range(600):
         (root / f"srv/data/new{number}").write_text("new")
     before = sorted(os.listdir(root / "srv/data"))
-    fs = daemon.state / "kept/0/guest/fs/srv/data"
+    work = daemon.state / "kept/0/guest/work/work"
     with daemon.calling("commit", "one", "/srv/data"):
-        wait_until(lambda: fs.is_dir() and os.listdir(fs) != [])
+        wait_until(lambda: os.listdir(work) != [])
         daemon.kill()
     daemon.start()
     daemon.wait_idle("one")
     (root / "srv/data/goes-on").write_text("")
     assert sorted(os.listdir(root / "srv/data")) == sorted([*before, "goes-on"])
+    wait_until(lambda: os.listdir(work) == [])
     job = json.loads(daemon.sessionctl("status", "one", "--json").stdout)["last_job"]
     assert job["operation"] == "commit"
     assert job["state"] == ("succeeded" if daemon.sessions()["one"]["keep"][2:] else "failed")  # type: ignore[index]
     daemon.sessionctl("commit", "one", "/srv/data")
     daemon.sessionctl("reset", "one")
     assert sorted(os.listdir(root / "srv/data")) == sorted([*before, "goes-on"])
+
+
+def test_commit_is_cancelled_in_the_middle(daemon: Daemon) -> None:
+    """The worker stands still, so that it is in the middle for as long as that takes."""
+    root = create(daemon, "one")
+    for number in range(100):
+        (root / f"srv/data/new{number}").write_bytes(bytes(4096))
+    before = sorted(os.listdir(root / "srv/data"))
+    work = daemon.state / "kept/0/guest/work/work"
+    (worker,) = daemon.workers()
+    with daemon.calling("commit", "one", "/srv/data") as calling:
+        wait_until(lambda: os.listdir(work) != [] or calling.poll() is not None)
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            daemon.sessionctl("cancel", "one")
+            ended = calling.wait()
+        finally:
+            os.kill(worker, signal.SIGCONT)
+    assert ended in {ExitCode.CANCELLED, ExitCode.OK}
+    daemon.wait_idle("one")
+    committed = [*RULES, "/srv/data"] if ended == ExitCode.OK else [*RULES]
+    assert daemon.sessions()["one"]["keep"] == committed
+    wait_until(lambda: os.listdir(work) == [])
+    assert sorted(os.listdir(root / "srv/data")) == before
+    (root / "srv/data/goes-on").write_text("")
+
+
+def test_uncommit(daemon: Daemon) -> None:
+    root = create(daemon, "one")
+    for name in ("first", "second"):
+        (root / f"srv/{name}").write_bytes(bytes(50_000))
+    daemon.sessionctl("commit", "one", "/srv/first", "/srv/second")
+    told = json.loads(daemon.sessionctl("committed", "one", "--json").stdout)
+    assert [file["path"] for file in told] == ["/srv/first", "/srv/second"]
+    assert all(50_000 <= file["bytes"] < 100_000 for file in told)
+    refused = daemon.sessionctl("uncommit", "one", "/srv/third", code=ExitCode.USAGE)
+    assert "What was: /srv/first, /srv/second." in refused.stderr
+    daemon.sessionctl("uncommit", "one", "/srv/first")
+    daemon.sessionctl("uncommit", "one", "/srv/second", "--delete")
+    assert json.loads(daemon.sessionctl("committed", "one", "--json").stdout) == []
+    (root / "srv/first").write_text("goes on\n")
+    fs = daemon.state / "kept/0/guest/fs/srv"
+    daemon.kill()
+    daemon.start()
+    assert (root / "srv/second").stat().st_size == 50_000
+    daemon.sessionctl("reset", "one")
+    assert os.listdir(root / "srv") == ["data"]
+    wait_until(lambda: os.listdir(fs) == ["first"])
+    daemon.sessionctl("keep", "one", *RULES, "/srv/first")
+    assert (root / "srv/first").read_text() == "goes on\n"
 
 
 def test_a_full_disk(daemon: Daemon) -> None:
@@ -181,6 +232,9 @@ def test_a_full_disk(daemon: Daemon) -> None:
     assert daemon.sessions()["one"]["keep"] == [*RULES]
     with pytest.raises(OSError, match="No space"):
         (root / "etc/motd").write_bytes(bytes(16 << 20))
+    daemon.sessionctl("keep", "one", *RULES, "/home/*/new")
+    daemon.sessionctl("reset", "one")
+    assert (root / "srv/data/file1").exists()
     (root / "etc/motd").write_text("There is space.\n")
     (root / "srv/small").write_text("written on")
     daemon.sessionctl("commit", "one", "/srv/small")
