@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -442,6 +443,38 @@ def test_what_is_in_the_way_is_put_back(bench: KeptBench, monkeypatch: pytest.Mo
 
 def fail(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_kept_files_over_another_image(bench: KeptBench) -> None:
+    """What is kept hides what the new image has there, of whatever type."""
+    low = image(bench)
+    overlay = bench.kept("/home/*/docs", "/home/u/file", "/home/u/other", "/home/u/untouched")
+    write(overlay, "home/u/docs/mine", b"mine")
+    write(overlay, "home/u/file", b"mine")
+    unlink(overlay, "home/u/other")
+    bench.close()
+    shutil.rmtree(low / "home/u")
+    (low / "home/u/file/in").mkdir(parents=True)
+    (low / "home/u/docs").write_text("a file by now")
+    (low / "home/u/other").mkdir()
+    (low / "home/u/untouched").write_text("of the new image")
+    overlay = bench.kept(
+        *("/home/*/docs", "/home/u/file", "/home/u/other", "/home/u/untouched"), upper="second"
+    )
+    assert names(overlay, "home/u") == ["docs", "file", "untouched"]
+    assert names(overlay, "home/u/docs") == ["mine"]
+    assert contents(overlay, "home/u/file") == b"mine"
+    assert contents(overlay, "home/u/untouched") == b"of the new image"
+    bench.close()
+    shutil.rmtree(low / "home")
+    (low / "home").write_text("no directory any more")
+    overlay = bench.kept("/home/*/docs", "/home/u/file", upper="third")
+    assert names(overlay, "") == ["home"]  # out of reach; the log says so
+    assert contents(overlay, "home") == b"no directory any more"
+    bench.close()
+    (low / "home").unlink()
+    overlay = bench.kept("/home/*/docs", "/home/u/file", upper="fourth")
+    assert contents(overlay, "home/u/docs/mine") == b"mine"  # a way has been made again
 
 
 def test_what_is_discarded_is_what_nothing_names(bench: KeptBench) -> None:
