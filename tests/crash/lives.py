@@ -20,7 +20,7 @@ def given(profile: str, life: Life) -> Life:
 
     It is as `life` needs it, which is to be next.
     """
-    if life in (set_keep, commit):
+    if life in (set_keep, commit, uncommit):
         profile = f"{profile}-keeping"
 
     async def made(world: World, manager: Manager) -> None:
@@ -31,6 +31,8 @@ def given(profile: str, life: Life) -> Life:
         await world.mount("other").write("file", b"of another session")
         session = await manager.create(USER, profile, session_id="s")
         await world.mount("s").write("first", b"old")
+        if life is uncommit:
+            await session.commit(["/first"], started_by=UID).wait()
         await session.snapshots.make("one")
         for name, content in FILES.items():
             await world.mount("s").write(name, content)
@@ -90,6 +92,10 @@ async def commit(world: World, manager: Manager) -> None:
     await manager.get("s").commit(["/first"], started_by=UID).wait()
 
 
+async def uncommit(world: World, manager: Manager) -> None:
+    await manager.get("s").uncommit(["/first"], delete=True)
+
+
 async def begin_maintenance(world: World, manager: Manager) -> None:
     await manager.begin_maintenance("packed", "Back at noon.", started_by=UID)
 
@@ -132,5 +138,5 @@ LIVES: tuple[Life, ...] = (
     *(nothing, create_volatile, create_lasting, snapshot, rename_snapshot, delete_snapshot),
     *(describe_snapshot, pin_snapshot, schedule_reset, cancel_scheduled_reset),
     *(begin_maintenance, cancel_maintenance),
-    *(set_keep, commit, restore, reset, persist, import_snapshot, close, shut_down),
+    *(set_keep, commit, uncommit, restore, reset, persist, import_snapshot, close, shut_down),
 )

@@ -116,6 +116,15 @@ _SCHEDULE = Entry(
     arguments=lambda _: (0, {"in": Variant("u", 3600)}),
     lives=("schedule_reset",),
 )
+_COMMIT = Entry(
+    SessionObject,
+    "Commit",
+    arguments=lambda _: (["/mine"], {}),
+    full=no_space(Full.STATE, Full.DISK),
+    unmounted="Failed",
+    keeps=True,
+    lives=("commit",),
+)
 _RESET = Entry(
     SessionObject,
     "Reset",
@@ -282,14 +291,14 @@ METHODS = (
         mounts=True,
         lives=("rebase",),
     ),
+    _COMMIT,
     Entry(
         SessionObject,
-        "Commit",
-        arguments=lambda _: (["/mine"], {}),
-        full=no_space(Full.STATE, Full.DISK),
-        unmounted="Failed",
+        "Uncommit",
+        arguments=lambda _: (["/mine"], {"delete": Variant("b", True)}),
+        before=_COMMIT,
         keeps=True,
-        lives=("commit",),
+        lives=("uncommit",),
     ),
     Entry(
         SessionObject,
@@ -312,6 +321,7 @@ METHODS = (
     _looks("Changes"),
     _looks("OpenDiff", closing="Failed"),
     _looks("PendingFiles", unmounted=DONE, closing=DONE),
+    _looks("Committed", lambda _: (), unmounted=DONE),
     _looks("OpenShadowed", unmounted=DONE, closing=DONE),
     Entry(SnapshotObject, "Delete", arguments=_NONE, lives=("delete_snapshot",)),
     Entry(SnapshotObject, "Rename", arguments=lambda _: ("stale",), lives=("rename_snapshot",)),
