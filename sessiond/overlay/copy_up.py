@@ -252,7 +252,7 @@ def locate(stack: Stack, node: Node) -> At:
         return At(stack.workdir.index, node.index)
     if not node.linked:
         if node.anchor < 0:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise syscalls.failure(errno.ESTALE)
         return At(node.anchor, b"")
     if node.upper:
         return stack.writable.at(node.path)

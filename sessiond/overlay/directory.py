@@ -186,7 +186,7 @@ def _name_anonymous(
 ) -> None:
     """Give a file its first name. The file system refuses one that has had a name (I_LINKABLE)."""
     if node.anchor < 0 or not node.upper or node.gone:
-        raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        raise syscalls.failure(errno.ENOENT)
     copy_up(stack, parent)
     with stack.workdir.preparing() as prepared:
         syscalls.link_descriptor(node.anchor, prepared)
@@ -254,7 +254,7 @@ def carry(stack: Stack, old: Place, new_stack: Stack, new: Place, limit: int) ->
         or node.kept >= 0
         or (modes.S_ISREG(node.kind) and stat.st_size > limit)
     ):
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        raise syscalls.failure(errno.EXDEV)
     if new.node is not None:
         check_replaceable(node, new.node)
     in_upper = node.links[old.parent, old.name]
@@ -437,9 +437,9 @@ def _settle_name(stack: Stack, node: Node, parent: Node, name: bytes, stat: os.s
 
 def check_replaceable(node: Node, replaced: Node) -> None:
     if replaced.is_directory and not node.is_directory:
-        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise syscalls.failure(errno.EISDIR)
     if node.is_directory and not replaced.is_directory:
-        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise syscalls.failure(errno.ENOTDIR)
 
 
 def _prepare_replacement(stack: Stack, work: Workdir, place: Place) -> None:
@@ -497,14 +497,14 @@ def _set_redirect(stack: Stack, node: Node, parent: Node) -> None:
     It does so under its present name as well, in case that a crash keeps it from being moved.
     """
     if stack.options.user_xattrs:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        raise syscalls.failure(errno.EXDEV)
     at = locate(stack, node)
     present = syscalls.getxattr(at, stack.xattrs.redirect) or b""
     if present.startswith(b"/") or (present and parent is node.parent):
         return
     value = _own_name(node) if parent is node.parent else _path_below(stack, node)
     if len(value) > _REDIRECT_LIMIT:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        raise syscalls.failure(errno.EXDEV)
     syscalls.setxattr(at, stack.xattrs.redirect, value)
 
 

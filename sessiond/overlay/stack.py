@@ -135,14 +135,14 @@ class Stack:
     def writable(self) -> Layer:
         """The upper. Raises OSError: EROFS where there is none."""
         if self.upper is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise syscalls.failure(errno.EROFS)
         return self.upper
 
     @property
     def workdir(self) -> Workdir:
         """The upper's workdir. Raises OSError: EROFS where there is none."""
         if self.work is None:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+            raise syscalls.failure(errno.EROFS)
         return self.work
 
     def copy(self) -> Stack:

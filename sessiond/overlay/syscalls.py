@@ -72,6 +72,11 @@ Object = At | int
 """An object by its name, or by a descriptor that is open for reading or writing."""
 
 
+def failure(code: int) -> OSError:
+    """Return what a system call raises that fails with an errno."""
+    return OSError(code, os.strerror(code))
+
+
 class FileHandle(NamedTuple):
     """What name_to_handle_at(2) tells of an inode."""
 
@@ -94,7 +99,7 @@ def _path(at: At) -> bytes:
 def _checked(result: int) -> int:
     if result < 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        raise failure(code)
     return result
 
 
@@ -164,7 +169,7 @@ def open_file(at: At, flags: int) -> int:
         fd = os.open(_path(at), flags)
     if not modes.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        raise failure(errno.ESTALE)
     return fd
 
 
@@ -454,7 +459,7 @@ def _copy_extents(source: int, target: int, size: int, cancelled: Callable[[], b
         position = start
         while position < end:
             if cancelled():
-                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+                raise failure(errno.ECANCELED)
             try:
                 copied = copy(source, target, position, min(end - position, _COPY_CHUNK))
             except OSError as error:
