@@ -16,8 +16,8 @@ import stat as modes
 from contextlib import ExitStack
 
 from sessiond.overlay import lookup, syscalls
-from sessiond.overlay.diff import Change, ChangeKind, root_of
-from sessiond.overlay.lookup import Directory, Entry, Presence
+from sessiond.overlay.diff import Change, ChangeKind
+from sessiond.overlay.lookup import Entry, Presence
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At, Object
 
@@ -67,7 +67,7 @@ class Contents:
 
     def _open(self, stack: Stack, path: bytes, undo: ExitStack) -> int:
         """Open a file of a view. Raises PermissionError; FileNotFoundError for what vanishes."""
-        directory = root_of(stack)
+        directory = lookup.root_of(stack)
         upper = stack.upper.root if stack.upper is not None else -1
         self._check(upper if upper >= 0 else stack.lowers[0].root, modes.S_IXUSR)
         *parents, last = path.split(b"/")
@@ -82,8 +82,7 @@ class Contents:
                 self._check(upper, modes.S_IXUSR)
             else:
                 self._check(entry.lowers[0].at(), modes.S_IXUSR)
-            in_upper = entry.presence is Presence.UPPER
-            directory = Directory(walked if in_upper else None, entry.lowers, entry.marked)
+            directory = entry.directory(walked)
         entry = lookup.lookup(stack, directory, last)
         if not entry.positive:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)

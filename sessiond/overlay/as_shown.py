@@ -16,7 +16,7 @@ from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
 from sessiond.overlay.directory import copy_object
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.lookup import ABSENT, Directory, Entry, Lower, Presence, join, lookup, names
+from sessiond.overlay.lookup import ABSENT, Entry, Presence, join, lookup, lookup_path, names
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.whiteout import is_whiteout_device
@@ -61,7 +61,7 @@ class AsShown:
 
     def _check(self) -> None:
         if self._cancelled():
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            raise syscalls.failure(errno.ECANCELED)
 
     def _remove_way(self, path: bytes) -> None:
         """Remove what leads to what was kept below `path`, where there is no directory any more.
@@ -84,9 +84,8 @@ class AsShown:
         remove_tree(self._target.at(top))
 
     def _copy(self, path: bytes) -> None:
-        parent, _, name = path.rpartition(b"/")
-        entry = self._lookup(self._session, parent, name)
-        pending = [Task(path, entry, self._lookup(self._image, parent, name))]
+        entry, below = lookup_path(self._session, path), lookup_path(self._image, path)
+        pending = [Task(path, entry, below)]
         while pending:
             self._check()
             task = pending.pop()
@@ -104,20 +103,6 @@ class AsShown:
                 pending += self._begin_directory(task)
             else:
                 self._copy_file(task)
-
-    def _lookup(self, stack: Stack, parent: bytes, name: bytes) -> Entry:
-        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
-        upper = stack.upper
-        marked = upper is not None and upper.may_hold_marks
-        directory = Directory(None if upper is None else b"", lowers, marked)
-        path = b""
-        for component in filter(None, parent.split(b"/")):
-            entry = lookup(stack, directory, component)
-            if not entry.is_directory:
-                return ABSENT
-            path = join(path, component)
-            directory = _directory(entry, path)
-        return lookup(stack, directory, name)
 
     def _is_image(self, task: Task) -> bool:
         """Say whether an object, and all in it, is the image's at the same path."""
@@ -142,12 +127,12 @@ class AsShown:
             found.update(name for name, _ in syscalls.scan(self._target.directory(task.path)))
         if syscalls.getxattr(at, opaque) is not None:
             syscalls.removexattr(at, opaque)
-        shown = _directory(task.entry, task.path)
+        shown = task.entry.directory(task.path)
         found.update(names(self._session, shown))
         image = None
         if task.below.is_directory:
             if self._merges(task):
-                image = _directory(task.below, task.path)
+                image = task.below.directory(task.path)
                 found.update(names(self._image, image))
             else:
                 syscalls.setxattr(at, opaque, b"y")
@@ -188,8 +173,3 @@ class AsShown:
             assert self._session.upper is not None
             return self._session.upper.at(path)
         return entry.lowers[0].at()
-
-
-def _directory(entry: Entry, path: bytes) -> Directory:
-    upper = path if entry.presence is Presence.UPPER else None
-    return Directory(upper, entry.lowers, entry.marked)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from sessiond.overlay import lookup, syscalls
-from sessiond.overlay.lookup import ABSENT, Directory, Lower
+from sessiond.overlay.lookup import ABSENT, Directory
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 
@@ -54,10 +54,10 @@ def changeset(stack: Stack) -> Iterator[Put | Removed]:
     """
     bottom = stack.lowers[-1]
     image = Stack((bottom,), None, None, stack.options)
-    roots = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
-    top = roots[0].at()
+    root = lookup.root_of(stack)
+    top = root.lowers[0].at()
     yield Put(b"", syscalls.stat(top), top, top)
-    levels = [_enter(stack, image, _Pair(b"", Directory(None, roots), Directory(None, roots[-1:])))]
+    levels = [_enter(stack, image, _Pair(b"", root, Directory(None, root.lowers[-1:])))]
     while levels:
         pair, names = levels[-1]
         name = next(names, None)
@@ -75,9 +75,8 @@ def changeset(stack: Stack) -> Iterator[Put | Removed]:
             hides = now.is_directory and before.is_directory and now.lowers[-1:] != before.lowers
             yield Put(path, now.stat, now.lowers[0].at(), data.at(), hides)
             if now.is_directory:
-                counterpart = Directory(None, before.lowers) if before.is_directory else None
-                merged = Directory(None, now.lowers, now.marked)
-                levels.append(_enter(stack, image, _Pair(path, merged, counterpart)))
+                counterpart = before.directory(path) if before.is_directory else None
+                levels.append(_enter(stack, image, _Pair(path, now.directory(path), counterpart)))
 
 
 def _enter(stack: Stack, image: Stack, pair: _Pair) -> tuple[_Pair, Iterator[bytes]]:

@@ -24,13 +24,12 @@ from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.lookup import (
     ABSENT,
-    Directory,
     Entry,
     Identity,
-    Lower,
     Presence,
     join,
     lookup,
+    lookup_path,
     names,
 )
 from sessiond.overlay.stack import Stack
@@ -188,7 +187,7 @@ class Commit:
 
     def _check(self) -> None:
         if self._cancelled():
-            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+            raise syscalls.failure(errno.ECANCELED)
 
     def _require_space(self) -> None:
         upper = self._session.upper
@@ -196,7 +195,7 @@ class Commit:
             return  # they may share blocks
         space = syscalls.statvfs(self._kept.root)
         if self._total > space.f_bfree * space.f_frsize:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise syscalls.failure(errno.ENOSPC)
 
     @contextmanager
     def _uncertain(self, path: bytes) -> Iterator[None]:
@@ -212,7 +211,7 @@ class Commit:
         """Yield what differs from the image; a directory before what is in it, and once after."""
         levels: list[Iterator[_Task]] = []
         with self._uncertain(path):
-            shown, below = self._find(self._session, path), self._find(self._image, path)
+            shown, below = lookup_path(self._session, path), lookup_path(self._image, path)
             levels.append(iter([_Task(path, shown, below)]))
         while levels:
             self._check()
@@ -230,21 +229,6 @@ class Commit:
                 levels.append(iter([following._replace(finish=True)]))
                 levels.append(self._inside(following))
 
-    def _find(self, stack: Stack, path: bytes) -> Entry:
-        parent, _, name = path.rpartition(b"/")
-        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
-        upper = stack.upper
-        marked = upper is not None and upper.may_hold_marks
-        directory = Directory(None if upper is None else b"", lowers, marked)
-        walked = b""
-        for component in filter(None, parent.split(b"/")):
-            entry = lookup(stack, directory, component)
-            if not entry.is_directory:
-                return ABSENT
-            walked = join(walked, component)
-            directory = _directory(entry, walked)
-        return lookup(stack, directory, name)
-
     def _is_image(self, task: _Task) -> bool:
         """Say whether an object, and all in it, is the image's at the same path."""
         entry = task.entry
@@ -260,13 +244,13 @@ class Commit:
         )
 
     def _inside(self, task: _Task) -> Iterator[_Task]:
-        shown = _directory(task.entry, task.path)
+        shown = task.entry.directory(task.path)
         image = None
         found: set[bytes] = set()
         with self._uncertain(task.path):
             found.update(names(self._session, shown))
             if task.below.is_directory and self._merges(task):
-                image = _directory(task.below, task.path)
+                image = task.below.directory(task.path)
                 found.update(names(self._image, image))
         while found:
             path = join(task.path, name := found.pop())
@@ -367,7 +351,7 @@ class Commit:
         fd = syscalls.open_path(at)
         try:
             if modes.S_IFMT(os.fstat(fd).st_mode) != modes.S_IFMT(task.entry.stat.st_mode):
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+                raise syscalls.failure(errno.ESTALE)
             yield At(fd, b"")
         finally:
             syscalls.close(fd)
@@ -412,7 +396,7 @@ class Commit:
         for path in changed:
             if self._is_committed(path) and _is_directory(self._copies.stat_or_none(path)):
                 with self._uncertain(path):
-                    task = _Task(path, self._find(self._session, path), ABSENT)
+                    task = _Task(path, lookup_path(self._session, path), ABSENT)
                     if task.entry.is_directory:
                         self._finish(task)
 
@@ -420,7 +404,7 @@ class Commit:
         """Say whether `path`, of which there is a copy, is a directory, as that is."""
         shown = ABSENT
         with self._uncertain(path):
-            shown = self._find(self._session, path)
+            shown = lookup_path(self._session, path)
         return shown.is_directory and _is_directory(copied)
 
     def _topmost_missing(self, path: bytes) -> bytes | None:
@@ -445,7 +429,7 @@ class Commit:
         """
         there = self._kept.stat_or_none(path)
         if there is not None and _is_directory(there) and self._rules.lead(path):
-            shown = _Task(path, self._find(self._session, path), ABSENT)
+            shown = _Task(path, lookup_path(self._session, path), ABSENT)
             if shown.entry.is_directory:
                 self._put_into(shown)
                 return
@@ -515,11 +499,6 @@ class Commit:
                     pending.append(join(path, name))
                 elif not is_whiteout_device(stat):
                     raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), b"/" + path)
-
-
-def _directory(entry: Entry, path: bytes) -> Directory:
-    upper = path if entry.presence is Presence.UPPER else None
-    return Directory(upper, entry.lowers, entry.marked)
 
 
 def _topmost(paths: Sequence[bytes]) -> list[bytes]:

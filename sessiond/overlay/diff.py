@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import NamedTuple
 
-from sessiond.overlay import lookup, syscalls
-from sessiond.overlay.lookup import ABSENT, Directory, Entry, Identity, Lower, Presence
+from sessiond.overlay import lookup, sameness, syscalls
+from sessiond.overlay.lookup import ABSENT, Directory, Entry, Identity, Presence
+from sessiond.overlay.sameness import Object
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
-
-_CHUNK = 1 << 18
+from sessiond.overlay.xattrs import OverlayXattrs
 
 
 class ChangeKind(StrEnum):
@@ -150,7 +150,7 @@ class Comparison:
         self._base_places: _Places | None = None
 
     def root(self) -> Pair:
-        roots = root_of(self._stack), root_of(self._base)
+        roots = lookup.root_of(self._stack), lookup.root_of(self._base)
         return Pair(b"", roots[0], _ROOT, b"", roots[1], _ROOT)
 
     def names(self, pair: Pair) -> list[bytes]:
@@ -223,7 +223,7 @@ class Comparison:
         if not now.lowers or now.lowers[-1].layer.identity not in self._base_layers:
             return None
         path = self._base_path(now)
-        before = _find(self._base, path)
+        before = lookup.lookup_path(self._base, path)
         return (path, before) if before.identity == now.identity else None
 
     def _base_path(self, now: Entry) -> bytes:
@@ -315,12 +315,11 @@ class Comparison:
         return Change(path, ChangeKind.RENAMED, now.stat.st_mode, *sizes, source, kind)
 
     def _descend(self, path: bytes, base_path: bytes, now: Entry, before: Entry) -> Pair | None:
-        in_upper = now.presence is Presence.UPPER
-        merged = Directory(path if in_upper else None, now.lowers, now.marked)
+        merged = now.directory(path)
         if not before.is_directory:
             return Pair(path, merged, now.identity)
-        base = Directory(None, before.lowers)
-        untouched = not in_upper and all(
+        base = before.directory(base_path)
+        untouched = merged.upper is None and all(
             lower.layer.identity in self._shared for lower in (*now.lowers, *before.lowers)
         )
         if untouched and self._same_below(merged, base):
@@ -341,37 +340,30 @@ class Comparison:
             return Change(path, ChangeKind.TYPE, *facts, base_path=base_path)
         if _real(now) == _real(before):
             return None
-        at, data = self._places(path, now)
-        other, other_data = self._places(path, before)
-        if not self._same_contents(data, now.stat, other_data, before.stat):
+        one, data = self._objects(path, now)
+        other, other_data = self._objects(path, before)
+        if not self._same_contents(data, other_data):
             return Change(path, ChangeKind.CONTENTS, *facts, base_path=base_path)
-        if not _same_metadata(self._stack, at, now.stat, other, before.stat):
+        if not _same_metadata(one, other, self._stack.xattrs):
             return Change(path, ChangeKind.METADATA, *facts, base_path=base_path)
         return None
 
-    def _places(self, path: bytes, entry: Entry) -> tuple[At, At]:
-        """Return where the object is, and where its contents are."""
-        if entry.presence is not Presence.UPPER:
-            return entry.lowers[0].at(), entry.lowers[-1 if entry.metacopy else 0].at()
-        assert self._stack.upper is not None
-        at = self._stack.upper.at(path)
-        return at, entry.lowers[-1].at() if entry.metacopy else at
+    def _objects(self, path: bytes, entry: Entry) -> tuple[Object, Object]:
+        """Return the object, and the one that has its contents; both with the stat(2) of it."""
+        if entry.presence is Presence.UPPER:
+            assert self._stack.upper is not None
+            at = self._stack.upper.at(path)
+        else:
+            at = entry.lowers[0].at()
+        data = entry.lowers[-1].at() if entry.metacopy else at
+        return Object(at, entry.stat), Object(data, entry.stat)
 
-    def _same_contents(
-        self, at: At, stat: os.stat_result, other: At, other_stat: os.stat_result
-    ) -> bool:
-        kind = modes.S_IFMT(stat.st_mode)
-        if kind == modes.S_IFLNK:
-            return syscalls.readlink(at) == syscalls.readlink(other)
-        if kind in {modes.S_IFCHR, modes.S_IFBLK}:
-            return stat.st_rdev == other_stat.st_rdev
-        if kind != modes.S_IFREG:
-            return True
-        if stat.st_size != other_stat.st_size:
-            return False
-        if self._most_bytes is not None and stat.st_size > self._most_bytes:
+    def _same_contents(self, one: Object, other: Object) -> bool:
+        """Raises `Postponed`."""
+        size = _size(one.stat)
+        if self._most_bytes is not None and size == _size(other.stat) > self._most_bytes:
             raise Postponed
-        return _same_bytes(at, other)
+        return sameness.same_contents(one, other)
 
     def pair_up(
         self, added: list[tuple[Change, Identity]], deleted: list[tuple[Change, Identity]]
@@ -395,7 +387,8 @@ class Comparison:
     def _paired(self, path: bytes, source: bytes) -> Change | None:
         """Return the change that the two are; None if something vanishes meanwhile."""
         try:
-            now, before = _find(self._stack, path), _find(self._base, source)
+            now = lookup.lookup_path(self._stack, path)
+            before = lookup.lookup_path(self._base, source)
             if now.positive and before.positive:
                 return self._renamed(path, now, source, before)
         except FileNotFoundError:
@@ -438,25 +431,6 @@ def _shared(stack: Stack, base: Stack) -> _Shared:
     return frozenset(layer.identity for layer, _ in same)
 
 
-def root_of(stack: Stack) -> Directory:
-    """Return the root of a merged view."""
-    upper = b"" if stack.upper is not None else None
-    return Directory(upper, tuple(Lower(one, b"", one.may_hold_marks) for one in stack.lowers))
-
-
-def _find(stack: Stack, path: bytes) -> Entry:
-    """Look a whole path up."""
-    directory, entry, walked = root_of(stack), ABSENT, b""
-    for name in path.split(b"/"):
-        if walked and not entry.is_directory:
-            return ABSENT
-        entry = lookup.lookup(stack, directory, name)
-        walked = lookup.join(walked, name)
-        in_upper = entry.presence is Presence.UPPER
-        directory = Directory(walked if in_upper else None, entry.lowers, entry.marked)
-    return entry
-
-
 def _real(entry: Entry) -> Identity:
     return entry.stat.st_dev, entry.stat.st_ino
 
@@ -465,38 +439,8 @@ def _size(stat: os.stat_result) -> int:
     return stat.st_size if modes.S_ISREG(stat.st_mode) else 0
 
 
-def _same_metadata(
-    stack: Stack, at: At, stat: os.stat_result, other: At, other_stat: os.stat_result
-) -> bool:
-    if stat.st_mode != other_stat.st_mode:
-        return False
-    if (stat.st_uid, stat.st_gid) != (other_stat.st_uid, other_stat.st_gid):
-        return False
+def _same_metadata(one: Object, other: Object, xattrs: OverlayXattrs) -> bool:
     # A directory's time changes with its entries, which are told of themselves.
-    if not modes.S_ISDIR(stat.st_mode) and stat.st_mtime_ns != other_stat.st_mtime_ns:
+    if not one.is_directory and one.stat.st_mtime_ns != other.stat.st_mtime_ns:
         return False
-    return _xattrs(stack, at) == _xattrs(stack, other)
-
-
-def _xattrs(stack: Stack, at: At) -> dict[bytes, bytes | None]:
-    names = [name for name in syscalls.listxattr(at) if not stack.xattrs.is_own(name)]
-    return {name: syscalls.getxattr(at, name) for name in names}
-
-
-def _same_bytes(at: At, other: At) -> bool:
-    fd = syscalls.open_file(at, os.O_RDONLY)
-    try:
-        other_fd = syscalls.open_file(other, os.O_RDONLY)
-        try:
-            offset = 0
-            while True:
-                chunk = syscalls.read(fd, _CHUNK, offset)
-                if chunk != syscalls.read(other_fd, _CHUNK, offset):
-                    return False
-                if not chunk:
-                    return True
-                offset += len(chunk)
-        finally:
-            syscalls.close(other_fd)
-    finally:
-        syscalls.close(fd)
+    return sameness.same_metadata(one, other, xattrs)

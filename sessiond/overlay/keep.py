@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
-from sessiond.overlay.lookup import Directory, Lower, Presence, join, lookup, names
+from sessiond.overlay.lookup import Directory, join, lookup, names, root_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
@@ -100,17 +100,13 @@ class Ways:
     def _find(self, path: bytes) -> Directory:
         kept = self._kept
         if not path:
-            lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in kept.lowers)
-            return Directory(b"", lowers, kept.writable.may_hold_marks)
+            return root_of(kept)
         parent, _, name = path.rpartition(b"/")
         above = self.directory(parent)
         if above == _NOTHING:
             return _NOTHING
         entry = lookup(kept, above, name)
-        if not entry.is_directory:
-            return _NOTHING
-        upper = path if entry.presence is Presence.UPPER else None
-        return Directory(upper, entry.lowers, entry.marked)
+        return entry.directory(path) if entry.is_directory else _NOTHING
 
     def make(self, directory: Node) -> None:
         """Have a way where `directory`, of the session's layers, is; on disk when this returns."""

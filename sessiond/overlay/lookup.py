@@ -82,6 +82,11 @@ class Entry(NamedTuple):
     def is_directory(self) -> bool:
         return self.positive and modes.S_ISDIR(self.stat.st_mode)
 
+    def directory(self, path: bytes) -> Directory:
+        """Return what a directory, found at `path`, consists of."""
+        upper = path if self.presence is Presence.UPPER else None
+        return Directory(upper, self.lowers, self.marked)
+
 
 _NO_STAT = os.stat_result([0] * 10)
 ABSENT = Entry(Presence.ABSENT, _NO_STAT)
@@ -120,6 +125,35 @@ def lookup(stack: Stack, directory: Directory, name: bytes) -> Entry:
     if upper is not None:
         return _upper_entry(search, upper, index, marked=upper_marked)
     return _lower_entry(stack, search)
+
+
+def roots_of(stack: Stack) -> tuple[Lower, ...]:
+    """Return the roots of the lowers."""
+    return tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
+
+
+def root_of(stack: Stack) -> Directory:
+    """Return the root of the merged view."""
+    upper = stack.upper
+    if upper is None:
+        return Directory(None, roots_of(stack))
+    return Directory(b"", roots_of(stack), upper.may_hold_marks)
+
+
+def lookup_path(stack: Stack, path: bytes) -> Entry:
+    """Look a whole path, not that of the root, up; symlinks are not followed. Raises as `lookup`.
+
+    What is below no directory is absent.
+    """
+    directory, walked = root_of(stack), b""
+    *parents, last = path.split(b"/")
+    for name in parents:
+        entry = lookup(stack, directory, name)
+        if not entry.is_directory:
+            return ABSENT
+        walked = join(walked, name)
+        directory = entry.directory(walked)
+    return lookup(stack, directory, last)
 
 
 def covered(stack: Stack, directory: Directory, name: bytes) -> bool:

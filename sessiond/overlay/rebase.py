@@ -211,7 +211,7 @@ class _Walk:
                 _close(self._levels.pop())
 
     def _enter_root(self, enter: _Enter, visit: _Visit) -> Iterator[Shadowed]:
-        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in self._stack.lowers)
+        lowers = lookup.roots_of(self._stack)
         root = _Level(b"", syscalls.duplicate(self._upper.root), lowers, b"")
         root.marked = self._upper.may_hold_marks
         self._levels.append(root)
@@ -352,8 +352,7 @@ class _Walk:
             syscalls.close(index)
 
     def _roots(self) -> Directory:
-        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in self._stack.lowers)
-        return Directory(None, lowers)
+        return Directory(None, lookup.roots_of(self._stack))
 
     # Directories
 

@@ -19,7 +19,7 @@ from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
 from sessiond.overlay.as_shown import AsShown, Task
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.lookup import Entry, Presence, join
+from sessiond.overlay.lookup import Entry, Presence, join, lookup_path
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.xattrs import copy_attributes
 
@@ -66,26 +66,23 @@ class Retain(AsShown):
                 syscalls.unlink(self._session.upper.at(path))
 
     def _retain(self, path: bytes) -> None:
-        parent, _, name = path.rpartition(b"/")
-        task = Task(
-            path, self._lookup(self._session, parent, name), self._lookup(self._image, parent, name)
-        )
+        task = Task(path, lookup_path(self._session, path), lookup_path(self._image, path))
         if self._is_image(task) or not (task.entry.positive or task.below.positive):
             return
-        self._make_ways(parent)
+        self._make_ways(path.rpartition(b"/")[0])
         self._copy(path)
 
     def _make_ways(self, path: bytes) -> None:
         """Make the directories that lead to what is retained, like the image's or the session's."""
         made = b""
         for name in path.split(b"/") if path else ():
-            above, made = made, join(made, name)
+            made = join(made, name)
             at = self._target.at(made)
             if syscalls.stat_or_none(at) is not None:
                 continue
-            like = self._lookup(self._image, above, name)
+            like = lookup_path(self._image, made)
             if not like.is_directory:
-                like = self._lookup(self._session, above, name)
+                like = lookup_path(self._session, made)
             syscalls.mkdir(at, 0o700)
             syscalls.setxattr(at, self._session.xattrs.impure, b"y")
             self._ways.append((made, like))

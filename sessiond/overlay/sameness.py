@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from sessiond.overlay import lookup, syscalls
 from sessiond.overlay.layer import Layer
-from sessiond.overlay.lookup import Directory, Entry, Lower
+from sessiond.overlay.lookup import Entry
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.xattrs import OverlayXattrs
@@ -22,6 +22,10 @@ _MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 
 Check = Callable[[], None]
 """Called again and again by what takes long; stops it by raising."""
+
+
+def _never() -> None:
+    """Do not stop it."""
 
 
 class Object(NamedTuple):
@@ -64,7 +68,7 @@ def same_metadata(one: Object, other: Object, xattrs: OverlayXattrs) -> bool:
     )
 
 
-def same_contents(one: Object, other: Object, check: Check) -> bool:
+def same_contents(one: Object, other: Object, check: Check = _never) -> bool:
     """Compare what files hold, symbolic links name and device nodes stand for; of directories
     nothing. Raises OSError.
     """
@@ -77,27 +81,32 @@ def same_contents(one: Object, other: Object, check: Check) -> bool:
         return one.stat.st_rdev == other.stat.st_rdev
     if kind != modes.S_IFREG:
         return True
-    return one.stat.st_size == other.stat.st_size and _same_bytes(one.at, other.at, check)
+    return one.stat.st_size == other.stat.st_size and _same_files(one.at, other.at, check)
 
 
-def _same_bytes(one: At, other: At, check: Check) -> bool:
+def _same_files(one: At, other: At, check: Check) -> bool:
     first = syscalls.open_file(one, os.O_RDONLY)
     try:
         second = syscalls.open_file(other, os.O_RDONLY)
         try:
-            offset = 0
-            while True:
-                check()
-                chunk = syscalls.read(first, _CHUNK, offset)
-                if chunk != syscalls.read(second, _CHUNK, offset):
-                    return False
-                if not chunk:
-                    return True
-                offset += len(chunk)
+            return same_bytes(first, second, check)
         finally:
             syscalls.close(second)
     finally:
         syscalls.close(first)
+
+
+def same_bytes(one: int, other: int, check: Check) -> bool:
+    """Compare what two files hold, given as descriptors, to the end. Raises OSError."""
+    offset = 0
+    while True:
+        check()
+        chunk = syscalls.read(one, _CHUNK, offset)
+        if chunk != syscalls.read(other, _CHUNK, offset):
+            return False
+        if not chunk:
+            return True
+        offset += len(chunk)
 
 
 def same(one: Object, other: Object, xattrs: OverlayXattrs, check: Check) -> bool:
@@ -112,8 +121,7 @@ def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, st
     does. All is compared but times, and which names are links to one file. `stack` has lowers only;
     nobody may write to them. Raises OSError.
     """
-    roots = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
-    pending = [(b"", Directory(None, roots))]
+    pending = [(b"", lookup.root_of(stack))]
     while pending:
         path, directory = pending.pop()
         wanted = set(lookup.names(stack, directory))
@@ -130,7 +138,7 @@ def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, st
             if how is not None:
                 return below, how
             if entry.is_directory:
-                pending.append((below, Directory(None, entry.lowers)))
+                pending.append((below, entry.directory(below)))
     return None
 
 

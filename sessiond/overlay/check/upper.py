@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from sessiond.overlay import lookup, syscalls
 from sessiond.overlay.check.findings import Finding, Kind, Place
 from sessiond.overlay.check.inspection import Findings, Fix, Inspection
-from sessiond.overlay.lookup import Directory, Identity, Lower, Presence, join
+from sessiond.overlay.lookup import Directory, Identity, Lower, join
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.whiteout import is_whiteout_device
 
@@ -94,8 +94,7 @@ class _Walk:
     # Directories
 
     def _enter_root(self) -> Findings:
-        stack = self._stack
-        lowers = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in stack.lowers)
+        lowers = lookup.roots_of(self._stack)
         root = _Level(b"", syscalls.duplicate(self._upper.root), lowers)
         root.known, root.marked = self._inspection.complete, self._upper.may_hold_marks
         self._levels.append(root)
@@ -202,17 +201,8 @@ class _Walk:
 
     def _shown_at(self, path: bytes) -> Directory | None:
         """Return the directory of the merged view at `path`; None if there is none."""
-        roots = tuple(Lower(layer, b"", layer.may_hold_marks) for layer in self._stack.lowers)
-        directory = Directory(b"", roots, self._upper.may_hold_marks)
-        walked = b""
-        for name in path.split(b"/"):
-            entry = lookup.lookup(self._stack, directory, name)
-            if not entry.is_directory:
-                return None
-            walked = join(walked, name)
-            in_upper = entry.presence is Presence.UPPER
-            directory = Directory(walked if in_upper else None, entry.lowers, entry.marked)
-        return directory
+        entry = lookup.lookup_path(self._stack, path)
+        return entry.directory(path) if entry.is_directory else None
 
     # What is in them
 
