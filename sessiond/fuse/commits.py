@@ -22,9 +22,10 @@ from sessiond.control import Copied, Reply
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
 from sessiond.overlay.commit import Commit
-from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.tally import Watch
+from sessiond.overlay.view import View
 from sessiond.overlay.workdir import remove_tree
 
 log = logging.getLogger(__name__)
@@ -43,10 +44,15 @@ class Commits:
     """Those of one overlay: one at a time. Runs in the thread that serves the mount."""
 
     def __init__(
-        self, overlay: Overlay, limiter: trio.CapacityLimiter, is_frozen: Callable[[], bool]
+        self,
+        view: View,
+        exchange: Exchange,
+        limiter: trio.CapacityLimiter,
+        is_frozen: Callable[[], bool],
     ) -> None:
         """`limiter`: of threads; those that requests of the mount need are not used."""
-        self._overlay = overlay
+        self._view = view
+        self._exchange = exchange
         self._limiter = limiter
         self._is_frozen = is_frozen
         self._turn = trio.Lock()
@@ -57,8 +63,8 @@ class Commits:
 
     def require_ways(self, paths: Sequence[bytes]) -> None:
         """Prepare for `paths` to be put to what is kept. Raises OSError with words for people."""
-        for path in paths if self._overlay.keep is not None else ():
-            self._overlay.make_way(path)
+        for path in paths if self._view.keep is not None else ():
+            self._exchange.make_way(path)
 
     async def carry_out(self, paths: Sequence[bytes], channel: trio.socket.SocketType) -> None:
         """Do what `control.Commit` says; `channel` is taken over."""
@@ -77,15 +83,15 @@ class Commits:
                 await control.send(channel, reply)
 
     async def _carry_out(self, paths: Sequence[bytes], channel: trio.socket.SocketType) -> None:
-        overlay = self._overlay
-        if overlay.keep is None:
+        view = self._view
+        if view.keep is None:
             raise OSError(errno.EOPNOTSUPP, "nothing can be kept")
-        watch = overlay.touched.watch()
+        watch = view.touched.watch()
         work: Commit | None = None
         try:
             work = Commit(
-                overlay.stack.copy(),
-                overlay.keep,
+                view.stack.copy(),
+                view.keep,
                 paths,
                 partial(control.hung_up, channel),
                 _Told(channel),
@@ -101,7 +107,7 @@ class Commits:
             self._published, work = work, None
             await control.send(channel, Reply())
         finally:
-            overlay.touched.unwatch(watch)
+            view.touched.unwatch(watch)
             if work is not None:
                 with trio.CancelScope(shield=True):
                     await self._in_thread(partial(_close, work))
@@ -111,7 +117,7 @@ class Commits:
         await self._in_thread(work.copy)
         for _ in range(_MOST_ROUNDS):
             touched, identities = watch.take(most=_MANY), watch.take_identities()
-            session = self._overlay.stack.copy()
+            session = self._view.stack.copy()
             renew = partial(work.renew, session, touched, identities)
             if await self._in_thread(renew) <= _LITTLE:
                 break
@@ -122,7 +128,7 @@ class Commits:
         self._require_frozen()
         self.require_ways(paths)
         touched, identities = watch.take(), watch.take_identities()
-        session = self._overlay.stack.copy()
+        session = self._view.stack.copy()
         await self._in_thread(partial(work.renew, session, touched, identities, last=True))
 
     def _require_frozen(self) -> None:
@@ -148,7 +154,7 @@ class Commits:
         work, self._counts = self._counts, None
         if work is None:
             return
-        hidden = [self._overlay.take_hidden(path) for path in work.paths]
+        hidden = [self._exchange.take_hidden(path) for path in work.paths]
         await self.remove([at for at in hidden if at is not None])
         await self._in_thread(partial(_close, work))
 

@@ -17,9 +17,9 @@ import trio
 from sessiond.control import ChangeCounts
 from sessiond.fuse import comparison
 from sessiond.overlay.by_directory import ByDirectory
-from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.tally import Tally, TooManyError
+from sessiond.overlay.view import View
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ _T = TypeVar("_T")
 class Counting:
     """See the module. Runs in the thread that serves the mount, but for the comparisons."""
 
-    def __init__(self, overlay: Overlay, limiter: trio.CapacityLimiter) -> None:
-        self._overlay = overlay
+    def __init__(self, view: View, limiter: trio.CapacityLimiter) -> None:
+        self._view = view
         self._limiter = limiter
         self._tally = Tally()
         self._postponed: set[bytes] = set()
@@ -49,7 +49,7 @@ class Counting:
         self._turn = trio.Lock()
         self._touched = trio.Event()
         self._touched.set()
-        overlay.touched.notify = self._note
+        view.touched.notify = self._note
 
     def _note(self) -> None:
         self._touched.set()
@@ -70,7 +70,7 @@ class Counting:
     async def _catch_up(self) -> bool:
         """Compare some of what has changed; say whether there was anything."""
         async with self._turn:
-            batch = self._overlay.touched.take(most=_AT_ONCE)
+            batch = self._view.touched.take(most=_AT_ONCE)
             if not batch or (self._too_many and b"" not in batch):
                 return False
             try:
@@ -85,7 +85,7 @@ class Counting:
         Raises OSError.
         """
         async with self._turn:
-            batch = self._overlay.touched.take()
+            batch = self._view.touched.take()
             batch |= {path: False for path in self._postponed if path not in batch}
             self._postponed.clear()
             try:
@@ -100,8 +100,8 @@ class Counting:
 
     async def _compare(self, batch: dict[bytes, bool], *, most_bytes: int | None) -> None:
         """Compare what was touched. Raises OSError, `TooManyError`."""
-        batch = self._tally.names_of(self._overlay.touched.take_identities()) | batch
-        stack = self._overlay.stack.copy()
+        batch = self._tally.names_of(self._view.touched.take_identities()) | batch
+        stack = self._view.stack.copy()
         update = partial(_update, self._tally, stack, batch, most_bytes)
         self._too_many = False
         try:
@@ -113,11 +113,11 @@ class Counting:
             raise
         except BaseException:
             self._tally = Tally()  # a thread that was left alone has the former
-            self._overlay.touched.everything()
+            self._view.touched.everything()
             raise
 
     async def _count_anew(self, by_directory: ByDirectory | None) -> ChangeCounts:
-        stack = self._overlay.stack.copy()
+        stack = self._view.stack.copy()
         count = partial(comparison.count, stack, stack.bottom(), by_directory)
         return await self._in_thread(count)
 

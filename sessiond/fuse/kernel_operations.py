@@ -38,6 +38,7 @@ from sessiond.overlay.directory import NewObject
 from sessiond.overlay.fastpath import FastPath, Inherited
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.succession import Succession
 from sessiond.session.model import DataPath
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ class KernelOperations(OverlayOperations):
     def __init__(self, overlay: Overlay, path: DataPath) -> None:
         """`path`: not plain."""
         super().__init__(overlay)
+        self._succession = Succession(overlay)
         self._path = path
         self._position_key = _kernel_io.key()
         self._renewals: dict[int, trio.Lock] = {}
@@ -135,21 +137,21 @@ class KernelOperations(OverlayOperations):
     def take_over(self, inherited: list[Inherited], *, moved: bool) -> None:
         """Go on with the nodes, open files and listings of a predecessor that has died.
 
-        See `Overlay.take_over`.
+        See `Succession.take_over`.
         """
         self._last_listing = _kernel_io.last_listing()
-        self.overlay.take_over(inherited, moved=moved)
+        self._succession.take_over(inherited, moved=moved)
         for number in _kernel_io.opened():
             with _dispensable(f"an open file, node {number:x}"):
-                node = self.overlay.node(number)
-                self.overlay.touched.written(node)
-                fd = self.overlay.open_contents(node, write=False)
+                node = self.view.node(number)
+                self.view.touched.written(node)
+                fd = self.view.open_contents(node, write=False)
                 _kernel_io.set_contents(number, fd, node.upper and not node.metacopy)
                 if node.kept >= 0:
                     _kernel_io.keep(number)
         for handle, number in _kernel_io.inherited_listings():
             with _dispensable(f"a listing, of node {number:x}"):
-                fd, numbering = self.overlay.open_bottom(self.overlay.node(number))
+                fd, numbering = self.view.open_bottom(self.view.node(number))
                 _kernel_io.reopen_listing(handle, fd, numbering)
 
     @property
@@ -175,7 +177,7 @@ class KernelOperations(OverlayOperations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        if self.overlay.serve(self.overlay.node(parent_inode)):
+        if self.view.serve(self.view.node(parent_inode)):
             raise FUSEError(_kernel_io.TRY_AGAIN)
         try:
             return await super().lookup(parent_inode, name, ctx)
@@ -190,7 +192,7 @@ class KernelOperations(OverlayOperations):
     # Changes that a predecessor may have made
 
     def _existing(self, parent: int, name: bytes) -> EntryAttributes:
-        return self._given(*self.overlay.lookup(self.overlay.node(parent), name))
+        return self._given(*self.view.lookup(self.view.node(parent), name))
 
     @translated
     async def mknod(
@@ -246,7 +248,7 @@ class KernelOperations(OverlayOperations):
     ) -> None:
         if flags & syscalls.RENAME_EXCHANGE and _kernel_io.resent():
             await self._open.wait()
-            if self.overlay.has_exchanged(self.overlay.node(parent_inode_new), name_new):
+            if self._succession.has_exchanged(self.view.node(parent_inode_new), name_new):
                 return
         with Repeated(errno.ENOENT):
             await super().rename(parent_inode_old, name_old, parent_inode_new, name_new, flags, ctx)
@@ -254,7 +256,7 @@ class KernelOperations(OverlayOperations):
     @translated
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """pyfuse3 asks this first, too, when an attribute is to be set that must not exist."""
-        if _kernel_io.resent() == _kernel_io.SETXATTR and self.overlay.was_setting(inode, name):
+        if _kernel_io.resent() == _kernel_io.SETXATTR and self._succession.was_setting(inode, name):
             raise FUSEError(errno.ENODATA)
         return await super().getxattr(inode, name, ctx)
 
@@ -277,15 +279,15 @@ class KernelOperations(OverlayOperations):
         Return False if it cannot, for the kernel asks by a number that the node had once, or, which
         gives the node a new number, has another file of it open.
         """
-        writable = write or self.overlay.touched.may_be_written(node)
+        writable = write or self.view.touched.may_be_written(node)
         if write:
-            self.overlay.touched.written(node)
+            self.view.touched.written(node)
         if number != node.number:
             syscalls.close(fd)
             return False
         if _kernel_io.set_contents(number, fd, writable):
             return True
-        self.overlay.nodes.renumber(node)
+        self.view.nodes.renumber(node)
         device.invalidate_attributes(number)
         return False
 
@@ -299,7 +301,7 @@ class KernelOperations(OverlayOperations):
             if ctx.uid != 0:
                 # Passthrough does it at no write (fuse_setattr leaves it to the server).
                 self.overlay.drop_privileges(node)
-        fd = self.overlay.open_contents(node, write=False)
+        fd = self.view.open_contents(node, write=False)
         if not self._set_contents(node, inode, fd, write=write or truncate):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # it is looked up again
         if truncate:
@@ -313,14 +315,14 @@ class KernelOperations(OverlayOperations):
         resent = _kernel_io.resent()
         await self._open.wait()
         new = self._new(ctx, modes.S_IFREG | modes.S_IMODE(mode))
-        parent = self.overlay.node(parent_inode)
+        parent = self.view.node(parent_inode)
         try:
             node, stat, fd = self._make_file(parent, name, new)
         except FileExistsError:
             if not resent:
                 raise
-            node, stat = self.overlay.lookup(parent, name)
-            fd = self.overlay.open_contents(node, write=True)
+            node, stat = self.view.lookup(parent, name)
+            fd = self.view.open_contents(node, write=True)
         if not self._set_contents(node, node.number, fd, write=True):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return FileInfo(fh=node.number), self._given(node, stat)
@@ -334,8 +336,8 @@ class KernelOperations(OverlayOperations):
 
     @translated
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        node = self.overlay.node(fh)
-        fd = self.overlay.open_contents(node, write=False)
+        node = self.view.node(fh)
+        fd = self.view.open_contents(node, write=False)
         data = syscalls.read(fd, size, off)
         self._set_contents(node, fh, fd, write=False)
         return data
@@ -344,7 +346,7 @@ class KernelOperations(OverlayOperations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         node = await self._changeable(fh)
         self.overlay.make_writable(node)
-        fd = self.overlay.open_contents(node, write=True)
+        fd = self.view.open_contents(node, write=True)
         written = syscalls.write(fd, buf, off) if buf else 0
         self._set_contents(node, fh, fd, write=True)
         return written
@@ -358,7 +360,7 @@ class KernelOperations(OverlayOperations):
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         async with self._renewing(fh):
             await self._renew(fh)
-        node = self.overlay.node(fh)
+        node = self.view.node(fh)
         if not node.upper:
             return
         fd = self.overlay.open_storage(node)
@@ -383,33 +385,33 @@ class KernelOperations(OverlayOperations):
     async def _renew(self, number: int) -> None:
         """Bring a file that is pending to where it belongs, without holding up other requests."""
         while (node := await self._changeable(number)).kept >= 0 and node.linked:
-            with self.overlay.begin_renewal(node) as renewal:
+            with self.overlay.pending.begin_renewal(node) as renewal:
                 if await self._run(renewal):
                     if node.linked:
-                        self.overlay.end_renewal(renewal, node)
+                        self.overlay.pending.end_renewal(renewal, node)
                     return
 
     async def _settle(self, number: int) -> None:
         """The same, and end that it is pending, if that can be."""
-        if number not in self.overlay.nodes:
+        if number not in self.view.nodes:
             return
         async with self._renewing(number):
             closes = _kernel_io.closes(number)
             await self._renew(number)
-            node = self.overlay.nodes.get(number)
+            node = self.view.nodes.get(number)
             if node is not None and node.kept >= 0:
-                self.overlay.finish_pending(node, closes)
+                self.overlay.pending.finish(node, closes)
 
     async def settle_all(self, *, only_closed: bool = False) -> None:
         """See `OverlayOperations.settle_all`."""
         first: OSError | None = None
         in_use = set(_kernel_io.opened()) if only_closed else set()
-        for number in set(self.overlay.pending) - in_use:
+        for number in set(self.overlay.pending.numbers) - in_use:
             try:
                 await self._settle(number)
             except OSError as error:
                 if first is None:
-                    first = OSError(error.errno, error.strerror, self.overlay.name_of(number))
+                    first = OSError(error.errno, error.strerror, self.view.name_of(number))
         if first is not None:
             raise first
 
@@ -417,12 +419,12 @@ class KernelOperations(OverlayOperations):
 
     def _listing(self, handle: int) -> tuple[Node, Listing]:
         if handle not in self._listings:  # made by the extension, before the directory changed
-            self._listings[handle] = self.overlay.node(_kernel_io.listed(handle)), []
+            self._listings[handle] = self.view.node(_kernel_io.listed(handle)), []
         return super()._listing(handle)
 
     @translated
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        if self.overlay.serve(self.overlay.node(inode)):
+        if self.view.serve(self.view.node(inode)):
             raise FUSEError(_kernel_io.TRY_AGAIN)
         return await super().opendir(inode, ctx)
 

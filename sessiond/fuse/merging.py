@@ -10,8 +10,8 @@ from pathlib import Path
 from sessiond import control
 from sessiond.control import LayerStack, Reply
 from sessiond.fuse.operations import OverlayOperations
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.flatten import Merge, open_merged
-from sessiond.overlay.overlay import Overlay
 
 _STEP_SECONDS = 0.005
 """For which requests wait at most, but for the last change."""
@@ -64,7 +64,7 @@ class Merging:
         if position < 0 or layers.lowers[position + 1 : -1][:1] != (request.bottom,):
             self._survey = iter(["they do not lie on each other"])
             return
-        below = self._operations.overlay.stack.lowers[position + 2 :]
+        below = self._operations.view.stack.lowers[position + 2 :]
         top, bottom = open_merged(request.top), open_merged(request.bottom)
         self._merge = merge = Merge(top, bottom, tuple(layer.copy() for layer in below))
         self._survey, self._steps = merge.survey(), merge.steps()
@@ -75,10 +75,10 @@ class Merging:
             return all(time.monotonic() < end for _ in self._steps)
         finally:
             assert self._of is not None
-            _tell(self._operations.overlay, self._of)
+            _tell(self._operations.exchange, self._of)
 
 
-def _tell(overlay: Overlay, layers: tuple[Path, Path]) -> None:
-    """Let the overlay know where it has to look anew."""
+def _tell(exchange: Exchange, layers: tuple[Path, Path]) -> None:
+    """Let it be known where to look anew."""
     paths = [path for fs in layers for path in (fs, fs.parent / "work/index") if path.is_dir()]
-    overlay.lowers_changed({(stat.st_dev, stat.st_ino) for stat in map(os.stat, paths)})
+    exchange.lowers_changed({(stat.st_dev, stat.st_ino) for stat in map(os.stat, paths)})

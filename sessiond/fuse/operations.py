@@ -44,8 +44,9 @@ from pyfuse3 import (
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.directory import NewObject
+from sessiond.overlay.exchange import Exchange, Outdated
 from sessiond.overlay.nodes import Node
-from sessiond.overlay.overlay import Outdated, Overlay
+from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.pending import Renewal
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.writers import Halt
@@ -108,6 +109,8 @@ class OverlayOperations(pyfuse3.Operations):
     def __init__(self, overlay: Overlay) -> None:
         super().__init__()
         self.overlay = overlay
+        self.view = overlay.view
+        self.exchange = Exchange(overlay)
         self._position_key = os.urandom(_POSITION_KEY_SIZE)
         self._listings: dict[int, tuple[Node, Listing]] = {}
         self._last_listing = 0
@@ -149,14 +152,14 @@ class OverlayOperations(pyfuse3.Operations):
         return bool(self._running)
 
     def swap(self, stack: Stack, *, moved: bool, halt: Halt | None = None) -> Outdated:
-        """Serve `stack` from now on; see `Overlay.swap`. Precondition: frozen."""
+        """Serve `stack` from now on; see `Exchange.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
-        return self.overlay.swap(stack, moved=moved, halt=halt)
+        return self.exchange.swap(stack, moved=moved, halt=halt)
 
     def keep_paths(self, rules: KeepRules) -> Outdated:
-        """Keep what `rules` say from now on; see `Overlay.keep_paths`. Precondition: frozen."""
+        """Keep what `rules` say from now on; see `Exchange.keep_paths`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
-        return self.overlay.keep_paths(rules)
+        return self.exchange.keep_paths(rules)
 
     async def settle_all(self, *, only_closed: bool = False) -> None:
         """Bring what is written to storage that the session has left to where it belongs.
@@ -170,7 +173,7 @@ class OverlayOperations(pyfuse3.Operations):
     def describe(self, args: Sequence[object]) -> str:
         """Return the path, or as much as is known, of what a handler was called for."""
         number = args[0] if args else None
-        node = self.overlay.nodes.get(number) if isinstance(number, int) else None
+        node = self.view.nodes.get(number) if isinstance(number, int) else None
         path = (
             os.fsdecode(b"/" + node.path) if node is not None and node.linked else f"node {number}"
         )
@@ -184,7 +187,7 @@ class OverlayOperations(pyfuse3.Operations):
         entry = EntryAttributes()
         entry.st_ino = node.number
         entry.st_mode = stat.st_mode
-        entry.st_nlink = self.overlay.link_count(node, stat)
+        entry.st_nlink = self.view.link_count(node, stat)
         entry.st_uid = stat.st_uid
         entry.st_gid = stat.st_gid
         entry.st_rdev = stat.st_rdev
@@ -202,17 +205,17 @@ class OverlayOperations(pyfuse3.Operations):
     def _given(self, node: Node, stat: os.stat_result) -> EntryAttributes:
         """Return attributes in a reply that gives the kernel one more reference to the node."""
         entry = self._attributes(node, stat)
-        self.overlay.refer(node)
+        self.view.refer(node)
         return entry
 
     async def _changeable(self, number: int) -> Node:
         """Return a node that is about to change, with nothing large left to copy up."""
         await self._open.wait()
-        node = self.overlay.node(number)
+        node = self.view.node(number)
         while self.overlay.needs_copy_up(node) >= _COPY_IN_THREAD:
             await self._copy_up(number)
             await self._open.wait()
-            node = self.overlay.node(number)
+            node = self.view.node(number)
         return node
 
     async def _copy_up(self, number: int) -> None:
@@ -221,7 +224,7 @@ class OverlayOperations(pyfuse3.Operations):
         try:
             async with lock:
                 await self._open.wait()
-                node = self.overlay.node(number)
+                node = self.view.node(number)
                 if self.overlay.needs_copy_up(node) < _COPY_IN_THREAD:
                     return  # another request has done it
                 with self.overlay.begin_copy_up(node) as copy:
@@ -254,11 +257,11 @@ class OverlayOperations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        return self._given(*self.overlay.lookup(self.overlay.node(parent_inode), name))
+        return self._given(*self.view.lookup(self.view.node(parent_inode), name))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for number, count in inode_list:
-            self.overlay.forget(number, count)
+            self.view.forget(number, count)
 
     def _new(
         self, ctx: RequestContext, mode: int, device: int = 0, target: bytes = b""
@@ -267,7 +270,7 @@ class OverlayOperations(pyfuse3.Operations):
 
     async def _create(self, parent: int, name: bytes, new: NewObject) -> EntryAttributes:
         await self._open.wait()
-        return self._given(*self.overlay.create(self.overlay.node(parent), name, new))
+        return self._given(*self.overlay.create(self.view.node(parent), name, new))
 
     @translated
     async def mknod(
@@ -296,7 +299,7 @@ class OverlayOperations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         await self._open.wait()
         new = self._new(ctx, modes.S_IFREG | modes.S_IMODE(mode))
-        node, stat = self.overlay.create_file(self.overlay.node(parent_inode), name, new)
+        node, stat = self.overlay.create_file(self.view.node(parent_inode), name, new)
         return FileInfo(fh=node.number), self._given(node, stat)
 
     @translated
@@ -304,18 +307,18 @@ class OverlayOperations(pyfuse3.Operations):
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         node = await self._changeable(inode)
-        stat = self.overlay.link(node, self.overlay.node(new_parent_inode), new_name)
+        stat = self.overlay.link(node, self.view.node(new_parent_inode), new_name)
         return self._given(node, stat)
 
     @translated
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._open.wait()
-        self.overlay.unlink(self.overlay.node(parent_inode), name)
+        self.overlay.unlink(self.view.node(parent_inode), name)
 
     @translated
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         await self._open.wait()
-        self.overlay.rmdir(self.overlay.node(parent_inode), name)
+        self.overlay.rmdir(self.view.node(parent_inode), name)
 
     @translated
     async def rename(
@@ -328,20 +331,20 @@ class OverlayOperations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> None:
         for parent, name in ((parent_inode_old, name_old), (parent_inode_new, name_new)):
-            child = self.overlay.node(parent).children.get(name)
+            child = self.view.node(parent).children.get(name)
             if child is not None:
                 await self._changeable(child.number)
         await self._open.wait()
-        old = self.overlay.node(parent_inode_old), name_old
-        new = self.overlay.node(parent_inode_new), name_new
+        old = self.view.node(parent_inode_old), name_old
+        new = self.view.node(parent_inode_new), name_new
         self.overlay.rename(old, new, flags)
 
     # Attributes
 
     @translated
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        node = self.overlay.node(inode)
-        return self._attributes(node, self.overlay.stat(node))
+        node = self.view.node(inode)
+        return self._attributes(node, self.view.stat(node))
 
     @translated
     async def setattr(
@@ -354,7 +357,7 @@ class OverlayOperations(pyfuse3.Operations):
     ) -> EntryAttributes:
         if fields.update_size and attr.st_size < _COPY_IN_THREAD:
             await self._open.wait()  # what is cut off need not be copied up first
-            node = self.overlay.node(inode)
+            node = self.view.node(inode)
         else:
             node = await self._changeable(inode)
         if fields.update_size:
@@ -375,19 +378,19 @@ class OverlayOperations(pyfuse3.Operations):
             atime = attr.st_atime_ns if fields.update_atime else None
             mtime = attr.st_mtime_ns if fields.update_mtime else None
             self.overlay.utime(node, atime, mtime)
-        return self._attributes(node, self.overlay.stat(node))
+        return self._attributes(node, self.view.stat(node))
 
     @translated
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return self.overlay.readlink(self.overlay.node(inode))
+        return self.overlay.readlink(self.view.node(inode))
 
     @translated
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        return self.overlay.getxattr(self.overlay.node(inode), name)
+        return self.overlay.getxattr(self.view.node(inode), name)
 
     @translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        names = self.overlay.listxattr(self.overlay.node(inode))
+        names = self.overlay.listxattr(self.view.node(inode))
         if ctx.uid == 0:
             return names
         return [name for name in names if not name.startswith(b"trusted.")]  # xattr(7)
@@ -428,7 +431,7 @@ class OverlayOperations(pyfuse3.Operations):
             return await self._changeable(number)
         if truncate:
             await self._open.wait()
-        return self.overlay.node(number)
+        return self.view.node(number)
 
     @translated
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
@@ -441,7 +444,7 @@ class OverlayOperations(pyfuse3.Operations):
 
     @translated
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return self.overlay.read(self.overlay.node(fh), size, off)
+        return self.overlay.read(self.view.node(fh), size, off)
 
     @translated
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -453,24 +456,24 @@ class OverlayOperations(pyfuse3.Operations):
 
     @translated
     async def release(self, fh: FileHandleT) -> None:
-        self.overlay.release_file(self.overlay.node(fh))
+        self.overlay.release_file(self.view.node(fh))
 
     @translated
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
-        self.overlay.fsync(self.overlay.node(fh), data_only=datasync)
+        self.overlay.fsync(self.view.node(fh), data_only=datasync)
 
     # Directories
 
     @translated
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        node = self.overlay.node(inode)
+        node = self.view.node(inode)
         self._last_listing += 1
         self._listings[self._last_listing] = (node, [])
         return self._last_listing
 
     def _listing(self, handle: int) -> tuple[Node, Listing]:
         node, listing = self._listings[handle]
-        return self.overlay.node(node.number), listing
+        return self.view.node(node.number), listing
 
     @translated
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
@@ -507,21 +510,21 @@ class OverlayOperations(pyfuse3.Operations):
         """
         if name in {b".", b".."}:
             node = directory if name == b"." or not directory.links else directory.parent
-            entry = self._attributes(node, self.overlay.stat(node))
+            entry = self._attributes(node, self.view.stat(node))
             return pyfuse3.readdir_reply(token, name, entry, position)
         try:
             if names_only:
                 entry = EntryAttributes()
-                entry.st_ino, stat = self.overlay.peek(directory, name)
+                entry.st_ino, stat = self.view.peek(directory, name)
                 entry.st_mode = stat.st_mode
                 return pyfuse3.readdir_reply(token, name, entry, position)
-            node, stat = self.overlay.lookup(directory, name)
+            node, stat = self.view.lookup(directory, name)
         except FileNotFoundError:
             return True  # removed since it was listed
         if not pyfuse3.readdir_reply(token, name, self._attributes(node, stat), position):
-            self.overlay.forget(node.number, 0)
+            self.view.forget(node.number, 0)
             return False
-        self.overlay.refer(node)
+        self.view.refer(node)
         return True
 
     @translated

@@ -9,14 +9,14 @@ from __future__ import annotations
 import trio
 
 from sessiond.fuse import device
-from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.view import View
 
 
 class Vanished:
     """Those of one mount."""
 
-    def __init__(self, overlay: Overlay, nursery: trio.Nursery) -> None:
-        self._overlay = overlay
+    def __init__(self, view: View, nursery: trio.Nursery) -> None:
+        self._view = view
         self._nursery = nursery
         self._directories: list[tuple[int, bytes, int]] = []
         self._at_work = trio.Lock()
@@ -43,8 +43,8 @@ class Vanished:
                     await self._drop(*self._directories.pop())
 
     async def _drop(self, parent: int, name: bytes, number: int) -> None:
-        overlay = self._overlay
-        if overlay.nodes.get(number) is None or overlay.node(number).linked:
+        view = self._view
+        if view.nodes.get(number) is None or view.node(number).linked:
             return  # the kernel has forgotten it, or the layers have been exchanged back
         # The worker may end meanwhile, and then nobody lets the kernel go on.
         await trio.to_thread.run_sync(

@@ -43,14 +43,16 @@ from sessiond.fuse.sandbox import Sandbox
 from sessiond.fuse.vanished import Vanished
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay.by_directory import ByDirectory
+from sessiond.overlay.exchange import Outdated
 from sessiond.overlay.fastpath import Inherited
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.nodes import KEEP_FACT, STACK_FACT
 from sessiond.overlay.orphans import Orphans
-from sessiond.overlay.overlay import Outdated, Overlay
+from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack, StackOptions
+from sessiond.overlay.view import View
 from sessiond.session.model import DataPath
 
 if data_path.HAS_EXTENSION:
@@ -124,15 +126,15 @@ def _open_orphans(directory: Path) -> Orphans:
     return _orphans[directory]
 
 
-def _close_unused_orphans(overlay: Overlay) -> None:
+def _close_unused_orphans(view: View) -> None:
     """Let go of storage that the session has left, and its space with it."""
-    in_use = [stack.orphans for stack in overlay.stacks]
+    in_use = [stack.orphans for stack in view.stacks]
     for directory, orphans in list(_orphans.items()):
-        if orphans not in in_use and not any(map(orphans.has, overlay.nodes.all())):
+        if orphans not in in_use and not any(map(orphans.has, view.nodes.all())):
             orphans.close()
             del _orphans[directory]
-            if orphans is overlay.stack.former:
-                overlay.stack.former = None
+            if orphans is view.stack.former:
+                view.stack.former = None
 
 
 def prepare_process() -> None:
@@ -294,7 +296,7 @@ async def _run(
             controlled.leave_former()
             nursery.start_soon(controlled.counting.run)
             await controlled.run(channel, trio.socket.from_stdlib_socket(listener))
-            operations.overlay.renew_pending()
+            operations.overlay.pending.renew_all()
             nursery.cancel_scope.cancel()
     finally:
         operations.overlay.close()
@@ -310,9 +312,9 @@ def _prepare(
     """
     if path is DataPath.PLAIN:
         stack = open_stack(start.stack, StackOptions())
-        overlay = Overlay(stack, keep=_open_keep(start, stack))
-        overlay.find_ways()
-        return OverlayOperations(overlay), start.stack, True
+        plain = OverlayOperations(Overlay(stack, keep=_open_keep(start, stack)))
+        plain.exchange.find_ways()
+        return plain, start.stack, True
     if not _kernel_io.record(connection, journal, start.inherits):
         raise ValueError("What the worker before this one has left cannot be read.")
     inherited = [Inherited(*left) for left in _kernel_io.inherited()]
@@ -325,8 +327,8 @@ def _prepare(
         moved = before is not None and before.orphans != layers.orphans
         operations.take_over(inherited, moved=moved)
     else:
-        operations.overlay.remove_orphans()
-    operations.overlay.find_ways()
+        operations.view.remove_orphans()
+    operations.exchange.find_ways()
     if before is None:
         _note_stack(layers)
     if keep is not None:
@@ -403,11 +405,11 @@ class _Controlled:
         self._nursery = nursery
         self._sandbox = confined
         self._merging = Merging(operations)
-        self._vanished = Vanished(operations.overlay, nursery)
+        self._vanished = Vanished(operations.view, nursery)
         self._comparisons = trio.CapacityLimiter(_COMPARISONS_AT_ONCE)
-        self.counting = Counting(operations.overlay, self._comparisons)
+        self.counting = Counting(operations.view, self._comparisons)
         self._commits = Commits(
-            operations.overlay, trio.CapacityLimiter(1), lambda: self._is_frozen
+            operations.view, operations.exchange, trio.CapacityLimiter(1), lambda: self._is_frozen
         )
         self._retained: tuple[Path, Retain] | None = None
         """What the upper at that path was filled with, which is expected to be served next."""
@@ -450,10 +452,10 @@ class _Controlled:
             try:
                 if not packet:
                     return False
-                self._operations.overlay.settle()  # its answer to the last request has arrived
+                self._operations.exchange.settle()  # its answer to the last request has arrived
                 self._settle_retained()
                 if len(_orphans) > 1:
-                    _close_unused_orphans(self._operations.overlay)
+                    _close_unused_orphans(self._operations.view)
                 request = control.parse_request(packet)
                 if isinstance(request, control.Stop):
                     return True
@@ -532,7 +534,7 @@ class _Controlled:
         return Reply()
 
     async def _answer_keep(self, request: control.Keep | control.Discard) -> None:
-        keep = self._operations.overlay.keep
+        keep = self._operations.view.keep
         if isinstance(request, control.Keep):
             await self.keep(KeepRules(request.rules))
         elif keep is not None:
@@ -546,16 +548,16 @@ class _Controlled:
         return self._merging.advance(request, self._layers)
 
     def _copy(self) -> Stack:
-        return self._operations.overlay.stack.copy()
+        return self._operations.view.stack.copy()
 
     def _copies(self) -> list[Stack]:
-        return [stack.copy() for stack in self._operations.overlay.stacks]
+        return [stack.copy() for stack in self._operations.view.stacks]
 
     async def keep(self, rules: KeepRules) -> None:
         """Keep what `rules` say from now on."""
-        overlay = self._operations.overlay
         await self._commits.undo_unless(rules)
-        if overlay.keep is None or overlay.keep.rules.rules == rules.rules:
+        before = self._operations.view.keep
+        if before is None or before.rules.rules == rules.rules:
             return
         if self._is_frozen:
             outdated = self._operations.keep_paths(rules)
@@ -588,13 +590,13 @@ class _Controlled:
     def _start_retaining(self, request: control.Retain, descriptor: int) -> Reply:
         if not self._is_frozen:
             return Reply(error="Nothing can be retained now.")
-        overlay = self._operations.overlay
+        view = self._operations.view
         self._forget_retained()
         outcome = _socket(descriptor)
         work = Retain(
-            overlay.stack.copy(),
+            self._copy(),
             Layer.open(os.fsencode(request.upper), writable=True),
-            KeepRules() if overlay.keep is None else overlay.keep.rules,
+            KeepRules() if view.keep is None else view.keep.rules,
             [os.fsencode(path)[1:] for path in request.paths],
             lambda: control.hung_up(outcome),
         )
@@ -707,10 +709,10 @@ class _Controlled:
 
         It takes a tenth of the time at most, however much that is.
         """
-        overlay = self._operations.overlay
+        pending = self._operations.overlay.pending
         next_time, said = 0.0, ""
         while True:
-            await trio.sleep(_LOOK_SECONDS if overlay.pending else _SETTLE_SECONDS)
+            await trio.sleep(_LOOK_SECONDS if pending.numbers else _SETTLE_SECONDS)
             begun = trio.current_time()
             only_closed = begun < next_time
             try:
@@ -734,8 +736,8 @@ class _Controlled:
             self._sandbox.leave((self._layers.upper, *self._layers.lowers))
 
     def _pending(self) -> PendingFiles:
-        overlay = self._operations.overlay
-        nodes = [overlay.node(number) for number in overlay.pending]
+        view = self._operations.view
+        nodes = [view.node(number) for number in self._operations.overlay.pending.numbers]
         linked = [node for node in nodes if node.linked]
         files: list[PendingFile] = []
         size = 0
@@ -745,7 +747,7 @@ class _Controlled:
             if size > control.MESSAGE_LIMIT // 8:  # a character may become six in JSON
                 break
             files.append(PendingFile(path=path, inode=node.kept_number))
-        in_use = len(_orphans) > len(overlay.stacks)
+        in_use = len(_orphans) > len(view.stacks)
         return PendingFiles(files=tuple(files), count=len(linked), in_use=in_use)
 
     async def freeze(self) -> None:
@@ -776,7 +778,7 @@ class _Controlled:
         if layers.upper == self._layers.upper:
             self._exchange_lowers(layers)
             return ()
-        stack = open_stack(layers, self._operations.overlay.stack.options)
+        stack = open_stack(layers, self._operations.view.stack.options)
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
         if self._is_frozen:
@@ -801,14 +803,14 @@ class _Controlled:
     ) -> None:
         await trio.to_thread.run_sync(self._tell_kernel, outdated, lost)
         self._vanished.drop(outdated.vanished)
-        _close_unused_orphans(self._operations.overlay)
+        _close_unused_orphans(self._operations.view)
         # Last: a successor that finds the layers before these exchanges them once more.
         if self._operations.data_path is not DataPath.PLAIN:
             _note_stack(layers)
 
     def _exchange_lowers(self, layers: LayerStack) -> None:
         """Serve the same upper, and lowers that show the same: some are empty, here or there."""
-        self._operations.overlay.exchange_lowers(
+        self._operations.exchange.exchange_lowers(
             [os.fsencode(path) for path in layers.lowers],
             [os.fsencode(path) for path in layers.indexes if path.is_dir()],
         )
@@ -820,13 +822,13 @@ class _Controlled:
         self, stack: Stack, *, moved: bool, same_view: bool
     ) -> tuple[Outdated, list[tuple[int, bytes]]]:
         """Swap; return what the kernel is to be told."""
-        overlay = self._operations.overlay
+        exchange = self._operations.exchange
         # Open or not, what the kernel remembers is held, and its space with it, until it is told
         # that the name is gone.
         keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
-        held = overlay.upper_names() if keeps_space else []
+        held = exchange.upper_names() if keeps_space else []
         outdated = self._operations.swap(stack, moved=moved, halt=self._halt)
-        return outdated, overlay.lost_names(held, outdated)
+        return outdated, exchange.lost_names(held, outdated)
 
 
 def _by_directory(request: control.Changes) -> ByDirectory | None:

@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 _COPY_ATTEMPTS = 3
 
 
+def is_written(node: Node) -> bool:
+    """Say whether someone may write to a file of the session's upper past the overlay."""
+    return bool(node.upper and node.linked and not node.lasting and node.writers and node.kept < 0)
+
+
 class Halt(Protocol):
     """Programs that stand still while the files that they write are copied."""
 

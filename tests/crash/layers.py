@@ -121,16 +121,16 @@ def top_of(layers: Layers) -> str:
 
 def leftovers(overlay: Overlay) -> list[bytes]:
     """Return what no finished operation leaves: in the workdir, and whiteouts over nothing."""
-    stack = overlay.stack
+    stack = overlay.view.stack
     found = [name for name, _ in syscalls.scan(stack.workdir.work)]
     for name, _ in syscalls.scan(stack.workdir.index):
         at = At(stack.workdir.index, name)
         if syscalls.getxattr(at, stack.xattrs.nlink) == b"U-1" and syscalls.stat(at).st_nlink == 1:
             found.append(name)
-    pending = [overlay.root]
+    pending = [overlay.view.root]
     while pending:
         node = pending.pop()
-        children = [overlay.lookup(node, name)[0] for name in overlay.names(node)]
+        children = [overlay.view.lookup(node, name)[0] for name in overlay.names(node)]
         pending += [child for child in children if child.is_directory]
         if node.upper:
             found += _idle_whiteouts(stack, node)

@@ -14,6 +14,7 @@ import pytest
 from sessiond.keep_rules import KeepRules, rule_for
 from sessiond.overlay.commit import Commit
 from sessiond.overlay.directory import NewObject
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.overlay import Overlay
@@ -48,7 +49,7 @@ def serve(top: Path, *rules: str) -> Overlay:
     session = Stack.open([os.fsencode(top / "image")], upper, work)
     kept_stack = Stack.open_over(session.lowers[-1], kept, kept_work, session.options)
     overlay = Overlay(session, keep=Keep(kept_stack, session, KeepRules(rules)))
-    overlay.find_ways()
+    Exchange(overlay).find_ways()
     return overlay
 
 
@@ -142,7 +143,7 @@ def test_what_one_reset_retains(scratch: str) -> None:
 
     def retain(overlay: Overlay, upper: Path) -> None:
         target = Layer.open(os.fsencode(upper), writable=True)
-        Retain(overlay.stack.copy(), target, KeepRules(), [path], lambda: False).run()
+        Retain(overlay.view.stack.copy(), target, KeepRules(), [path], lambda: False).run()
 
     for point in count():
         top = make(scratch)
@@ -176,13 +177,15 @@ def test_commit(scratch: str) -> None:
             write(overlay, "home/u/docs/meanwhile", b"")
 
     def commit(overlay: Overlay) -> None:
-        assert overlay.keep is not None
-        watch = overlay.touched.watch()
-        overlay.make_way(path)
-        with closing(Commit(overlay.stack.copy(), overlay.keep, [path], lambda: False)) as work:
+        assert overlay.view.keep is not None
+        watch = overlay.view.touched.watch()
+        Exchange(overlay).make_way(path)
+        with closing(
+            Commit(overlay.view.stack.copy(), overlay.view.keep, [path], lambda: False)
+        ) as work:
             work.copy()
             meanwhile(overlay)
-            work.renew(overlay.stack.copy(), watch.take(), watch.take_identities(), last=True)
+            work.renew(overlay.view.stack.copy(), watch.take(), watch.take_identities(), last=True)
             work.publish()
 
     for point in count():

@@ -17,6 +17,7 @@ import pytest
 from sessiond.keep_rules import rule_for
 from sessiond.overlay.commit import Commit
 from sessiond.overlay.directory import NewObject
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.overlay import Overlay
 from sessiond.session import durable
 from tests.crash.operations import place
@@ -85,9 +86,11 @@ class Machine:
 
 def commit(overlay: Overlay, state: Path) -> None:
     """Do what worker and manager do."""
-    assert overlay.keep is not None
-    overlay.make_way(COMMITTED)
-    with closing(Commit(overlay.stack.copy(), overlay.keep, [COMMITTED], lambda: False)) as work:
+    assert overlay.view.keep is not None
+    Exchange(overlay).make_way(COMMITTED)
+    with closing(
+        Commit(overlay.view.stack.copy(), overlay.view.keep, [COMMITTED], lambda: False)
+    ) as work:
         work.copy()
         work.sync()
         work.publish()

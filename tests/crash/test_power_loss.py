@@ -127,7 +127,7 @@ def _synchronise(overlay: Overlay, path: str) -> None:
         overlay.fsync(node, data_only=False)
         overlay.release_file(node)
     else:  # cannot be opened
-        overlay.stack.sync()
+        overlay.view.stack.sync()
 
 
 def _cut(directory: str, kind: str, chosen: Sequence[Operation]) -> Machine:

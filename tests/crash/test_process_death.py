@@ -117,7 +117,7 @@ def test_operation_that_removes_an_open_file(bench: Bench, operation: Operation)
     def start(layers: Layers) -> Overlay:
         programs = Writers(recorded=True)
         overlay = Overlay(stack_of(layers, bench), programs)
-        overlay.stack.orphans = orphans(layers)
+        overlay.view.stack.orphans = orphans(layers)
         programs.open(overlay, path)
         return overlay
 

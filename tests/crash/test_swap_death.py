@@ -7,6 +7,7 @@ from itertools import count
 
 import pytest
 
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.overlay import Overlay
 from tests.crash.layers import Bench, assert_name_by_name
 from tests.crash.selection import sample
@@ -39,7 +40,7 @@ def test_snapshot(bench: Bench, written: str) -> None:
             return overlay
 
         def push(overlay: Overlay, new: Layers = new, old: Layers = old) -> None:
-            overlay.swap(stack_of(new, bench, old))
+            Exchange(overlay).swap(stack_of(new, bench, old))
 
         lived = fault_points.run(push, open_files, die_at=point)
         # The manager has recorded the new stack, and goes back to the old one if the worker dies.
@@ -67,7 +68,7 @@ def test_a_snapshot_stays_as_it_is(bench: Bench, written: str) -> None:
     overlay = Overlay(stack_of(old, bench), programs)
     file = programs.open(overlay, written)
     frozen = core_views.snapshot(overlay, recent_ns=bench.start_ns)
-    overlay.swap(stack_of(new, bench, old))
+    Exchange(overlay).swap(stack_of(new, bench, old))
     os.pwrite(file, WRITTEN, 0)
     overlay.chmod(find(overlay, written), 0o600)
     live = core_views.snapshot(overlay, recent_ns=bench.start_ns)
@@ -88,12 +89,12 @@ def test_contents_that_are_kept(bench: Bench, written: str) -> None:
             programs = Writers()
             overlay = Overlay(stack_of(old, bench), programs)
             file = programs.open(overlay, written)
-            overlay.swap(stack_of(moved, bench), moved=True)
+            Exchange(overlay).swap(stack_of(moved, bench), moved=True)
             os.pwrite(file, WRITTEN * 1000, 0)
             return overlay
 
         lived = fault_points.run(
-            lambda overlay: overlay.renew(find(overlay, written)), move, die_at=point
+            lambda overlay: overlay.pending.renew(find(overlay, written)), move, die_at=point
         )
         found = view_of(stack_of(moved, bench), bench)
         if not lived.died:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.overlay import Overlay
 from tests.crash.layers import Bench, assert_name_by_name
 from tests.crash.writers import WRITTEN, Writers, stack_of, view_of
@@ -42,7 +43,7 @@ def test_what_was_synchronised_of_kept_contents(scratch: str, kind: str) -> None
         programs = Writers()
         overlay = Overlay(stack_of(volatile, bench), programs)
         files = {path: programs.open(overlay, path) for path in WRITTEN_FILES}
-        overlay.swap(stack_of(moved, bench), moved=True)
+        Exchange(overlay).swap(stack_of(moved, bench), moved=True)
         for version in (1, 2):
             for path, file in files.items():
                 os.pwrite(file, WRITTEN * 1000 * version, 0)
@@ -68,7 +69,7 @@ def test_what_was_synchronised_of_kept_contents(scratch: str, kind: str) -> None
 def _synchronise(overlay: Overlay, path: str) -> None:
     """As the worker does at fsync(2)."""
     node = find(overlay, path)
-    overlay.renew(node)
+    overlay.pending.renew(node)
     file = overlay.open_storage(node)
     os.fsync(file)
     os.close(file)
@@ -87,8 +88,8 @@ def test_snapshot(scratch: str, kind: str) -> None:
         files = [programs.open(overlay, path) for path in WRITTEN_FILES]
         before = core_views.snapshot(overlay, recent_ns=bench.start_ns)
         start = disk.recording.position
-        overlay.swap(stack_of(new, bench, old))
-        overlay.stack.sync()
+        Exchange(overlay).swap(stack_of(new, bench, old))
+        overlay.view.stack.sync()
         end = disk.recording.position
         for file in files:
             os.pwrite(file, WRITTEN, 0)

@@ -27,9 +27,9 @@ class Writers(FastPath):
     def open(self, overlay: Overlay, path: str) -> int:
         """Open a file as a program would; return its descriptor."""
         node = find(overlay, path)
-        overlay.refer(node)
+        overlay.view.refer(node)
         overlay.make_writable(node)
-        self._files[node.number] = overlay.open_contents(node, write=True)
+        self._files[node.number] = overlay.view.open_contents(node, write=True)
         return self._files[node.number]
 
     def note(self, number: int, which: int, data: bytes, /) -> bool:

@@ -231,11 +231,11 @@ async def test_more_names_than_are_remembered(
         (tmp_path / name).mkdir()
     paths = [os.fsencode(tmp_path / name) for name in ("image", "upper", "work")]
     overlay = Overlay(Stack.open(paths[:1], *paths[1:]))
-    counting = Counting(overlay, trio.CapacityLimiter(1))
+    counting = Counting(overlay.view, trio.CapacityLimiter(1))
     for number in range(20):
-        overlay.release_file(overlay.create_file(overlay.root, b"%d" % number, new_file())[0])
+        overlay.release_file(overlay.create_file(overlay.view.root, b"%d" % number, new_file())[0])
         assert await counting.count() == ChangeCounts(added=number + 1)
     for number in range(20):
-        overlay.unlink(overlay.root, b"%d" % number)
+        overlay.unlink(overlay.view.root, b"%d" % number)
         assert await counting.count() == ChangeCounts(added=19 - number)
     overlay.close()

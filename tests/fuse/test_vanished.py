@@ -12,7 +12,7 @@ import trio.testing
 
 from sessiond.fuse import device
 from sessiond.fuse.vanished import Vanished
-from sessiond.overlay.overlay import Overlay
+from sessiond.overlay.view import View
 from tests.support.waiting import until
 
 GONE, BACK, FORGOTTEN, ALSO_GONE = 10, 11, 12, 13
@@ -42,8 +42,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
 
 def vanished(nursery: trio.Nursery) -> Vanished:
     nodes = {number: SimpleNamespace(linked=number == BACK) for number in (GONE, BACK, ALSO_GONE)}
-    overlay = SimpleNamespace(nodes=nodes, node=nodes.__getitem__)
-    return Vanished(cast("Overlay", overlay), nursery)
+    view = SimpleNamespace(nodes=nodes, node=nodes.__getitem__)
+    return Vanished(cast("View", view), nursery)
 
 
 def named(*numbers: int) -> list[tuple[int, bytes, int]]:

@@ -72,9 +72,12 @@ async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playg
 class _Broken:
     """A core with a fault."""
 
-    nodes = SimpleNamespace(get=lambda number: None)
+    def __init__(self) -> None:
+        nodes = SimpleNamespace(get=lambda number: None)
+        self.view = SimpleNamespace(node=self._node, nodes=nodes)
+        self.pending = None
 
-    def node(self, number: int) -> None:
+    def _node(self, number: int) -> None:
         raise ValueError("a fault")
 
 

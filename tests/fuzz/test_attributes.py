@@ -117,7 +117,7 @@ def _open(directory: Path) -> Overlay:
 def _visit(overlay: Overlay) -> list[tuple[Node, bytes, Node]]:
     """Look at everything in the view; return the objects with their names and directories."""
     seen = []
-    pending = [(overlay.root, 0)]
+    pending = [(overlay.view.root, 0)]
     while pending:
         parent, depth = pending.pop()
         try:
@@ -127,12 +127,12 @@ def _visit(overlay: Overlay) -> list[tuple[Node, bytes, Node]]:
         assert depth < 20, "it has no end"
         for name in names:
             with suppress(OSError):
-                node, status = overlay.lookup(parent, name)
-                overlay.refer(node)
+                node, status = overlay.view.lookup(parent, name)
+                overlay.view.refer(node)
                 seen.append((parent, name, node))
                 if node.is_directory:
                     pending.append((node, depth + 1))
-                overlay.link_count(node, status)
+                overlay.view.link_count(node, status)
                 for attribute in overlay.listxattr(node):
                     assert not attribute.startswith(b"trusted.overlay.")
                     overlay.getxattr(node, attribute)
@@ -162,7 +162,7 @@ def test_nothing_said_in_attributes_leads_out_of_the_layers(marks: list[_Mark]) 
         try:
             found = _visit(overlay)
             with suppress(OSError):
-                list(changes(overlay.stack.copy(), overlay.stack.bottom()))
+                list(changes(overlay.view.stack.copy(), overlay.view.stack.bottom()))
             _change(overlay, found)
             _visit(overlay)
         finally:
@@ -182,7 +182,7 @@ def _change(overlay: Overlay, found: list[tuple[Node, bytes, Node]]) -> None:
             overlay.resize(node, 3)
         with suppress(OSError):
             if number % 3 == 0:
-                overlay.rename((parent, name), (overlay.root, b"renamed-%d" % number))
+                overlay.rename((parent, name), (overlay.view.root, b"renamed-%d" % number))
             elif node.is_directory:
                 overlay.rmdir(parent, name)
             else:

@@ -15,9 +15,9 @@ _WHOLE = 1 << 30
 
 def find(overlay: Overlay, path: str) -> Node:
     """Return the node of a path from the root, which is ``""``. Raises `OSError`."""
-    node = overlay.root
+    node = overlay.view.root
     for name in filter(None, path.split("/")):
-        node, _ = overlay.lookup(node, os.fsencode(name))
+        node, _ = overlay.view.lookup(node, os.fsencode(name))
     return node
 
 
@@ -34,16 +34,16 @@ def snapshot(overlay: Overlay, *, recent_ns: int) -> Snapshot:
     """Read the whole merged view, as `trees.snapshot` would through a mount."""
     entries: Snapshot = {}
     names: dict[int, list[bytes]] = {}
-    pending = [(b".", overlay.root)]
+    pending = [(b".", overlay.view.root)]
     while pending:
         path, node = pending.pop()
-        overlay.refer(node)  # so that names of one file are found to be of one node
+        overlay.view.refer(node)  # so that names of one file are found to be of one node
         entries[path] = entry = _entry(overlay, node, recent_ns)
         if entry.nlink > 1:
             names.setdefault(node.number, []).append(path)
         if node.is_directory:
             for name in overlay.names(node):
-                child, _ = overlay.lookup(node, name)
+                child, _ = overlay.view.lookup(node, name)
                 pending.append((name if path == b"." else path + b"/" + name, child))
     for paths in names.values():
         for path in paths:
@@ -52,7 +52,7 @@ def snapshot(overlay: Overlay, *, recent_ns: int) -> Snapshot:
 
 
 def _entry(overlay: Overlay, node: Node, recent_ns: int) -> Entry:
-    stat = overlay.stat(node)
+    stat = overlay.view.stat(node)
     regular, directory = modes.S_ISREG(stat.st_mode), modes.S_ISDIR(stat.st_mode)
     recent = stat.st_mtime_ns >= recent_ns
     digest = trees.digest_of(contents(overlay, node)) if regular else ""
@@ -69,5 +69,5 @@ def _entry(overlay: Overlay, node: Node, recent_ns: int) -> Entry:
         target=overlay.readlink(node) if modes.S_ISLNK(stat.st_mode) else b"",
         xattrs=tuple((os.fsdecode(name), overlay.getxattr(node, name)) for name in xattrs),
         links=(),
-        nlink=0 if directory else overlay.link_count(node, stat),
+        nlink=0 if directory else overlay.view.link_count(node, stat),
     )

@@ -59,9 +59,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def find(overlay: Overlay, path: str) -> Node:
-    node = overlay.root
+    node = overlay.view.root
     for name in path.split("/"):
-        node, _ = overlay.lookup(node, os.fsencode(name))
+        node, _ = overlay.view.lookup(node, os.fsencode(name))
     return node
 
 
@@ -75,7 +75,7 @@ def contents(overlay: Overlay, path: str) -> bytes:
 
 
 def names(overlay: Overlay, path: str = "") -> list[str]:
-    node = find(overlay, path) if path else overlay.root
+    node = find(overlay, path) if path else overlay.view.root
     return sorted(os.fsdecode(name) for name in overlay.names(node))
 
 

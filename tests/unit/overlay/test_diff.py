@@ -64,15 +64,15 @@ def _change(overlay: Overlay, chance: random.Random) -> None:
             overlay.utime(node, 1, 1)
             overlay.release_file(node)
         case 4:
-            node, _ = overlay.lookup(parent, name)
+            node, _ = overlay.view.lookup(parent, name)
             overlay.open_file(node, write=True)
             overlay.write(node, chance.choice([b"x", b"y"]), 0)
             overlay.utime(node, 1, 1)
             overlay.release_file(node)
         case 5:
-            overlay.chmod(overlay.lookup(parent, name)[0], chance.choice([0o600, 0o755]))
+            overlay.chmod(overlay.view.lookup(parent, name)[0], chance.choice([0o600, 0o755]))
         case 6:
-            node, _ = overlay.lookup(parent, name)
+            node, _ = overlay.view.lookup(parent, name)
             (overlay.rmdir if node.is_directory else overlay.unlink)(parent, name)
         case _:
             other, new_name = place()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sessiond.overlay import origin, syscalls
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.syscalls import At
 from tests.unit.overlay.conftest import Bench, contents, find, names
@@ -69,8 +70,8 @@ def test_an_inode_number_that_is_used_again_is_another_file(bench: Bench) -> Non
     os.mkfifo(bench.layer("second") / "name")
     status = (bench.layer("second") / "name").stat()
     node.real = (status.st_dev, status.st_ino)
-    overlay.swap(bench.stack("low", upper="second"))
-    assert not overlay.node(node.number).linked
+    Exchange(overlay).swap(bench.stack("low", upper="second"))
+    assert not overlay.view.node(node.number).linked
 
 
 _ORIGINS = {
@@ -93,8 +94,8 @@ def test_a_forged_origin_is_none(bench: Bench, value: bytes) -> None:
     assert contents(overlay, "upper") == b"upper"
     for path in ("upper", "middle", "middle-too"):
         overlay.chmod(find(overlay, path), 0o600)
-        assert overlay.stat(find(overlay, path)).st_mode & 0o777 == 0o600
-    overlay.unlink(overlay.root, b"middle")
+        assert overlay.view.stat(find(overlay, path)).st_mode & 0o777 == 0o600
+    overlay.unlink(overlay.view.root, b"middle")
     assert names(overlay) == ["middle-too", "upper", "upper-too"]
 
 
@@ -129,6 +130,6 @@ def test_a_forged_link_count_is_none(bench: Bench, value: bytes) -> None:
     (index,) = (bench.layer("upper-work") / "index").iterdir()
     os.setxattr(index, "trusted.overlay.nlink", value)
     node = find(overlay, "a")
-    assert 0 < overlay.link_count(node, overlay.stat(node)) < 10
-    overlay.unlink(overlay.root, b"a")
-    overlay.unlink(overlay.root, b"b")
+    assert 0 < overlay.view.link_count(node, overlay.view.stat(node)) < 10
+    overlay.unlink(overlay.view.root, b"a")
+    overlay.unlink(overlay.view.root, b"b")

@@ -17,6 +17,7 @@ import pytest
 from sessiond.keep_rules import KeepRules, checked_rule, rule_for
 from sessiond.overlay import syscalls
 from sessiond.overlay.commit import Commit
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
@@ -37,12 +38,12 @@ class KeptBench(Bench):
         session = self.stack(*lowers, upper=upper)
         keep = Keep(self.stack(lowers[-1], upper="kept"), session, KeepRules(rules))
         overlay = Overlay(session, keep=keep)
-        overlay.find_ways()
+        Exchange(overlay).find_ways()
         self._opened.append(overlay)
         return overlay
 
     def reset(self, overlay: Overlay, upper: str) -> None:
-        overlay.swap(self.stack("low", upper=upper))
+        Exchange(overlay).swap(self.stack("low", upper=upper))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def bench(tmp_path: Path) -> Iterator[KeptBench]:
 
 def parent_of(overlay: Overlay, path: str) -> tuple[Node, bytes]:
     directory, _, name = path.rpartition("/")
-    parent = find(overlay, directory) if directory else overlay.root
+    parent = find(overlay, directory) if directory else overlay.view.root
     if not parent.is_directory:
         raise NotADirectoryError(directory)
     return parent, os.fsencode(name)
@@ -63,7 +64,7 @@ def parent_of(overlay: Overlay, path: str) -> tuple[Node, bytes]:
 def write(overlay: Overlay, path: str, text: bytes) -> None:
     parent, name = parent_of(overlay, path)
     try:
-        node, _ = overlay.lookup(parent, name)
+        node, _ = overlay.view.lookup(parent, name)
         overlay.open_file(node, write=True, truncate=True)
     except FileNotFoundError:
         node, _ = overlay.create_file(parent, name, new_file())
@@ -129,8 +130,8 @@ def test_where_the_image_lacks_the_way_it_is_made_again(bench: KeptBench) -> Non
     bench.reset(overlay, "second")
     assert names(overlay, "var/lib") == ["thing"]
     assert contents(overlay, "var/lib/thing/data") == b"kept"
-    assert stat.S_IMODE(overlay.stat(find(overlay, "var/lib")).st_mode) == 0o700
-    assert overlay.stat(find(overlay, "var")).st_uid == 7
+    assert stat.S_IMODE(overlay.view.stat(find(overlay, "var/lib")).st_mode) == 0o700
+    assert overlay.view.stat(find(overlay, "var")).st_uid == 7
     unlink(overlay, "var/lib/thing/data")
     overlay.rmdir(*parent_of(overlay, "var/lib/thing"))
     overlay.rmdir(*parent_of(overlay, "var/lib"))
@@ -186,7 +187,7 @@ def test_a_file_crosses_the_border(bench: KeptBench, was: str) -> None:
     bench.reset(overlay, "second")
     assert names(overlay, "home/u") == [".rc", "docs", "other"]
     assert contents(overlay, "home/u/.rc") == was.encode()
-    assert stat.S_IMODE(overlay.stat(find(overlay, "home/u/.rc")).st_mode) == 0o640
+    assert stat.S_IMODE(overlay.view.stat(find(overlay, "home/u/.rc")).st_mode) == 0o640
     # And back.
     rename(overlay, "home/u/.rc", "home/u/rc")
     assert names(overlay, "home/u") == ["docs", "other", "rc"]
@@ -213,8 +214,8 @@ def test_one_inode_of_the_image_on_both_sides(bench: KeptBench) -> None:
     os.link(low / "home/u/other", low / "home/u/docs/linked")
     overlay = bench.kept(*RULES)
     kept, other = find(overlay, "home/u/docs/linked"), find(overlay, "home/u/other")
-    overlay.refer(kept)
-    overlay.refer(other)
+    overlay.view.refer(kept)
+    overlay.view.refer(other)
     assert kept is not other
     assert kept.number != other.number
     write(overlay, "home/u/docs/linked", b"kept")
@@ -230,16 +231,16 @@ def test_an_open_file_that_is_kept_goes_on_over_a_reset(bench: KeptBench) -> Non
     overlay.open_file(node, write=True, truncate=True)
     overlay.write(node, b"before", 0)
     bench.reset(overlay, "second")
-    overlay.write(overlay.node(node.number), b"after", 6)
+    overlay.write(overlay.view.node(node.number), b"after", 6)
     assert contents(overlay, "home/u/docs/letter") == b"beforeafter"
 
 
 def test_names_of_a_directory_change_its_time(bench: KeptBench) -> None:
     image(bench)
     overlay = bench.kept(*RULES)
-    before = overlay.stat(find(overlay, "home/u")).st_mtime_ns
+    before = overlay.view.stat(find(overlay, "home/u")).st_mtime_ns
     unlink(overlay, "home/u/.rc")
-    assert overlay.stat(find(overlay, "home/u")).st_mtime_ns > before
+    assert overlay.view.stat(find(overlay, "home/u")).st_mtime_ns > before
 
 
 def test_a_snapshot_does_not_hold_what_is_kept(bench: KeptBench) -> None:
@@ -247,10 +248,10 @@ def test_a_snapshot_does_not_hold_what_is_kept(bench: KeptBench) -> None:
     overlay = bench.kept(*RULES)
     write(overlay, "home/u/docs/letter", b"kept")
     write(overlay, "home/u/other", b"first")
-    overlay.swap(bench.stack("upper", "low", upper="second"))
+    Exchange(overlay).swap(bench.stack("upper", "low", upper="second"))
     write(overlay, "home/u/docs/letter", b"later")
     write(overlay, "home/u/other", b"second")
-    overlay.swap(bench.stack("upper", "low", upper="third"))
+    Exchange(overlay).swap(bench.stack("upper", "low", upper="third"))
     assert contents(overlay, "home/u/docs/letter") == b"later"
     assert contents(overlay, "home/u/other") == b"first"
 
@@ -280,15 +281,15 @@ def test_rules_match_as_a_shell_does() -> None:
 
 def commit(overlay: Overlay, *paths: str) -> None:
     """Do what the manager has a worker do."""
-    keep = overlay.keep
+    keep = overlay.view.keep
     assert keep is not None
     for path in paths:
-        overlay.make_way(os.fsencode(path))
+        Exchange(overlay).make_way(os.fsencode(path))
     wanted = [os.fsencode(path) for path in paths]
-    with closing(Commit(overlay.stack.copy(), keep, wanted, lambda: False)) as work:
+    with closing(Commit(overlay.view.stack.copy(), keep, wanted, lambda: False)) as work:
         work.copy()
         work.publish()
-        overlay.keep_paths(KeepRules((*keep.rules.rules, *map(rule_for, wanted))))
+        Exchange(overlay).keep_paths(KeepRules((*keep.rules.rules, *map(rule_for, wanted))))
 
 
 def test_a_commit_saves_changes_and_deletions(bench: KeptBench) -> None:
@@ -318,8 +319,8 @@ def test_a_file_that_is_open_goes_on_after_a_commit(bench: KeptBench) -> None:
     overlay.open_file(node, write=True)
     overlay.write(node, b"BEFORE", 0)
     commit(overlay, "home/u/other")
-    overlay.write(overlay.node(node.number), b"AFTER", 6)
-    overlay.release_file(overlay.node(node.number))
+    overlay.write(overlay.view.node(node.number), b"AFTER", 6)
+    overlay.release_file(overlay.view.node(node.number))
     bench.reset(overlay, "second")
     assert contents(overlay, "home/u/other") == b"BEFOREAFTERe"
 
@@ -329,12 +330,12 @@ def test_a_commit_that_is_cancelled_leaves_nothing(bench: KeptBench) -> None:
     overlay = bench.kept()
     for number in range(10):
         write(overlay, f"home/u/docs/{number}", b"x")
-    overlay.make_way(b"home/u/docs")
+    Exchange(overlay).make_way(b"home/u/docs")
     asked: list[None] = []
-    assert overlay.keep is not None
+    assert overlay.view.keep is not None
     work = Commit(
-        overlay.stack.copy(),
-        overlay.keep,
+        overlay.view.stack.copy(),
+        overlay.view.keep,
         [b"home/u/docs"],
         lambda: asked.append(None) is None and len(asked) > 24,
     )
@@ -352,15 +353,15 @@ def test_a_commit_with_a_file_that_was_changed_under_another_name(bench: KeptBen
     overlay.link(find(overlay, "home/u/docs/a"), *parent_of(overlay, "home/u/docs/b"))
     bench.close()
     overlay = bench.kept()
-    watch = overlay.touched.watch()
-    overlay.make_way(b"home/u/docs")
-    assert overlay.keep is not None
+    watch = overlay.view.touched.watch()
+    Exchange(overlay).make_way(b"home/u/docs")
+    assert overlay.view.keep is not None
     with closing(
-        Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+        Commit(overlay.view.stack.copy(), overlay.view.keep, [b"home/u/docs"], lambda: False)
     ) as work:
         work.copy()
         write(overlay, "home/u/docs/a", b"changed")
-        work.renew(overlay.stack.copy(), watch.take(), watch.take_identities(), last=True)
+        work.renew(overlay.view.stack.copy(), watch.take(), watch.take_identities(), last=True)
         work.publish()
     docs = bench.layer("kept") / "home/u/docs"
     assert (docs / "b").read_bytes() == b"changed"
@@ -374,7 +375,7 @@ def test_a_file_that_cannot_be_read_is_not_left_out(
     image(bench)
     overlay = bench.kept()
     write(overlay, "home/u/docs/bad", b"bad")
-    overlay.make_way(b"home/u/docs")
+    Exchange(overlay).make_way(b"home/u/docs")
     copy = syscalls.copy_data
 
     def broken(source: int, target: int, size: int, cancelled: Callable[[], bool]) -> None:
@@ -383,14 +384,14 @@ def test_a_file_that_cannot_be_read_is_not_left_out(
         copy(source, target, size, cancelled)
 
     monkeypatch.setattr(syscalls, "copy_data", broken)
-    assert overlay.keep is not None
+    assert overlay.view.keep is not None
     with closing(
-        Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+        Commit(overlay.view.stack.copy(), overlay.view.keep, [b"home/u/docs"], lambda: False)
     ) as work:
         work.copy()
-        work.renew(overlay.stack.copy(), {}, ())
+        work.renew(overlay.view.stack.copy(), {}, ())
         with pytest.raises(OSError, match="Input/output error"):
-            work.renew(overlay.stack.copy(), {}, (), last=True)
+            work.renew(overlay.view.stack.copy(), {}, (), last=True)
 
 
 def test_what_is_nested_too_deep_is_refused(bench: KeptBench) -> None:
@@ -399,10 +400,10 @@ def test_what_is_nested_too_deep_is_refused(bench: KeptBench) -> None:
     parent = find(overlay, "home/u/docs")
     for _ in range(20):
         parent, _ = overlay.create(parent, b"d" * 250, new_directory())
-        overlay.refer(parent)
-    overlay.make_way(b"home/u/docs")
-    assert overlay.keep is not None
-    work = Commit(overlay.stack.copy(), overlay.keep, [b"home/u/docs"], lambda: False)
+        overlay.view.refer(parent)
+    Exchange(overlay).make_way(b"home/u/docs")
+    assert overlay.view.keep is not None
+    work = Commit(overlay.view.stack.copy(), overlay.view.keep, [b"home/u/docs"], lambda: False)
     with closing(work), pytest.raises(OSError, match="nested so deep"):
         work.copy()
 
@@ -415,7 +416,7 @@ def test_what_is_in_the_way_is_put_back(bench: KeptBench, monkeypatch: pytest.Mo
     write(overlay, "home/u/other", b"kept once")
     mkdir(overlay, "home/u/new")
     write(overlay, "home/u/new/in", b"kept")
-    overlay.keep_paths(KeepRules(["/home/u/new/in"]))
+    Exchange(overlay).keep_paths(KeepRules(["/home/u/new/in"]))
     write(overlay, "home/u/docs/now", b"now")
     unlink(overlay, "home/u/other")
     write(overlay, "home/u/new/now", b"now")
@@ -426,17 +427,17 @@ def test_what_is_in_the_way_is_put_back(bench: KeptBench, monkeypatch: pytest.Mo
 
     before = listed()
     monkeypatch.setattr(syscalls, "syncfs", fail)
-    overlay.make_way(b"home/u/docs")
+    Exchange(overlay).make_way(b"home/u/docs")
     paths = [b"home/u/docs", b"home/u/other", b"home/u/new"]
-    assert overlay.keep is not None
-    work = Commit(overlay.stack.copy(), overlay.keep, paths, lambda: False)
+    assert overlay.view.keep is not None
+    work = Commit(overlay.view.stack.copy(), overlay.view.keep, paths, lambda: False)
     with closing(work):
         work.copy()
         with pytest.raises(OSError, match="No space"):
             work.publish()
     assert listed() == before
     monkeypatch.undo()
-    overlay.keep_paths(KeepRules(["/home/u/docs", "/home/u/other", "/home/u/new/in"]))
+    Exchange(overlay).keep_paths(KeepRules(["/home/u/docs", "/home/u/other", "/home/u/new/in"]))
     assert names(overlay, "home/u/docs") == ["kept", "letter"]
     assert contents(overlay, "home/u/other") == b"kept once"
 
@@ -483,17 +484,17 @@ def test_what_is_discarded_is_what_nothing_names(bench: KeptBench) -> None:
     mkdir(overlay, "home/u/docs/sub")
     for path in ("home/u/docs/sub/kept", "home/u/docs/gone", "home/u/other"):
         write(overlay, path, b"kept")
-    overlay.keep_paths(KeepRules(["/home/u/docs/sub/kept"]))
-    assert overlay.keep is not None
+    Exchange(overlay).keep_paths(KeepRules(["/home/u/docs/sub/kept"]))
+    assert overlay.view.keep is not None
     for path in (b"home/u/docs", b"home/u/other", b"home/u/nothing", b"home/u/other/in"):
-        for aside in overlay.keep.discard(path):
+        for aside in overlay.view.keep.discard(path):
             remove_tree(aside)
-    assert overlay.keep.discard(b"home/u/docs/sub/kept") == []
+    assert overlay.view.keep.discard(b"home/u/docs/sub/kept") == []
     fs = bench.layer("kept") / "home/u"
     assert sorted(os.listdir(fs)) == ["docs"]
     assert os.listdir(fs / "docs") == ["sub"]
     assert (fs / "docs/sub/kept").read_text() == "kept"
-    overlay.keep_paths(KeepRules(["/home/u/docs/sub/kept", "/home/u/other"]))
+    Exchange(overlay).keep_paths(KeepRules(["/home/u/docs/sub/kept", "/home/u/other"]))
     assert contents(overlay, "home/u/other") == b"of the image"
 
 
@@ -574,9 +575,9 @@ def shown(overlay: Overlay) -> Shown:
     pending = [""]
     while pending:
         path = pending.pop()
-        node = find(overlay, path) if path else overlay.root
-        stat_ = overlay.stat(node)
-        links = 0 if node.is_directory else overlay.link_count(node, stat_)
+        node = find(overlay, path) if path else overlay.view.root
+        stat_ = overlay.view.stat(node)
+        links = 0 if node.is_directory else overlay.view.link_count(node, stat_)
         found[path] = (stat_.st_mode, links, b"" if node.is_directory else contents(overlay, path))
         if node.is_directory:
             pending += [f"{path}/{name}".lstrip("/") for name in names(overlay, path)]
@@ -584,8 +585,8 @@ def shown(overlay: Overlay) -> Shown:
 
 
 def kept_part(overlay: Overlay) -> Shown:
-    assert overlay.keep is not None
-    rules = overlay.keep.rules
+    assert overlay.view.keep is not None
+    rules = overlay.view.keep.rules
     return {path: what for path, what in shown(overlay).items() if rules.keep(os.fsencode(path))}
 
 
@@ -646,7 +647,7 @@ def commit_meanwhile(overlay: Overlay, walker: Walker, path: str) -> Shown:
 
     Return what the view was when the last had been changed.
     """
-    keep, watch = overlay.keep, overlay.touched.watch()
+    keep, watch = overlay.view.keep, overlay.view.touched.watch()
     assert keep is not None
     going_on = True
 
@@ -657,21 +658,21 @@ def commit_meanwhile(overlay: Overlay, walker: Walker, path: str) -> Shown:
 
     name = os.fsencode(path)
     try:
-        overlay.make_way(name)
-        with closing(Commit(overlay.stack.copy(), keep, [name], cancelled)) as work:
+        Exchange(overlay).make_way(name)
+        with closing(Commit(overlay.view.stack.copy(), keep, [name], cancelled)) as work:
             work.copy()
             for _ in range(walker.random.randrange(3)):
                 walker.step()
-                work.renew(overlay.stack.copy(), watch.take(), watch.take_identities())
+                work.renew(overlay.view.stack.copy(), watch.take(), watch.take_identities())
             going_on = False
             before = shown(overlay)
-            overlay.make_way(name)
-            work.renew(overlay.stack.copy(), watch.take(), watch.take_identities(), last=True)
+            Exchange(overlay).make_way(name)
+            work.renew(overlay.view.stack.copy(), watch.take(), watch.take_identities(), last=True)
             work.publish()
-            overlay.keep_paths(KeepRules((*keep.rules.rules, rule_for(name))))
+            Exchange(overlay).keep_paths(KeepRules((*keep.rules.rules, rule_for(name))))
             return before
     finally:
-        overlay.touched.unwatch(watch)
+        overlay.view.touched.unwatch(watch)
 
 
 @pytest.mark.parametrize("seed", range(2 * SEEDS))

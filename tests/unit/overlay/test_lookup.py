@@ -123,7 +123,7 @@ def test_metadata_only_copies_take_data_from_below(bench: Bench) -> None:
     overlay = bench.overlay("low")
     assert contents(overlay, "file") == b"contents"
     node = find(overlay, "file")
-    assert overlay.stat(node).st_mode == 0o100600
+    assert overlay.view.stat(node).st_mode == 0o100600
     overlay.open_file(node, write=True)
     overlay.write(node, b"C", 0)
     overlay.release_file(node)
@@ -189,7 +189,7 @@ def test_a_symlink_in_a_layer_is_never_followed(bench: Bench) -> None:
     (low / "directory").rmdir()
     (low / "directory").symlink_to("/etc")
     with pytest.raises(OSError) as caught:
-        overlay.lookup(node, b"passwd")
+        overlay.view.lookup(node, b"passwd")
     assert caught.value.errno in {errno.ELOOP, errno.ENOTDIR}
 
 
@@ -204,12 +204,12 @@ def test_what_is_mounted_in_a_lower_is_not_seen() -> None:
 
 def test_names_deeper_than_path_max(bench: Bench) -> None:
     overlay = bench.overlay("low")
-    node = overlay.root
+    node = overlay.view.root
     component = b"x" * 200
     for _ in range(45):
         node, _ = overlay.create(node, component, new_directory())
-        overlay.refer(node)
+        overlay.view.refer(node)
     assert overlay.names(node) == []
     assert len(node.path) > 9000
-    overlay.stack.layers[0].forget_all()
+    overlay.view.stack.layers[0].forget_all()
     assert overlay.names(node) == []

@@ -12,6 +12,7 @@ import pytest
 from sessiond.overlay import syscalls
 from sessiond.overlay.diff import ChangeKind, changes
 from sessiond.overlay.directory import NewObject
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
 from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
@@ -35,14 +36,14 @@ def test_a_file_with_names_in_a_directory_and_in_one_above_is_let_go(bench: Benc
     node, _ = overlay.create_file(find(overlay, "a"), b"above", new_file())
     overlay.link(node, find(overlay, "a/b"), b"below")
     overlay.release_file(node)
-    assert overlay.nodes.all() == [overlay.root]
+    assert overlay.view.nodes.all() == [overlay.view.root]
 
 
 def test_a_held_file_and_its_successor_have_different_numbers(bench: Bench) -> None:
     overlay = bench.overlay("low")
-    first, _ = overlay.create_file(overlay.root, b"file", new_file())
-    overlay.unlink(overlay.root, b"file")
-    second, _ = overlay.create_file(overlay.root, b"file", new_file())
+    first, _ = overlay.create_file(overlay.view.root, b"file", new_file())
+    overlay.unlink(overlay.view.root, b"file")
+    second, _ = overlay.create_file(overlay.view.root, b"file", new_file())
     assert first.number != second.number
     overlay.write(first, b"old", 0)
     assert overlay.read(first, 9, 0) == b"old"
@@ -64,8 +65,8 @@ def test_broken_hard_links_of_one_origin_stay_apart(bench: Bench) -> None:
     assert contents(overlay, "b") == b"other"
     first, second = find(overlay, "a"), find(overlay, "b")
     assert first is not second
-    overlay.refer(first)
-    overlay.refer(second)
+    overlay.view.refer(first)
+    overlay.view.refer(second)
     assert first.number != second.number
 
 
@@ -74,17 +75,17 @@ def test_one_lower_file_with_several_names_stays_one_file(bench: Bench) -> None:
     os.link(bench.layer("low") / "a", bench.layer("low") / "b")
     overlay = bench.overlay("low")
     node = find(overlay, "a")
-    overlay.refer(node)
+    overlay.view.refer(node)
     assert find(overlay, "b") is node
     overlay.open_file(node, write=True)
     overlay.write(node, b"new", 0)
     overlay.release_file(node)
     assert contents(overlay, "b") == b"new"
-    assert overlay.link_count(node, overlay.stat(node)) == 2
-    overlay.unlink(overlay.root, b"a")
-    assert overlay.link_count(node, overlay.stat(node)) == 1
-    overlay.unlink(overlay.root, b"b")
-    assert overlay.link_count(node, overlay.stat(node)) == 0
+    assert overlay.view.link_count(node, overlay.view.stat(node)) == 2
+    overlay.unlink(overlay.view.root, b"a")
+    assert overlay.view.link_count(node, overlay.view.stat(node)) == 1
+    overlay.unlink(overlay.view.root, b"b")
+    assert overlay.view.link_count(node, overlay.view.stat(node)) == 0
     assert os.listdir(bench.layer("upper-work") / "index") == []
 
 
@@ -104,12 +105,12 @@ def test_a_snapshot_keeps_the_hard_links_of_lowers_together(bench: Bench) -> Non
 
     overlay = bench.overlay("low", upper="first")
     write(overlay, "a", b"one")
-    overlay.unlink(overlay.root, b"c")
+    overlay.unlink(overlay.view.root, b"c")
     bench.close()
     overlay = bench.overlay("first", "low", upper="second")
     assert contents(overlay, "b") == b"one"
     node = find(overlay, "b")
-    assert overlay.link_count(node, overlay.stat(node)) == 2
+    assert overlay.view.link_count(node, overlay.view.stat(node)) == 2
     assert find(overlay, "a").number == node.number
     write(overlay, "b", b"two")
     assert contents(overlay, "a") == b"two"
@@ -118,7 +119,7 @@ def test_a_snapshot_keeps_the_hard_links_of_lowers_together(bench: Bench) -> Non
     for name in ("a", "b"):
         assert contents(overlay, name) == b"two"
         node = find(overlay, name)
-        assert overlay.link_count(node, overlay.stat(node)) == 2
+        assert overlay.view.link_count(node, overlay.view.stat(node)) == 2
     bench.close()
     assert contents(bench.overlay("first", "low", upper="fourth"), "b") == b"one"
 
@@ -127,16 +128,16 @@ def test_nothing_is_kept_of_what_nobody_holds(bench: Bench) -> None:
     (bench.layer("low") / "a/b/c").mkdir(parents=True)
     overlay = bench.overlay("low")
     node = find(overlay, "a/b/c")
-    overlay.refer(node)
-    assert len(overlay.nodes.all()) == 4
-    overlay.forget(node.number, 1)
-    assert overlay.nodes.all() == [overlay.root]
+    overlay.view.refer(node)
+    assert len(overlay.view.nodes.all()) == 4
+    overlay.view.forget(node.number, 1)
+    assert overlay.view.nodes.all() == [overlay.view.root]
 
 
 def test_names_that_are_too_long(bench: Bench) -> None:
     overlay = bench.overlay("low")
     with pytest.raises(OSError) as caught:
-        overlay.lookup(overlay.root, b"x" * 256)
+        overlay.view.lookup(overlay.view.root, b"x" * 256)
     assert caught.value.errno == errno.ENAMETOOLONG
 
 
@@ -206,13 +207,13 @@ def test_a_failed_removal_changes_nothing(bench: Bench, monkeypatch: pytest.Monk
     monkeypatch.setattr(syscalls, "mknod", full)
     for name in (b"file", b"open"):
         with pytest.raises(OSError):
-            overlay.unlink(overlay.root, name)
+            overlay.unlink(overlay.view.root, name)
     monkeypatch.undo()
     for node in (file, opened):
-        overlay.refer(node)
+        overlay.view.refer(node)
         overlay.chmod(node, 0o600)
-        assert stat.S_IMODE(overlay.stat(node).st_mode) == 0o600
-        assert overlay.link_count(node, overlay.stat(node)) == 1
+        assert stat.S_IMODE(overlay.view.stat(node).st_mode) == 0o600
+        assert overlay.view.link_count(node, overlay.view.stat(node)) == 1
     overlay.release_file(opened)
 
 
@@ -251,8 +252,8 @@ def test_a_view_without_upper_is_read_only(bench: Bench) -> None:
     overlay = Overlay(Stack.open([os.fsencode(bench.layer("low"))]))
     for change in (
         lambda: overlay.chmod(find(overlay, "file"), 0),
-        lambda: overlay.unlink(overlay.root, b"file"),
-        lambda: overlay.create(overlay.root, b"new", new_directory()),
+        lambda: overlay.unlink(overlay.view.root, b"file"),
+        lambda: overlay.create(overlay.view.root, b"new", new_directory()),
     ):
         with pytest.raises(OSError) as caught:
             change()
@@ -265,9 +266,9 @@ def test_a_directory_becomes_empty_before_it_is_replaced(bench: Bench) -> None:
     (bench.layer("low") / "target/file").write_text("")
     overlay = bench.overlay("low")
     overlay.unlink(find(overlay, "target"), b"file")
-    overlay.create(overlay.root, b"source", new_directory())
+    overlay.create(overlay.view.root, b"source", new_directory())
     overlay.create_file(find(overlay, "source"), b"inside", new_file())
-    overlay.rename((overlay.root, b"source"), (overlay.root, b"target"))
+    overlay.rename((overlay.view.root, b"source"), (overlay.view.root, b"target"))
     assert names(overlay) == ["target"]
     assert names(overlay, "target") == ["inside"]
     bench.close()
@@ -278,10 +279,10 @@ def test_a_directory_moved_out_of_one_that_a_snapshot_has_renamed(bench: Bench) 
     (bench.layer("low") / "a/b").mkdir(parents=True)
     (bench.layer("low") / "a/b/file").write_text("low")
     overlay = bench.overlay("low", upper="first")
-    overlay.rename((overlay.root, b"a"), (overlay.root, b"c"))
+    overlay.rename((overlay.view.root, b"a"), (overlay.view.root, b"c"))
     bench.close()
     overlay = bench.overlay("first", "low")
-    overlay.rename((find(overlay, "c"), b"b"), (overlay.root, b"d"))
+    overlay.rename((find(overlay, "c"), b"b"), (overlay.view.root, b"d"))
     assert contents(overlay, "d/file") == b"low"
     bench.close()
     assert contents(bench.overlay("first", "low"), "d/file") == b"low"
@@ -294,14 +295,14 @@ def test_what_is_noted_before_a_rename_holds_without_it(
     (bench.layer("low") / "a/b").mkdir(parents=True)
     (bench.layer("low") / "a/b/file").write_text("low")
     overlay = bench.overlay("low")
-    overlay.rename((find(overlay, "a"), b"b"), (overlay.root, b"c"))
+    overlay.rename((find(overlay, "a"), b"b"), (overlay.view.root, b"c"))
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(syscalls, "rename", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        overlay.rename((overlay.root, b"c"), (find(overlay, "a"), b"d"))
+        overlay.rename((overlay.view.root, b"c"), (find(overlay, "a"), b"d"))
     monkeypatch.undo()
     bench.close()
     assert contents(bench.overlay("low"), "c/file") == b"low"
@@ -314,44 +315,44 @@ def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     kept, directory = find(overlay, "kept"), find(overlay, "directory")
     added, _ = overlay.create_file(directory, b"added", new_file())
     for node in (kept, directory, added):
-        overlay.refer(node)
-    outdated = overlay.swap(bench.stack("low", upper="second"))
-    root = overlay.root.number
+        overlay.view.refer(node)
+    outdated = Exchange(overlay).swap(bench.stack("low", upper="second"))
+    root = overlay.view.root.number
     assert set(outdated.directories) == {root, directory.number}
     assert set(outdated.names) == {
         (root, b"kept"),
         (root, b"directory"),
         (directory.number, b"added"),
     }
-    assert overlay.node(kept.number) is kept
-    assert overlay.node(directory.number) is directory
+    assert overlay.view.node(kept.number) is kept
+    assert overlay.view.node(directory.number) is directory
     assert overlay.names(directory) == []
     overlay.write(added, b"still", 0)
-    assert overlay.read(overlay.node(added.number), 9, 0) == b"still"
-    assert overlay.link_count(added, overlay.stat(added)) == 0
+    assert overlay.read(overlay.view.node(added.number), 9, 0) == b"still"
+    assert overlay.view.link_count(added, overlay.view.stat(added)) == 0
     overlay.release_file(added)
-    overlay.forget(added.number, 1)
+    overlay.view.forget(added.number, 1)
     with pytest.raises(OSError) as caught:
-        overlay.node(added.number)
+        overlay.view.node(added.number)
     assert caught.value.errno == errno.ESTALE
 
 
 def test_what_is_below_a_directory_that_a_swap_takes_away_is_not_told(bench: Bench) -> None:
     (bench.layer("low") / "kept").mkdir()
     overlay = bench.overlay("low")
-    root = overlay.root.number
+    root = overlay.view.root.number
     directories = {}
     for path in ("made", "made/below", "opaque", "kept/made"):
-        parent = overlay.find_parent(os.fsencode(path))
+        parent = overlay.view.find_parent(os.fsencode(path))
         name = os.fsencode(path.rpartition("/")[2])
         directories[path], _ = overlay.create(parent, name, new_directory())
-        overlay.refer(directories[path])
+        overlay.view.refer(directories[path])
         overlay.create(directories[path], b"file", new_file())
-        overlay.refer(find(overlay, f"{path}/file"))
+        overlay.view.refer(find(overlay, f"{path}/file"))
     kept = find(overlay, "kept").number
     stack = bench.stack("low", upper="second")
     (bench.layer("second") / "opaque").mkdir()
-    outdated = overlay.swap(stack)
+    outdated = Exchange(overlay).swap(stack)
     numbers = {path: node.number for path, node in directories.items()}
     assert set(outdated.vanished) == {
         (root, b"made", numbers["made"]),
@@ -370,14 +371,14 @@ def test_what_is_below_a_directory_that_a_swap_takes_away_is_not_told(bench: Ben
 def test_a_snapshot_has_nothing_to_tell(bench: Bench) -> None:
     (bench.layer("low") / "kept").write_text("low")
     overlay = bench.overlay("low")
-    overlay.refer(find(overlay, "kept"))
-    outdated = overlay.swap(bench.stack("upper", "low", upper="second"))
+    overlay.view.refer(find(overlay, "kept"))
+    outdated = Exchange(overlay).swap(bench.stack("upper", "low", upper="second"))
     assert outdated == ([], [], [], set(), ())
 
 
 def test_own_xattrs_are_hidden_and_others_like_them_escaped(bench: Bench) -> None:
     overlay = bench.overlay("low")
-    node, _ = overlay.create(overlay.root, b"d", new_directory())
+    node, _ = overlay.create(overlay.view.root, b"d", new_directory())
     overlay.setxattr(node, b"trusted.overlay.opaque", b"y")
     assert overlay.listxattr(node) == [b"trusted.overlay.opaque"]
     assert overlay.getxattr(node, b"trusted.overlay.opaque") == b"y"
@@ -401,13 +402,13 @@ def test_differences_follow_changes_and_not_copies(bench: Bench) -> None:
         overlay.utime(node, 1, (low / name).stat().st_mtime_ns)
         overlay.release_file(node)
     overlay.chmod(find(overlay, "metadata"), 0o600)
-    overlay.unlink(overlay.root, b"type")
-    overlay.create(overlay.root, b"type", new_directory())
-    overlay.unlink(overlay.root, b"deleted")
+    overlay.unlink(overlay.view.root, b"type")
+    overlay.create(overlay.view.root, b"type", new_directory())
+    overlay.unlink(overlay.view.root, b"deleted")
     overlay.unlink(find(overlay, "directory"), b"inside")
-    overlay.rmdir(overlay.root, b"directory")
-    overlay.create(overlay.root, b"directory", new_directory())
-    copy = overlay.stack.copy()
+    overlay.rmdir(overlay.view.root, b"directory")
+    overlay.create(overlay.view.root, b"directory", new_directory())
+    copy = overlay.view.stack.copy()
     base = copy.bottom()
     try:
         found = {(change.path, change.kind) for change in changes(copy, base)}
@@ -433,12 +434,12 @@ def test_trees_deeper_than_the_python_stack(bench: Bench) -> None:
         directory = below
     os.close(directory)
     overlay = bench.overlay("low")
-    node = overlay.root
+    node = overlay.view.root
     for _ in range(depth):
-        node, _ = overlay.lookup(node, b"d")
-        overlay.refer(node)
-    overlay.swap(bench.stack("low", upper="second"))
-    assert overlay.node(node.number) is node
+        node, _ = overlay.view.lookup(node, b"d")
+        overlay.view.refer(node)
+    Exchange(overlay).swap(bench.stack("low", upper="second"))
+    assert overlay.view.node(node.number) is node
     overlay.create(node, b"new", new_directory())
     assert overlay.names(node) == [b"new"]
 
@@ -446,7 +447,7 @@ def test_trees_deeper_than_the_python_stack(bench: Bench) -> None:
 def test_a_reader_follows_a_copy_up_without_write_access(bench: Bench) -> None:
     """A file of the upper that nobody may write, not even root, can be read."""
     overlay = bench.overlay("low")
-    overlay.create_file(overlay.root, b"file", new_file())
+    overlay.create_file(overlay.view.root, b"file", new_file())
     path = bench.layer("upper") / "file"
     path.write_text("fixed")
     node = find(overlay, "file")
@@ -468,7 +469,7 @@ def test_a_copy_up_in_a_thread_outlives_the_descriptors_of_its_layer(bench: Benc
     node = find(overlay, "directory/file")
     with overlay.begin_copy_up(node) as copy:
         copy.copy_data()
-        overlay.stack.lowers[0].forget_all()
+        overlay.view.stack.lowers[0].forget_all()
         copy.publish()
     assert overlay.getxattr(node, b"user.note") == b"kept"
     assert (bench.layer("upper") / "directory/file").read_text() == "low"
@@ -478,17 +479,17 @@ def test_a_copy_up_in_a_thread_outlives_the_descriptors_of_its_layer(bench: Benc
 def test_a_name_leads_to_the_directory_that_has_it_now(bench: Bench, kind: NewObject) -> None:
     """After an exchange, and when the one that came in its place has gone again."""
     overlay = bench.overlay("low")
-    directory, _ = overlay.create(overlay.root, b"directory", new_directory())
+    directory, _ = overlay.create(overlay.view.root, b"directory", new_directory())
     overlay.create(directory, b"inside", new_directory())
-    other, _ = overlay.create(overlay.root, b"other", kind)
+    other, _ = overlay.create(overlay.view.root, b"other", kind)
     for node in (directory, other):
-        overlay.refer(node)
+        overlay.view.refer(node)
     assert names(overlay, "directory/inside") == []
-    ends = (overlay.root, b"other"), (overlay.root, b"directory")
+    ends = (overlay.view.root, b"other"), (overlay.view.root, b"directory")
     overlay.rename(*ends, syscalls.RENAME_EXCHANGE)
     remove = overlay.rmdir if other.is_directory else overlay.unlink
-    remove(overlay.root, b"directory")
-    overlay.create(overlay.root, b"directory", new_directory())
+    remove(overlay.view.root, b"directory")
+    overlay.create(overlay.view.root, b"directory", new_directory())
     assert names(overlay, "directory") == []
     assert names(overlay, "other") == ["inside"]
     assert names(overlay, "other/inside") == []
@@ -503,7 +504,7 @@ def test_a_new_object_is_owned_and_inherits_as_its_directory_says(bench: Bench, 
     overlay = bench.overlay("low")
     plain, shared = find(overlay, "plain"), find(overlay, "shared")
     for directory in (plain, shared):
-        overlay.refer(directory)
+        overlay.view.refer(directory)
         overlay.unlink(directory, b"removed")
     overlay.chown(shared, 0, 50)
     overlay.chmod(shared, 0o2775)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sessiond.keep_rules import KeepRules
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.retain import Retain
@@ -30,7 +31,7 @@ def reset(bench: Bench, overlay: Overlay, upper: str, *paths: str) -> None:
     """Do what the manager has a worker do."""
     work = retaining(bench, overlay, upper, *paths)
     work.run()
-    overlay.swap(bench.stack("image", upper=upper))
+    Exchange(overlay).swap(bench.stack("image", upper=upper))
     work.settle()
     work.close()
 
@@ -38,7 +39,7 @@ def reset(bench: Bench, overlay: Overlay, upper: str, *paths: str) -> None:
 def retaining(bench: Bench, overlay: Overlay, upper: str, *paths: str) -> Retain:
     target = Layer.open(os.fsencode(bench.layer(upper)), writable=True)
     wanted = [os.fsencode(path) for path in paths]
-    return Retain(overlay.stack.copy(), target, KeepRules(), wanted, lambda: False)
+    return Retain(overlay.view.stack.copy(), target, KeepRules(), wanted, lambda: False)
 
 
 def write(overlay: Overlay, path: str, text: bytes) -> None:
@@ -75,7 +76,7 @@ def test_paths_stay_and_all_else_is_reset(bench: Bench) -> None:
         assert contents(overlay, "home/guest/docs/letter") == b"mine"
         assert names(overlay, "home/alice") == ["mail"]
         assert names(overlay, "home/alice/mail") == ["inbox"]
-        assert overlay.stat(find(overlay, "home/alice")).st_mode & 0o7777 == 0o750
+        assert overlay.view.stat(find(overlay, "home/alice")).st_mode & 0o7777 == 0o750
     assert os.listdir(bench.layer("first") / "home/guest/docs") == []
     reset(bench, overlay, "fourth")
     assert names(overlay, "etc") == ["gone", "passwd"]
@@ -91,8 +92,8 @@ def test_a_file_goes_on_as_the_same_file(bench: Bench) -> None:
     overlay.write(opened, b"IMAGE", 0)
     inode = (bench.layer("first") / "file").stat().st_ino
     reset(bench, overlay, "second", "file", "new")
-    overlay.write(overlay.node(opened.number), b"!", 5)
-    overlay.release_file(overlay.node(opened.number))
+    overlay.write(overlay.view.node(opened.number), b"!", 5)
+    overlay.release_file(overlay.view.node(opened.number))
     assert contents(overlay, "file") == b"IMAGE!"
     stat = (bench.layer("second") / "file").stat()
     assert (stat.st_ino, stat.st_nlink) == (inode, 1)
@@ -102,7 +103,7 @@ def test_what_a_snapshot_has_is_copied(bench: Bench) -> None:
     trees.build({"file": b"image"}, str(bench.layer("image")))
     overlay = bench.overlay("image", upper="first")
     write(overlay, "new", b"of the snapshot")
-    overlay.swap(bench.stack("first", "image", upper="second"))
+    Exchange(overlay).swap(bench.stack("first", "image", upper="second"))
     reset(bench, overlay, "third", "new")
     node = find(overlay, "new")
     overlay.open_file(node, write=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sessiond.overlay import syscalls
 from sessiond.overlay.by_directory import ByDirectory, DirectorySums
 from sessiond.overlay.diff import ChangeKind, changes
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.tally import Sums, Tally, sums_of
@@ -70,7 +71,7 @@ class Session:
     def _find(self, path: str) -> Node:
         """Return a node, which is held from then on."""
         node = core_views.find(self.overlay, path)
-        self.overlay.refer(node)
+        self.overlay.view.refer(node)
         self.held.append(node.number)
         return node
 
@@ -96,7 +97,7 @@ class Session:
     def same(self, path: str, _: str) -> None:
         """Write what is there, which is no change."""
         node = self._find(path)
-        before = self.overlay.stat(node)
+        before = self.overlay.view.stat(node)
         contents = core_views.contents(self.overlay, node)
         self.overlay.open_file(node, write=True, truncate=True)
         self.overlay.write(node, contents, 0)
@@ -138,7 +139,7 @@ class Session:
     def forget(self, _: str, __: str) -> None:
         """As the kernel does with names that it has not been asked for of late."""
         while self.held:
-            self.overlay.forget(self.held.pop(), 1)
+            self.overlay.view.forget(self.held.pop(), 1)
 
     def snapshot(self, _: str, __: str) -> None:
         self._swap((f"upper{self.uppers}", *self.layers))
@@ -149,14 +150,14 @@ class Session:
 
     def _swap(self, layers: tuple[str, ...]) -> None:
         self.uppers += 1
-        self.overlay.swap(self.bench.stack(*layers, upper=f"upper{self.uppers}"))
+        Exchange(self.overlay).swap(self.bench.stack(*layers, upper=f"upper{self.uppers}"))
         self.layers = layers
 
     def count(self, _: str = "", __: str = "") -> None:
         """Have the tally, and the comparison, tell how much differs: they agree."""
-        stack, base = self.overlay.stack.copy(), self.overlay.stack.bottom()
-        touched = self.overlay.touched.take()
-        names = self.tally.names_of(self.overlay.touched.take_identities())
+        stack, base = self.overlay.view.stack.copy(), self.overlay.view.stack.bottom()
+        touched = self.overlay.view.touched.take()
+        names = self.tally.names_of(self.overlay.view.touched.take_identities())
         self.tally.update(stack, base, names | touched, most_bytes=None)
         expected = list(changes(stack, base))
         counted = self.tally.sums(ByDirectory(1000, DEPTH))

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from sessiond.overlay import syscalls
+from sessiond.overlay.exchange import Exchange
 from sessiond.overlay.overlay import Overlay
 from tests.crash.writers import Writers
 from tests.unit.overlay.conftest import Bench
@@ -55,7 +56,7 @@ def test_what_was_copied_when_programs_went_on_too_early_is_not_exact(
         (bench.layer("upper") / name).write_bytes(b"first")
         files.append(writers.open(overlay, name))
     halt = BriefHalt(most, files)
-    outdated = overlay.swap(bench.stack("upper", "low", upper="second"), halt=halt)
+    outdated = Exchange(overlay).swap(bench.stack("upper", "low", upper="second"), halt=halt)
     assert outdated.inexact == tuple(b"/" + os.fsencode(name) for name in NAMES[most - 1 :])
     kept = [(bench.layer("upper") / name).read_bytes() for name in NAMES]
     assert kept == ([b"first"] * most + [b"later"] * len(NAMES))[: len(NAMES)]
@@ -79,7 +80,7 @@ def test_programs_go_on_before_the_copies_are_on_disk(
         fsync(fd, data_only=data_only)
 
     monkeypatch.setattr(syscalls, "fsync", recording_fsync)
-    overlay.swap(bench.stack("upper", "low", upper="second"), halt=halt)
+    Exchange(overlay).swap(bench.stack("upper", "low", upper="second"), halt=halt)
     assert ended
     assert all(ended)
     overlay.close()
