@@ -2,7 +2,7 @@
 
 These are just two, an upper on disk and the image, so what is kept depends on nothing that a reset,
 a snapshot or a move to disk exchanges. A name belongs to one set of layers or the other; in the
-merged view, nothing is ever looked for in both. `Overlay` decides, by the rules, for which
+merged view, nothing is ever looked for in both. `View` decides, by the rules, for which
 directory and name it calls the functions of this package with which stack.
 
 The directories above what is kept belong to the session's layers. Where something is made in one,
