@@ -391,7 +391,8 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     if new.node is not None:
         new.node.drop_link(new.parent, new.name)
         drop_index(stack, new.node)
-    _moved(stack, node, old, new)
+    _leave(stack, node, old)
+    node.add_link(new.parent, new.name, in_upper=True)
 
 
 def exchange(stack: Stack, old: Place, new: Place) -> None:
@@ -413,8 +414,10 @@ def exchange(stack: Stack, old: Place, new: Place) -> None:
         _upper_name(stack, new.parent, new.name),
         syscalls.RENAME_EXCHANGE,
     )
-    _moved(stack, first, old, new)
-    _moved(stack, second, new, old)
+    _leave(stack, first, old)
+    _leave(stack, second, new)
+    first.add_link(new.parent, new.name, in_upper=True)
+    second.add_link(old.parent, old.name, in_upper=True)
     first.fast_path.note(0, EXCHANGE_FACT, b"")
 
 
@@ -535,8 +538,8 @@ def _announce(node: Node, new: Place) -> None:
     node.fast_path.placed(node.number, node.kind, new.parent.number, new.name)
 
 
-def _moved(stack: Stack, node: Node, old: Place, new: Place) -> None:
+def _leave(stack: Stack, node: Node, old: Place) -> None:
+    """Forget a name that a node has no more."""
     if node.is_directory:
         stack.writable.forget_tree(node.path)
     node.drop_link(old.parent, old.name)
-    node.add_link(new.parent, new.name, in_upper=True)

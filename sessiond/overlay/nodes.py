@@ -62,10 +62,12 @@ class Node:
     """One inode of the merged view.
 
     `links` are its known names, each with whether that name is in the upper; a directory has one,
-    the root and an unlinked node have none. An unlinked open file is reached by `anchor`, a
-    descriptor that was opened before the last name went away; one without is stale. All but
-    `number` and `kind` is valid only while `generation` is the overlay's. `lasting`: it is among
-    what is kept; see `keep`. "Upper" means that of its own layers.
+    the root and an unlinked node have none. Each is among the `children` of its directory, and no
+    other node has it: `add_link` takes it from who has it still, which was of earlier layers. An
+    unlinked open file is reached by `anchor`, a descriptor that was opened before the last name
+    went away; one without is stale. All but `number` and `kind` is valid only while `generation` is
+    the overlay's. `lasting`: it is among what is kept; see `keep`. "Upper" means that of its own
+    layers.
     """
 
     __slots__ = (
@@ -204,17 +206,19 @@ class Node:
         return Directory(self.path if self.upper else None, self.lowers, self.marked)
 
     def add_link(self, parent: Node, name: bytes, *, in_upper: bool) -> None:
+        former = parent.children.get(name)
+        if former is not None and former is not self:
+            former.drop_link(parent, name)
         self.links[parent, name] = in_upper
         parent.children[name] = self
         for number in (self.number, *self.former):
             self.fast_path.placed(number, self.kind, parent.number, name)
 
     def drop_link(self, parent: Node, name: bytes) -> None:
-        self.links.pop((parent, name), None)
+        """Precondition: it is among its `links`."""
+        del self.links[parent, name], parent.children[name]
         for number in (self.number, *self.former):
             self.fast_path.removed(number, parent.number, name)
-        if parent.children.get(name) is self:
-            del parent.children[name]
 
     def withdraw(self) -> None:
         """Have the overlay asked before the fast path uses anything of the node again."""

@@ -376,6 +376,35 @@ def test_a_snapshot_has_nothing_to_tell(bench: Bench) -> None:
     assert outdated == ([], [], [], set(), ())
 
 
+@pytest.mark.parametrize("change", ["look up", "link", "create", "rename"])
+def test_a_name_is_of_one_node_also_after_a_swap(bench: Bench, change: str) -> None:
+    """One that was another's before, who may still be held, and be asked for later."""
+    (bench.layer("low") / "file").write_text("low")
+    overlay = bench.overlay("low", upper="first")
+    view, root = overlay.view, overlay.view.root
+    former, _ = overlay.create(root, b"name", new_file())
+    file = find(overlay, "file")
+    for node in (former, file):
+        view.refer(node)
+    if change == "look up":
+        os.link(bench.layer("low") / "file", bench.layer("low") / "name")
+    Exchange(overlay).swap(bench.stack("low", upper="second"))
+    match change:
+        case "look up":
+            assert find(overlay, "name") is file
+        case "link":
+            overlay.link(view.node(file.number), root, b"name")
+        case "create":
+            overlay.create(root, b"name", new_file())
+        case "rename":
+            overlay.rename((root, b"file"), (root, b"name"))
+    nodes = view.nodes.all()
+    links = {(*link, node) for node in nodes for link in node.links}
+    assert links == {(node, *child) for node in nodes for child in node.children.items()}
+    assert not view.node(former.number).linked
+    assert find(overlay, "name") is not former
+
+
 def test_own_xattrs_are_hidden_and_others_like_them_escaped(bench: Bench) -> None:
     overlay = bench.overlay("low")
     node, _ = overlay.create(overlay.view.root, b"d", new_directory())
