@@ -1,4 +1,5 @@
-"""``python process_scan.py MAJOR:MINOR``: the processes that use a file system.
+"""``python process_scan.py MAJOR:MINOR INODE...``: the processes that use a file system, and which
+of these files of it each has open.
 
 A program of its own, of the standard library alone, since looking at processes can hang: one may
 keep its memory map locked, or have a file of a network that is down. It is killed then, at no cost
@@ -20,7 +21,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 
 PATIENCE = 0.3
@@ -38,11 +39,15 @@ _DEVICE_OFFSET = 136  # of stx_dev_major in struct statx
 class Process:
     """One process, and how it uses the file system."""
 
-    def __init__(self, pid: int, device: tuple[int, int]) -> None:
+    def __init__(self, pid: int, device: tuple[int, int], wanted: Collection[int]) -> None:
+        """`wanted`: inode numbers of the files that are to be found."""
         self.pid = pid
         self.uses: set[str] = set()
+        self.files: set[int] = set()
+        """Those of the wanted ones that it has open, or mapped as shared."""
         self._proc = f"/proc/{pid}"
         self._device = device
+        self._wanted = wanted
         self._mapped = f"{device[0]:02x}:{device[1]:02x}"
 
     def look_at_files(self) -> None:
@@ -50,15 +55,24 @@ class Process:
         for name in ("cwd", "root", "exe"):
             if self._is_there(f"{self._proc}/{name}"):
                 self.uses.add(name)
-        if any(self._is_there(f"{self._proc}/fd/{number}") for number in self._descriptors()):
+        for number in self._descriptors():
+            if not self._is_there(f"{self._proc}/fd/{number}"):
+                continue
             self.uses.add("file")
+            if not self._wanted:
+                break
+            self._note(self._inode(number))
 
     def look_at_map(self) -> None:
         """Mapped files; those that are still open are known already."""
         with suppress(OSError), open(f"{self._proc}/maps", "rb") as table:
             mapped = self._mapped.encode()
-            if any(line.split(b" ", 4)[3] == mapped for line in table):
-                self.uses.add("map")
+            for line in table:
+                _, mode, _, where, inode, *_ = line.split(maxsplit=5)
+                if where == mapped:
+                    self.uses.add("map")
+                    if mode.endswith(b"s"):
+                        self._note(int(inode))
 
     def description(self) -> dict[str, object]:
         """What there is to be told of it. Raises `OSError` when it has ended."""
@@ -71,6 +85,7 @@ class Process:
             "uids": uids(self.pid),
             "unit": _unit(self._proc),
             "uses": sorted(self.uses),
+            "files": sorted(self.files),
         }
 
     def _descriptors(self) -> list[str]:
@@ -78,6 +93,18 @@ class Process:
             return os.listdir(f"{self._proc}/fd")
         except OSError:
             return []
+
+    def _note(self, inode: int) -> None:
+        if inode in self._wanted:
+            self.files.add(inode)
+
+    def _inode(self, descriptor: str) -> int:
+        """Return the inode number of an open file; see proc_pid_fdinfo(5)."""
+        with suppress(OSError), open(f"{self._proc}/fdinfo/{descriptor}", "rb") as stream:
+            for line in stream:
+                if line.startswith(b"ino:"):
+                    return int(line.split()[1])
+        return 0  # it is closed
 
     def _is_there(self, path: str) -> bool:
         """Say whether a symbolic link of /proc leads into the file system."""
@@ -110,7 +137,9 @@ def _unit(proc: str) -> str:
     return ""
 
 
-def scan(device: tuple[int, int]) -> Iterator[tuple[dict[str, object], int]]:
+def scan(
+    device: tuple[int, int], wanted: Collection[int]
+) -> Iterator[tuple[dict[str, object], int]]:
     """Yield the description and a pidfd, to be closed, of each process that uses `device`."""
     stuck = 0
     for name in os.listdir("/proc"):
@@ -122,7 +151,7 @@ def scan(device: tuple[int, int]) -> Iterator[tuple[dict[str, object], int]]:
             pidfd = os.pidfd_open(int(name))
         except OSError:
             continue  # it has ended
-        process = Process(int(name), device)
+        process = Process(int(name), device, wanted)
         steps = [process.look_at_files, process.look_at_map][: 2 if stuck < STUCK_LIMIT else 1]
         looking = threading.Thread(target=lambda steps=steps: [step() for step in steps])
         looking.daemon = True
@@ -139,8 +168,9 @@ def scan(device: tuple[int, int]) -> Iterator[tuple[dict[str, object], int]]:
 
 def main() -> None:
     major, minor = sys.argv[1].split(":")
+    wanted = frozenset(map(int, sys.argv[2:]))
     channel = socket.socket(fileno=0)
-    for description, pidfd in scan((int(major), int(minor))):
+    for description, pidfd in scan((int(major), int(minor)), wanted):
         socket.send_fds(channel, [json.dumps(description).encode()], [pidfd])
     channel.send(b"{}")
     os._exit(0)  # threads may be stuck

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +38,8 @@ class Process(Protocol):
     """The real user."""
     unit: str
     """The unit or scope of systemd's that it belongs to, such as ``session-2.scope``; or empty."""
+    files: Collection[int]
+    """Which of the files that were asked for it has open, or mapped as shared."""
 
     def is_of(self, uid: Uid) -> bool:
         """Say whether it has no other user's rights now, by any of its user ids."""
@@ -52,9 +54,12 @@ class Process(Protocol):
 class Processes(Protocol):
     """What the session layer asks about processes."""
 
-    def using(self, device: str) -> AbstractAsyncContextManager[Sequence[Process]]:
+    def using(
+        self, device: str, files: Collection[int] = ()
+    ) -> AbstractAsyncContextManager[Sequence[Process]]:
         """Hold all that have a file of a file system open or mapped, or as working directory, root
-        or program. `device` is as /proc/PID/mountinfo has it: ``MAJOR:MINOR``.
+        or program. `device` is as /proc/PID/mountinfo has it: ``MAJOR:MINOR``. `files`: inode
+        numbers there, some hundred at most, for `Process.files`.
 
         The file system is not touched, so what serves it may be dead. Raises `Failed`.
         """
@@ -70,6 +75,7 @@ class _Description(BaseModel):
     uids: tuple[Uid, Uid, Uid, Uid]
     unit: str
     uses: tuple[str, ...] = Field(min_length=1)
+    files: frozenset[int]
 
 
 class _HeldProcess:
@@ -80,6 +86,7 @@ class _HeldProcess:
         self.program = description.program
         self.uid = description.uids[0]
         self.unit = description.unit
+        self.files: Collection[int] = description.files
         self._pidfd = pidfd
 
     def is_of(self, uid: Uid) -> bool:
@@ -106,19 +113,21 @@ class SystemProcesses:
     """
 
     @asynccontextmanager
-    async def using(self, device: str) -> AsyncIterator[Sequence[Process]]:
+    async def using(
+        self, device: str, files: Collection[int] = ()
+    ) -> AsyncIterator[Sequence[Process]]:
         found: list[_HeldProcess] = []
         try:
-            await self._find(device, found)
+            await self._find([device, *map(str, files)], found)
             yield found
         finally:
             for process in found:
                 process.close()
 
-    async def _find(self, device: str, found: list[_HeldProcess]) -> None:
+    async def _find(self, wanted: Sequence[str], found: list[_HeldProcess]) -> None:
         with trio.move_on_after(_PATIENCE):
             try:
-                await _scan(device, found)
+                await _scan(wanted, found)
             except (OSError, EOFError, ValidationError) as error:
                 raise Failed(
                     f"The processes that use a session cannot be found: {error}"
@@ -127,11 +136,11 @@ class SystemProcesses:
         log.warning("Processes are not all looked at within %g seconds.", _PATIENCE)
 
 
-async def _scan(device: str, found: list[_HeldProcess]) -> None:
+async def _scan(wanted: Sequence[str], found: list[_HeldProcess]) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with trio.socket.from_stdlib_socket(ours) as channel:
         with theirs:
-            command = [sys.executable, "-I", "-S", str(_SCAN), device]
+            command = [sys.executable, "-I", "-S", str(_SCAN), *wanted]
             # In no directory that could be somebody's: a process is looked at in /proc.
             process = await trio.lowlevel.open_process(command, stdin=theirs, cwd="/")
         try:

@@ -8,13 +8,14 @@ else in it, so that they are not lost if the worker or the manager dies.
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import trio
 
 from sessiond.errors import SessiondError
 from sessiond.session.model import NOTHING_PENDING, PendingFile, StorageKind
-from sessiond.session.openers import programs_with
 
 if TYPE_CHECKING:
     from sessiond.session.session import Session
@@ -32,7 +33,7 @@ class Settling:
         self._known = NOTHING_PENDING
         self._running = False
         self._looking = trio.Lock()
-        """Whoever asks often shall not have many threads look through /proc."""
+        """Whoever asks often shall not have /proc looked through many times at once."""
 
     @property
     def pending(self) -> int:
@@ -46,13 +47,23 @@ class Settling:
             return []
         pending = await session.view.require().pending()
         async with self._looking:
-            programs = await trio.to_thread.run_sync(
-                programs_with, session.mount_point, pending.files.keys()
-            )
+            programs = await self._programs_with(pending.files.keys())
         return [
             PendingFile(path, tuple(sorted(programs.get(inode, ()))))
             for inode, path in sorted(pending.files.items(), key=lambda item: item[1])
         ]
+
+    async def _programs_with(self, files: Collection[int]) -> Mapping[int, set[str]]:
+        """Return the names of the programs that have each of these files open."""
+        found: defaultdict[int, set[str]] = defaultdict(set)
+        services = self._session.services
+        device = await trio.to_thread.run_sync(services.mounts.device, self._session.mount_point)
+        if device is not None and files:
+            async with services.surroundings.processes.using(device, files) as processes:
+                for process in processes:
+                    for file in process.files:
+                        found[file].add(process.program)
+        return found
 
     async def begin(self) -> None:
         """Give back the RAM of a session that has moved to disk, now or as soon as that can be.

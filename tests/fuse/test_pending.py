@@ -19,7 +19,8 @@ from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.overlay import syscalls
 from sessiond.session.model import DataPath, Stack, UpperDirectories
-from sessiond.session.openers import programs_with
+from sessiond.session.mounts import SystemMounts
+from sessiond.session.processes import SystemProcesses
 from sessiond.session.tree import copy_trees, unchecked
 from tests.fuse.conftest import Playground
 from tests.fuse.test_recovery import PUBLISHING, RECOVERING, Order, attended, program, succeed
@@ -119,6 +120,13 @@ async def test_what_is_written_after_deaths_is_on_disk(moving: Moving) -> None:
         assert moving.on_disk() == b"new"
 
 
+async def programs_with(mount_point: Path, inode: int) -> set[str]:
+    device = SystemMounts().device(mount_point)
+    assert device is not None
+    async with SystemProcesses().using(device, {inode}) as found:
+        return {one.program for one in found if inode in one.files}
+
+
 async def test_who_has_it_open_is_known(moving: Moving) -> None:
     own = Path("/proc/self/comm").read_text().strip()
     async with moving.mounted() as mount:
@@ -130,10 +138,10 @@ async def test_who_has_it_open_is_known(moving: Moving) -> None:
             inode = (moving.root / "file").stat().st_ino
             files = (await mount.pending()).files
             assert files == ({inode: "/file"} if moving.is_kept else {})
-            assert programs_with(moving.root, {inode}) == {inode: {own}}
-        assert programs_with(moving.root, {inode}) == {inode: {own}}  # mapped
+            assert await programs_with(moving.root, inode) == {own}
+        assert await programs_with(moving.root, inode) == {own}  # mapped
         pages.close()
-        assert programs_with(moving.root, {inode}) == {}
+        assert await programs_with(moving.root, inode) == set()
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class FakeProcess:
         self.program = "editor"
         self.uid = uid
         self.unit = "session-2.scope"
+        self.files = ()
         self.got: list[int] = []
         self.ended = trio.Event()
         self._obeys = obeys
@@ -61,7 +62,9 @@ class FakeProcesses:
         self.looked = 0
 
     @asynccontextmanager
-    async def using(self, device: str) -> AsyncIterator[Sequence[Process]]:
+    async def using(
+        self, device: str, files: Collection[int] = ()
+    ) -> AsyncIterator[Sequence[Process]]:
         assert device == "0:42"
         await trio.lowlevel.checkpoint()
         self.looked += 1
@@ -303,6 +306,29 @@ async def test_each_kind_of_use_is_found(
     process = start(line, real)
     async with SystemProcesses().using(device) as found:
         assert (process.pid in {one.pid for one in found}) == there
+
+
+@pytest.mark.root
+async def test_which_files_a_program_writes_is_found(
+    real: Path, device: str, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """By what it has open, and what it has mapped for others to see."""
+    files = [real / name for name in ("open", "shared", "private", "closed")]
+    for file in files:
+        file.write_bytes(b"x" * 4096)
+    process = start(
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.mmap.restype = ctypes.c_void_p\n"
+        "_, *others = fds = [os.open(path, os.O_RDWR) for path in sys.argv[1:]]\n"
+        "for fd, flags in zip(others, (1, 2)): libc.mmap(None, 4096, 1, flags, fd, 0)\n"
+        "for fd in others: os.close(fd)",
+        *files,
+    )
+    wanted = [file.stat().st_ino for file in files]
+    async with SystemProcesses().using(device, wanted) as found:
+        (files_of,) = [set(one.files) for one in found if one.pid == process.pid]
+    assert files_of == set(wanted[:2])
 
 
 @pytest.mark.root
