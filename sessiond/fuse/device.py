@@ -6,8 +6,8 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
@@ -19,6 +19,11 @@ _UMOUNT_NOFOLLOW = 8
 _NOTIFY_INVAL_ENTRY = 3
 _EXPIRE_ONLY = 1
 _EXPIRED = struct.Struct("=IiQQII")  # fuse_out_header, fuse_notify_inval_entry_out
+
+_FORGOTTEN = (FileNotFoundError, NotADirectoryError)
+"""The kernel does not know the node any more, or has another by its number: a file, where there was
+a directory.
+"""
 
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -84,7 +89,7 @@ def expire(connection: int, names: Iterable[tuple[int, bytes]]) -> None:
         head = _EXPIRED.pack(size, _NOTIFY_INVAL_ENTRY, 0, parent, len(name), _EXPIRE_ONLY)
         try:
             os.write(connection, head + name + b"\0")
-        except FileNotFoundError:  # forgotten meanwhile
+        except _FORGOTTEN:
             continue
 
 
@@ -95,10 +100,10 @@ def invalidate(names: Iterable[tuple[int, bytes]], directories: Iterable[int]) -
     Call from a thread: it waits for requests that are under way.
     """
     for parent, name in names:
-        with _forgotten_meanwhile():
+        with suppress(*_FORGOTTEN):
             pyfuse3.invalidate_entry(InodeT(parent), name)
     for number in directories:
-        with _forgotten_meanwhile():
+        with suppress(*_FORGOTTEN):
             pyfuse3.invalidate_inode(InodeT(number))  # its listing, too
 
 
@@ -114,14 +119,5 @@ def drop_directory(parent: int, name: bytes, number: int) -> None:
 
 def invalidate_attributes(number: int) -> None:
     """Make the kernel ask again for the attributes of a node. Waits for nothing."""
-    with _forgotten_meanwhile():
+    with suppress(*_FORGOTTEN):
         pyfuse3.invalidate_inode(InodeT(number), attr_only=True)
-
-
-@contextmanager
-def _forgotten_meanwhile() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOENT:
-            raise

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from sessiond.errors import Failed
+from sessiond.fuse import device
 from sessiond.session.model import DataPath, Stack, UpperDirectories
 from tests.fuse.conftest import Playground
 from tests.support.waiting import until
@@ -328,6 +329,15 @@ async def test_a_snapshot_says_what_was_written_to_meanwhile(playground: Playgro
         # Now nobody writes.
         with open(playground.root / "busy", "r+b"):
             assert await mount.swap(playground.stack(second.upper.fs, first.upper.fs)) == ()
+
+
+async def test_a_number_that_is_a_files_now_is_announced_in_vain(playground: Playground) -> None:
+    """It was that of a directory, now removed, in which the kernel knew a name to be missing."""
+    async with playground.mounted(playground.stack()) as mount:
+        file = playground.root / "file"
+        file.write_text("text")
+        names = [(file.stat().st_ino, b"missing")]
+        await trio.to_thread.run_sync(device.expire, mount.device, names)
 
 
 async def test_a_shared_mapping_of_a_snapshot_file_goes_on(playground: Playground) -> None:
