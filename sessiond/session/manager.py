@@ -467,6 +467,8 @@ class Manager:
                 nursery.start_soon(session.leave)
 
     async def _shut_down(self, session: Session) -> None:
+        if session.state is SessionState.CLOSING:
+            return  # whoever closes it goes on with that to the end
         store = self._services.store
         await session.end()
         try:

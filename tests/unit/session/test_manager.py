@@ -230,6 +230,17 @@ async def test_a_session_whose_files_cannot_be_removed_is_closed_all_the_same(
         assert not world.mount("s").mounted
 
 
+async def test_a_session_is_being_closed_when_the_daemon_is_stopped(world: World) -> None:
+    async with world.manager() as manager:
+        session = await manager.create(USER, "lasting", session_id="s")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(manager.close, "s")
+            await until(lambda: session.state is SessionState.CLOSING)
+            await manager.shut_down()
+        assert manager.sessions == {}
+    assert not world.disk("s").exists()
+
+
 async def test_a_clean_end_keeps_persistent_sessions_only(world: World) -> None:
     async with world.manager() as manager:
         await manager.create(USER, "volatile", session_id="v")
