@@ -15,11 +15,12 @@ PRIVATE := unshare --mount --propagation private --pid --fork --kill-child --mou
 IMAGE ?= /
 SOAK ?= 1
 
-.PHONY: help setup demo test soak bench lock clean
+.PHONY: help setup demo test test-kernel soak bench lock clean
 
 help:
 	@echo 'make demo [IMAGE=FILE-OR-DIRECTORY]  run the main job for real, narrated'
 	@echo 'make test                            lint, types and every test'
+	@echo 'make test-kernel                     some of them on the kernel of Debian, in a virtual machine'
 	@echo 'make soak [SOAK=FACTOR]              the tests that take long, FACTOR times as long'
 	@echo 'make bench [BENCH=OPTIONS]           compare with other overlays: docs/benchmark.md'
 	@echo 'make setup                           Debian packages and $(VENV), as the two above do'
@@ -37,6 +38,10 @@ test: setup
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(PRIVATE) $(BIN)/python -m pytest --quiet --numprocesses auto --dist worksteal
+
+test-kernel: setup
+	@packaging/setup-kernel
+	@$(PRIVATE) $(BIN)/python -m pytest --quiet --capture=no -m kernel tests/kernel
 
 soak: setup
 	@SOAK='$(SOAK)' $(PRIVATE) $(BIN)/python -m pytest --quiet -m soak

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -223,25 +221,34 @@ async def test_xfs(machine: Machine) -> None:
         await manager.close("s")
 
 
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-def test_quotas_on_another_kernel(tmp_path: Path) -> None:
-    """This machine's kernel may lack the quotas; Debian's for user mode has them all."""
-    linux = shutil.which("linux.uml")
-    if linux is None:
-        pytest.skip("there is no linux.uml; it is in the Debian package user-mode-linux")
-    modules = Path(linux).resolve().parents[1] / "lib/uml/modules"
-    root = ["root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro"]
-    machine = ["mem=1G", *root, "con=null", "con0=null,fd:1"]
-    init = Path(__file__).with_name("other_kernel.py")
-    done = subprocess.run(
-        [linux, *machine, f"init={sys.executable}", "--", init, modules, __file__],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
-    print(done.stdout)
-    assert "pytest ended with 0." in done.stdout
-    assert "SKIPPED" not in done.stdout
+@pytest.mark.parametrize("profile", ["volatile", "lasting"])
+async def test_what_is_kept_has_a_quota_of_its_own(limited: Machine, profile: str) -> None:
+    limited.profiles[profile] |= {
+        "keep": ["/kept"],
+        "keep_quota": "1M",
+        "keep_quota_inodes": 64,
+    }
+    async with limited.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        kept = session.mount_point / "kept"
+        kept.mkdir()
+        (kept / "first").write_bytes(b"first")
+        fill(kept, "bytes")
+        directory = limited.state / "kept/0" / profile
+        used = quota.counted(directory)
+        assert (used.bytes_limit, used.inodes_limit) == (1 << 20, 64)
+        assert 1 << 19 < used.bytes_used <= 1 << 20
+        # The session has its own.
+        (session.mount_point / "file").write_bytes(bytes(2 << 20))
+        await reset(session)
+        assert (kept / "first").read_bytes() == b"first"
+        for file in kept.glob("big*"):
+            file.unlink()
+        await until(lambda: quota.counted(directory).bytes_used < 1 << 18)
+        (kept / "second").write_bytes(bytes(1 << 19))
+        await manager.close("s")
+    # The next one obeys it as well, and without it there is none.
+    async with limited.manager() as manager:
+        session = await manager.create("root", profile, session_id="s")
+        fill(session.mount_point / "kept", "inodes")
+        assert quota.counted(directory).inodes_used <= 64

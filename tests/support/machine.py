@@ -22,12 +22,10 @@ _PROGRAMS = {
     "sessiond": "sessiond.daemon",
     "sessionctl": "sessiond.cli.main",
 }
-_SOURCE = "/opt/sessiond"
+SOURCE = "/opt/sessiond"
 """Where the machine sees this checkout."""
-_LIBRARIES = Path(_SOURCE) / Path(sysconfig.get_path("purelib")).relative_to(CHECKOUT)
-PYTHON = (
-    f"/usr/bin/env PYTHONPATH={_SOURCE}:{_LIBRARIES} PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3"
-)
+_LIBRARIES = Path(SOURCE) / Path(sysconfig.get_path("purelib")).relative_to(CHECKOUT)
+PYTHON = f"/usr/bin/env PYTHONPATH={SOURCE}:{_LIBRARIES} PYTHONDONTWRITEBYTECODE=1 /usr/bin/python3"
 """The command for a Python there that finds this project and what it needs."""
 
 
@@ -82,12 +80,12 @@ def booted(image: Path, directory: Path) -> Iterator[Machine]:
         work.mkdir()
         layers = f"lowerdir={points[0]},upperdir={upper},workdir={work}"
         _mount("-t", "overlay", "-o", layers, "machine", points[2])
-        _install(points[2])
+        install_project(points[2])
         fuse = points[1] / "fuse"
         os.mknod(fuse, 0o666 | 0o020000, os.makedev(10, 229))
         with open(console, "wb") as log:
             process = subprocess.Popen(
-                ["/bin/sh", "-euc", _BOOT, "boot", group, points[2], fuse, CHECKOUT, _SOURCE],
+                ["/bin/sh", "-euc", _BOOT, "boot", group, points[2], fuse, CHECKOUT, SOURCE],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -113,7 +111,7 @@ def booted(image: Path, directory: Path) -> Iterator[Machine]:
 
 
 class CannotBoot(Exception):
-    """This machine cannot boot another one; the message is what systemd-nspawn said."""
+    """This machine cannot start another one; the message is why."""
 
 
 # In the hierarchies of systemd, wherever they are, since it may manage only what is its own.
@@ -134,19 +132,18 @@ def _mount(*arguments: str | Path) -> None:
     subprocess.run(["mount", *arguments], check=True, timeout=BOUND)
 
 
-def _install(root: Path) -> None:
+def install_project(root: Path) -> None:
     """Do what packaging/install does, except that the programs run from this checkout."""
-    units = root / "usr/local/lib/systemd/system"
-    services = root / "usr/local/share/dbus-1/system-services"
-    for directory in (units, services, root / "etc/sessiond"):
-        directory.mkdir(parents=True)
-    shutil.copy(CHECKOUT / "units/sessiond.service", units)
-    shutil.copy(
-        CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.conf", root / "etc/dbus-1/system.d"
-    )
-    shutil.copy(CHECKOUT / "packaging/dbus/org.sessiond.Overlay1.service", services)
-    actions = root / "usr/share/polkit-1/actions"
-    shutil.copy(CHECKOUT / "packaging/polkit/org.sessiond.overlay1.policy", actions)
+    installed = {
+        "usr/local/lib/systemd/system": "units/sessiond.service",
+        "usr/local/share/dbus-1/system-services": "packaging/dbus/org.sessiond.Overlay1.service",
+        "etc/dbus-1/system.d": "packaging/dbus/org.sessiond.Overlay1.conf",
+        "usr/share/polkit-1/actions": "packaging/polkit/org.sessiond.overlay1.policy",
+    }
+    for directory in (*installed, "etc/sessiond", "usr/local/bin"):
+        (root / directory).mkdir(parents=True, exist_ok=True)
+    for directory, file in installed.items():
+        shutil.copy(CHECKOUT / file, root / directory)
     for name, module in _PROGRAMS.items():
         program = root / "usr/local/bin" / name
         program.write_text(f'#!/bin/sh\nexec {PYTHON} -m {module} "$@"\n')

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import platform
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from tests.support import trees
 from tests.support.daemon import Daemon, own_daemon
+from tests.support.debian import NoArchive, install, made_once, suite
 
 IMAGE: trees.Tree = {
     "etc": {"motd": b"Welcome.\n", "hosts": b"::1 localhost\n"},
@@ -63,32 +62,19 @@ def daemon(idle_daemon: Daemon) -> Daemon:
 @pytest.fixture(scope="session")
 def debian(request: pytest.FixtureRequest) -> Path:
     """A squashfs of a Debian root that can be booted; made once, and kept with pytest's cache."""
-    suite = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    image = Path(request.config.cache.mkdir("images")) / f"{suite}-polkit.squashfs"
-    with open(image.with_suffix(".lock"), "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests run in several processes
-        if not image.exists():
-            _make_debian(suite, image)
-    return image
+    image = Path(request.config.cache.mkdir("images")) / f"{suite()}-polkit.squashfs"
+    try:
+        return made_once(image, _make_squashfs)
+    except NoArchive as error:
+        pytest.skip(f"no Debian archive in reach: {error}")
 
 
-def _make_debian(suite: str, image: Path) -> None:
-    archive, made = image.with_suffix(".tar"), image.with_suffix(".part")
-    make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={_PACKAGES}"]
-    done = subprocess.run(
-        [*make, suite, str(archive)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no Debian archive in reach: {done.stderr.strip()[-200:]}")
+def _make_squashfs(image: Path) -> None:
+    archive = image.with_suffix(".tar")
+    install(archive, _PACKAGES)
     with open(archive, "rb") as tar:
-        made.unlink(missing_ok=True)
         # With file handles, as mksquashfs makes images: they keep hard links together.
         options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
-        pack = ["sqfstar", *options, str(made)]
+        pack = ["sqfstar", *options, str(image)]
         subprocess.run(pack, stdin=tar, check=True, capture_output=True)
     archive.unlink()
-    made.rename(image)
