@@ -45,6 +45,8 @@ class Event(StrEnum):
     SESSION_ENDED = "74e862088b394b318dcb364a12114101"
     SNAPSHOT_MADE = "2759f08bdcfc4f43baee857c5b685593"
     SNAPSHOT_DELETED = "9a5c9947b72f4de699226ca859f04da6"
+    IMAGE_DAMAGED = "2f10a13c807e4548b6b1e7ae06b50400"
+    """dm-verity has found a block that does not match the root hash."""
     WORKER_DIED = "af0b1e139e3d42b4a31ce35f17bf7ae7"
 
 

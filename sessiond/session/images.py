@@ -18,17 +18,19 @@ from pathlib import Path
 import trio
 
 from sessiond.errors import ImageUnavailable
+from sessiond.journal import Event, event
+from sessiond.session import verity
 from sessiond.session.faults import explained
 from sessiond.session.model import ImageSource
-from sessiond.session.mounts import Mounts, run
+from sessiond.session.mounts import Mounts
 
 log = logging.getLogger(__name__)
 
 _HEAD = 64 << 10
 """Bytes of an image file that its digest is made of; the superblocks are in them."""
 
-_VERITY_BLOCK = 4096
-"""A hash tree in the image file begins at the next multiple of that after the file system."""
+_DAMAGE_SECONDS = 60.0
+"""How often it is looked whether dm-verity has found something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,12 @@ class Images:
         self._directory = runtime / "images"
         self._mounts = mounts
         self._users: dict[str, int] = {}
+        self._paths: dict[str, Path] = {}
+        """Of those with users: where the first one has found it."""
         self._found: set[str] = set()
         """Digests of those that another manager has mounted, and nobody uses yet."""
+        self._damaged: set[str] = set()
+        """Digests of those in which dm-verity has found a block that does not match."""
         self._lock = trio.Lock()
 
     @property
@@ -133,6 +139,7 @@ class Images:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._mount, image, found.size)
         self._users[found.digest] = self._users.get(found.digest, 0) + 1
+        self._paths.setdefault(found.digest, source.path)
         return image
 
     async def release(self, image: Image) -> None:
@@ -142,11 +149,32 @@ class Images:
                 self._users[image.digest] -= 1
                 if self._users[image.digest]:
                     return
-                del self._users[image.digest]
+                del self._users[image.digest], self._paths[image.digest]
+                self._damaged.discard(image.digest)
                 try:
                     await trio.to_thread.run_sync(self._unmount, image.root)
                 except OSError:
                     log.exception("Image %s could not be unmounted.", image.root)
+
+    async def watch(self) -> None:
+        """Tell of images that are damaged, as far as somebody has read what is. Does not end."""
+        while True:
+            await trio.sleep(_DAMAGE_SECONDS)
+            async with self._lock:
+                for digest, path in self._paths.items():
+                    if digest not in self._damaged and await trio.to_thread.run_sync(
+                        self._is_damaged, digest
+                    ):
+                        self._damaged.add(digest)
+                        _tell_damaged(digest, path)
+
+    def _is_damaged(self, digest: str) -> bool:
+        name = _verity_name(self._directory / digest)
+        try:
+            return verity.path(name).exists() and verity.is_damaged(name)
+        except OSError as error:
+            log.warning("The state of device %s is not known: %s.", name, error.strerror)
+            return False
 
     def _mount(self, image: Image, size: int) -> None:
         with explained(f"mount image {image.source.path}"):
@@ -177,6 +205,11 @@ class Images:
                 f"Image {source.path} is {image.kind}, which this kernel does not support; load "
                 f"the module {image.kind}, or convert the image."
             )
+        if source.verity_root_hash is not None:
+            return (
+                f"Image {source.path} cannot be mounted through dm-verity: {error.strerror}. It is "
+                "damaged, or verity_root_hash is that of another image."
+            )
         return (
             f"Image {source.path} looks like {image.kind} but cannot be mounted: {error.strerror}. "
             "It is corrupt, or made with features that this kernel lacks."
@@ -186,28 +219,30 @@ class Images:
         source = image.source
         if source.verity_root_hash is None:
             return None
-        name = _verity_name(image.root)
-        opened = ["veritysetup", "open"]
-        hashes = source.verity_hash_device
-        if hashes is None:
-            hashes = source.path
-            opened.append(f"--hash-offset={-(-size // _VERITY_BLOCK) * _VERITY_BLOCK}")
         try:
-            run([*opened, "--", str(source.path), name, str(hashes), source.verity_root_hash])
+            return verity.open_device(_verity_name(image.root), source, size)
         except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
             raise ImageUnavailable(
-                f"Image {source.path} is protected by dm-verity, which cannot be set up: "
+                f"Image {source.path} is protected by dm-verity, which cannot be set up: {where}"
                 f"{error.strerror}. It is not mounted without that; install veritysetup and load "
-                "the module dm_verity, or correct verity_root_hash."
+                "the module dm_verity, or correct verity_root_hash and verity_hash_device."
             ) from error
-        return Path("/dev/mapper") / name
 
     def _unmount(self, target: Path) -> None:
         self._mounts.detach(target)
-        name = _verity_name(target)
-        if (Path("/dev/mapper") / name).exists():
-            run(["veritysetup", "close", "--deferred", "--", name])
+        verity.close_device(_verity_name(target))
         target.rmdir()  # last, since it is by this directory that leftovers are found
+
+
+def _tell_damaged(digest: str, path: Path) -> None:
+    log.error(
+        "Image %s is damaged: dm-verity has found a block that does not match the root hash. "
+        "Programs get an error where they read it. Put an intact copy in its place; sessions use "
+        "that once none of them uses the damaged one.",
+        path,
+        extra=event(Event.IMAGE_DAMAGED, image=digest),
+    )
 
 
 def _verity_name(target: Path) -> str:

@@ -425,6 +425,7 @@ class Manager:
         await self._services.images.unmount_unused()
         self._services.delete_soon(garbage)
         self._services.nursery.start_soon(self._watch_space)
+        self._services.nursery.start_soon(self._services.images.watch)
         await self._create_configured()
 
     async def reload(self, config: Config) -> None:

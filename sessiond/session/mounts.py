@@ -197,10 +197,10 @@ def sync_file_system(directory: Path) -> None:
         os.close(fd)
 
 
-def run(command: list[str]) -> None:
-    """Run a system tool.
+def run(command: list[str]) -> str:
+    """Run a system tool, and return what it printed.
 
-    Raises `OSError`: its `strerror` is the last line printed, or says that the tool is missing.
+    Raises `OSError`: its `strerror` is what was printed, or says that the tool is missing.
     """
     try:
         result = subprocess.run(
@@ -221,8 +221,9 @@ def run(command: list[str]) -> None:
     if result.returncode != 0:
         said = [line.strip() for line in result.stdout.splitlines() if line.strip()]
         said = [line for line in said if not line.startswith("dmesg(1) may have")]
-        reason = said[-1] if said else f"{command[0]} ended with status {result.returncode}"
+        reason = " ".join(said) or f"{command[0]} ended with status {result.returncode}"
         raise OSError(errno.EIO, reason.removesuffix("."))
+    return result.stdout
 
 
 def mount_for_oneself() -> None:

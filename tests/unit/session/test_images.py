@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -202,26 +203,31 @@ async def test_verity_that_this_machine_lacks_is_a_reason(
         await images.acquire(ImageSource(path=tmp_path, verity_root_hash="ab" * 32))
 
 
+@pytest.mark.root
 async def test_a_hash_tree_in_the_image_is_found_behind_the_file_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    real: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = tmp_path / "said"
-    program = tmp_path / "veritysetup"
+    said = real / "said"
+    program = real / "veritysetup"
     program.write_text(f'#!/bin/sh\necho "$@" >>{said}\n')
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    file = fake_squashfs(tmp_path, used=4097)
-    images = Images(tmp_path, MemoryMounts())
+    monkeypatch.setenv("PATH", f"{real}:{os.environ['PATH']}")
+    file, hashes = fake_squashfs(real, used=4097), real / "hashes"
+    hashes.write_bytes(bytes(4096))
+    images = Images(real, MemoryMounts())
     await images.prepare()
-    for hashes in (None, tmp_path / "hashes"):
-        source = ImageSource(path=file, verity_root_hash="ab" * 32, verity_hash_device=hashes)
+    digest = ""
+    for where in (None, hashes):
+        source = ImageSource(path=file, verity_root_hash="ab" * 32, verity_hash_device=where)
         image = await images.acquire(source)
         await images.release(image)
-    name, root_hash = f"sessiond-{image.digest}", "ab" * 32
-    assert said.read_text().splitlines() == [
-        f"open --hash-offset=8192 -- {file} {name} {file} {root_hash}",
-        f"open -- {file} {name} {hashes} {root_hash}",
-    ]
+        digest = image.digest
+    inside, beside = said.read_text().splitlines()
+    name, root_hash, device = f"sessiond-{digest}", "ab" * 32, "(/dev/loop[0-9]+)"
+    opening = rf"open --hash-offset=8192 -- {device} {name} \1 {root_hash}"
+    assert re.fullmatch(opening, inside)
+    opening = rf"open -- {device} {name} (?!\1 ){device} {root_hash}"
+    assert re.fullmatch(opening, beside)
 
 
 def fake_squashfs(directory: Path, used: int = 4096) -> Path:
