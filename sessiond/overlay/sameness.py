@@ -121,7 +121,11 @@ def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, st
     does. All is compared but times, and which names are links to one file. `stack` has lowers only;
     nobody may write to them. Raises OSError.
     """
-    pending = [(b"", lookup.root_of(stack))]
+    root = lookup.root_of(stack)
+    how = _other_metadata(stack.xattrs, _object(root.lowers[0].at()), _object(tree.at(b"")))
+    if how is not None:
+        return b"", how
+    pending = [(b"", root)]
     while pending:
         path, directory = pending.pop()
         wanted = set(lookup.names(stack, directory))
@@ -134,7 +138,7 @@ def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, st
             check()
             entry = lookup.lookup(stack, directory, name)
             below = lookup.join(path, name)
-            how = _difference(stack, entry, Object(at := tree.at(below), syscalls.stat(at)), check)
+            how = _difference(stack, entry, _object(tree.at(below)), check)
             if how is not None:
                 return below, how
             if entry.is_directory:
@@ -142,16 +146,27 @@ def first_difference(stack: Stack, tree: Layer, check: Check) -> tuple[bytes, st
     return None
 
 
+def _object(at: At) -> Object:
+    return Object(at, syscalls.stat(at))
+
+
 def _difference(stack: Stack, entry: Entry, other: Object, check: Check) -> str | None:
     one = Object(entry.lowers[0].at(), entry.stat)
+    how = _other_metadata(stack.xattrs, one, other)
+    if how is not None:
+        return how
+    contents = Object(entry.lowers[-1].at(), one.stat) if entry.metacopy else one
+    return None if same_contents(contents, other, check) else "has other contents"
+
+
+def _other_metadata(xattrs: OverlayXattrs, one: Object, other: Object) -> str | None:
     if one.stat.st_mode != other.stat.st_mode:
         return "has another type or mode"
     if (one.stat.st_uid, one.stat.st_gid) != (other.stat.st_uid, other.stat.st_gid):
         return "has another owner"
-    if _shown(stack.xattrs, one.at) != _raw(other.at):
+    if _shown(xattrs, one.at) != _raw(other.at):
         return "has other extended attributes or another ACL"
-    contents = Object(entry.lowers[-1].at(), one.stat) if entry.metacopy else one
-    return None if same_contents(contents, other, check) else "has other contents"
+    return None
 
 
 def _shown(xattrs: OverlayXattrs, at: At) -> dict[bytes, bytes | None]:

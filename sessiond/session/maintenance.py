@@ -212,7 +212,7 @@ class Maintenance:
             )
 
     async def _pack(self, packer: Packer, session: Session, new: Path, job: Job) -> None:
-        expected = (await trio.Path(self.require().image).stat()).st_size
+        expected = (await trio.Path(self.require().image).stat()).st_blocks * 512
 
         def report(size: int) -> None:
             # What remains, after as much as the old one has, nobody knows.
@@ -233,9 +233,9 @@ class Maintenance:
         if found is not None:
             path, how = found
             raise Failed(
-                f"The new image is not what session {session.id} shows: {os.fsdecode(path)} {how}. "
-                "The old one stays. If something was writing to the session, end that and finish "
-                "again."
+                f"The new image is not what session {session.id} shows: /{os.fsdecode(path)} "
+                f"{how}. The old one stays. If something was writing to the session, end that and "
+                "finish again."
             )
 
     # The manager's start
@@ -311,20 +311,30 @@ def _require_replaceable(source: ImageSource, digest: str) -> Path:
     image = source.path.resolve()
     if source.verity_root_hash is not None:
         raise NotSupported(
-            f"Image {source.path} is protected by dm-verity: a new one would have another root "
-            "hash than its profile says."
+            f"Image {source.path} is protected by dm-verity, and a new one would have another root "
+            "hash. Take verity_root_hash out of the profile, reload, maintain the image, protect "
+            "it again (veritysetup format), and give the profile the new hash."
+        )
+    if image.is_dir():
+        raise NotSupported(
+            f"Image {source.path} is a directory, which is changed where it is: close the sessions "
+            "on it, change it, and make them again. To maintain it, make an image file of it "
+            "(mksquashfs), and name that in the profile."
         )
     if not image.is_file():
         raise NotSupported(
-            f"Image {source.path} is no file, so it cannot be replaced by a new one."
+            f"Image {source.path} is a device, and a file cannot take its place. Maintain a copy "
+            "of it in an image file, and write that to the device while no session is on it."
         )
     with explained(f"maintain image {image}"):
         packer_like(image, digest.partition("-")[0])
         for left_over in image.parent.glob(f"{_new_prefix(image)}*"):
             left_over.unlink()
-        probe = image.with_name(_new_prefix(image) + secrets.token_hex(4))
-        probe.touch(mode=0o600)
-        probe.unlink()
+    if not os.access(image.parent, os.W_OK):
+        raise NotSupported(
+            f"Nothing can be written to {image.parent}, where the new image would be made; move "
+            "the image to a disk that can be written to, and correct its profile."
+        )
     return image
 
 

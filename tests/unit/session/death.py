@@ -22,7 +22,7 @@ from sessiond.session.model import Manner, SessionState, SnapshotName
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
-_CHANGES = frozenset(
+CHANGES = frozenset(
     f"os.{call}"
     for call in (
         "chmod", "chown", "link", "mkdir", "remove", "rename", "rmdir", "setxattr", "symlink",
@@ -120,7 +120,7 @@ async def die(world: World, operation: str, profile: str, after: int) -> None:
         nonlocal left
         flags = arguments[2] if event == "open" else 0
         assert isinstance(flags, int)
-        if event in _CHANGES or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        if event in CHANGES or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
