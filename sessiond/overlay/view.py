@@ -199,13 +199,17 @@ class View:
         if not (self.may_be(number, entry) if is_it is None else is_it(entry)):
             return None
         node = self._same(parent, name, entry)
-        if node is None:
-            node = self.nodes.add(entry, self.generation, number=number)
-            node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
-        elif node.is_directory:
-            return None
-        else:
+        if node is not None and not node.is_directory:
             self.nodes.alias(node, number)
+            return node
+        if node is not None:
+            if self.nodes.may_be(node.number, entry) or not self.nodes.may_be(number, entry):
+                return None
+            # By other rules it belongs to other layers, by whose number the fast path has told it:
+            # the kernel goes by that one.
+            self._abandon(node)
+        node = self.nodes.add(entry, self.generation, number=number)
+        node.add_link(parent, name, in_upper=entry.presence is Presence.UPPER)
         return node
 
     def may_be(self, number: int, entry: Entry) -> bool:

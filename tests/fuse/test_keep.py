@@ -184,6 +184,24 @@ async def test_rules_change_live(playground: Playground, home: Path) -> None:
         ]
 
 
+async def test_a_directory_that_is_not_kept_any_more(playground: Playground, home: Path) -> None:
+    """It is the image's again, which the fast path may tell by another number than before."""
+    async with mounted(playground, "/home/u/docs") as mount:
+        docs = playground.root / "home/u/docs"
+        (docs / "kept once").write_text("kept")
+        before = os.open(docs, os.O_PATH)
+        try:
+            await mount.keep(())
+            assert not (docs / "kept once").exists()
+            (docs / "new").write_text("new")
+            assert "new" in os.listdir(docs)
+            await mount.keep(("/home/u/docs",))
+            assert (docs / "kept once").read_text() == "kept"
+            assert "new" not in os.listdir(docs)
+        finally:
+            os.close(before)
+
+
 async def test_a_commit_with_files_open(playground: Playground, home: Path) -> None:
     async with mounted(playground, "/nothing") as mount:
         (home / "docs/new").write_text("new")

@@ -212,7 +212,7 @@ async def test_a_worker_outlives_any_manager(
 def test_an_error_is_told_whatever_it_is_about() -> None:
     """A name that is not UTF-8, or the number of a descriptor, as listings of directories have."""
     for name in (b"\xff", "\udcff", 7):
-        reply = worker._failure(OSError(errno.EIO, os.strerror(errno.EIO), name))
+        reply = control.failure(OSError(errno.EIO, os.strerror(errno.EIO), name))
         assert Reply.model_validate_json(reply.model_dump_json()).errno == errno.EIO
 
 

@@ -321,7 +321,7 @@ METHODS = (
     _looks("Changes"),
     _looks("OpenDiff", closing="Failed"),
     _looks("PendingFiles", unmounted=DONE, closing=DONE),
-    _looks("Committed", lambda _: (), unmounted=DONE),
+    _looks("Committed", unmounted=DONE),
     _looks("OpenShadowed", unmounted=DONE, closing=DONE),
     Entry(SnapshotObject, "Delete", arguments=_NONE, lives=("delete_snapshot",)),
     Entry(SnapshotObject, "Rename", arguments=lambda _: ("stale",), lives=("rename_snapshot",)),
