@@ -35,7 +35,8 @@ from sessiond.control import (
     Thaw,
 )
 from sessiond.errors import SessiondError
-from sessiond.fuse import worker
+from sessiond.fuse import layers as opened
+from sessiond.fuse.controlled import Controlled
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.operations import OverlayOperations
 from sessiond.fuse.sandbox import Sandbox
@@ -139,13 +140,13 @@ async def _worker() -> AsyncIterator[_Peer]:
     Path("listener").unlink(missing_ok=True)
     listener.bind("listener")
     listener.listen(1)
-    operations = OverlayOperations(Overlay(worker.open_stack(_STACK, StackOptions())))
+    operations = OverlayOperations(Overlay(opened.open_stack(_STACK, StackOptions())))
     peer = _Peer(ours)
     connection = os.open("/dev/null", os.O_RDONLY)
     others = trio.socket.from_stdlib_socket(listener)
     with others, closing(peer), closing(operations.overlay):
         async with trio.open_nursery() as nursery:
-            controlled = worker._Controlled(
+            controlled = Controlled(
                 operations, _STACK, connection, connection, nursery, Sandbox(())
             )
             nursery.start_soon(
@@ -169,9 +170,9 @@ def layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (Path("lower") / "file").write_text("contents")
     Path("file").touch()
     yield
-    for orphans in worker._orphans.values():
+    for orphans in opened._orphans.values():
         orphans.close()
-    worker._orphans.clear()
+    opened._orphans.clear()
 
 
 def _is_stop(packet: bytes) -> bool:
@@ -183,7 +184,7 @@ def _is_stop(packet: bytes) -> bool:
 
 def _open_descriptors() -> int:
     """How many there are, but for those of directories of orphans, which a worker keeps."""
-    return len(os.listdir("/proc/self/fd")) - len(worker._orphans)
+    return len(os.listdir("/proc/self/fd")) - len(opened._orphans)
 
 
 @pytest.mark.root
