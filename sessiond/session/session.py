@@ -624,5 +624,3 @@ class Session:
     ) -> None:
         await self.services.delete_trees(layers, remove)
         self._deletions -= 1
-
-    # Mount, and mount again
