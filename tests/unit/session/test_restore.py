@@ -9,6 +9,7 @@ import pytest
 
 from sessiond.config import Config
 from sessiond.errors import Failed, NoSpace, SessiondError
+from sessiond.session import view
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import SessionState, SnapshotRecord
 from sessiond.session.restore import automatic_name
@@ -103,8 +104,9 @@ async def test_a_change_of_the_root_alone_is_kept(world: World) -> None:
 
 @pytest.mark.parametrize("changed", [True, False])
 async def test_a_session_that_is_not_served_is_restored(
-    world: World, changed: bool, expect_log: ExpectLog
+    world: World, changed: bool, expect_log: ExpectLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(view, "_PAUSE_SECONDS", 0.0)
     async with world.manager() as manager:
         session = await create(world, manager)
         if changed:
@@ -157,11 +159,11 @@ async def test_when_a_swap_fails_nothing_is_kept_and_nothing_lost(
         swaps: list[object] = []
         serve = View.serve
 
-        async def fail_once(view: View, record: object, *, retained: bool) -> None:
+        async def fail_once(served: View, record: object, *, retained: bool) -> None:
             swaps.append(record)
             if len(swaps) == swap:
                 raise Failed("The layer is gone.")
-            await serve(view, record, retained=retained)  # type: ignore[arg-type]
+            await serve(served, record, retained=retained)  # type: ignore[arg-type]
 
         with monkeypatch.context() as patch:
             patch.setattr(View, "serve", fail_once)

@@ -187,7 +187,7 @@ def test_what_a_tool_says_becomes_the_error() -> None:
     run(["true"])
     with pytest.raises(OSError) as caught:
         run(["sh", "-c", "echo first; echo last. >&2; exit 3"])
-    assert caught.value.strerror == "last"
+    assert caught.value.strerror == "first last"
     with pytest.raises(OSError, match="false ended with status 1"):
         run(["false"])
     with pytest.raises(OSError, match=r"no-such-tool (is not installed|cannot be run)"):
