@@ -33,6 +33,19 @@ class Task(NamedTuple):
     below: Entry
     """What the image shows there."""
     finish: bool = False
+    """All that is in the directory has come before."""
+
+    def merges(self, image: Layer) -> bool:
+        """Say whether what `image` has at the path is part of what the merged view shows."""
+        lowers = self.entry.lowers
+        return bool(lowers) and lowers[-1].layer is image and lowers[-1].path == self.path
+
+    def is_of(self, image: Layer) -> bool:
+        """Say whether the object, and all in it, is that of `image` at the same path."""
+        if not self.entry.positive:
+            return not self.below.positive
+        alone = self.entry.presence is Presence.LOWER and len(self.entry.lowers) == 1
+        return alone and self.merges(image)
 
 
 class AsShown:
@@ -96,25 +109,16 @@ class AsShown:
             elif not task.entry.positive:
                 if task.below.positive:
                     syscalls.mknod(self._target.at(task.path), modes.S_IFCHR, 0)
-            elif self._is_image(task) and syscalls.stat_or_none(self._target.at(task.path)) is None:
+            elif (
+                task.is_of(self._session.lowers[-1])
+                and syscalls.stat_or_none(self._target.at(task.path)) is None
+            ):
                 continue
             elif task.entry.is_directory:
                 pending.append(task._replace(finish=True))
                 pending += self._begin_directory(task)
             else:
                 self._copy_file(task)
-
-    def _is_image(self, task: Task) -> bool:
-        """Say whether an object, and all in it, is the image's at the same path."""
-        entry = task.entry
-        return entry.presence is Presence.LOWER and len(entry.lowers) == 1 and self._merges(task)
-
-    def _merges(self, task: Task) -> bool:
-        """Say whether what the image has at the path is part of what the merged view shows."""
-        lowers = task.entry.lowers
-        return bool(lowers) and (
-            lowers[-1].layer is self._session.lowers[-1] and lowers[-1].path == task.path
-        )
 
     def _begin_directory(self, task: Task) -> list[Task]:
         """Make a directory; return what is to be done in it."""
@@ -131,7 +135,7 @@ class AsShown:
         found.update(names(self._session, shown))
         image = None
         if task.below.is_directory:
-            if self._merges(task):
+            if task.merges(self._session.lowers[-1]):
                 image = task.below.directory(task.path)
                 found.update(names(self._image, image))
             else:

@@ -16,15 +16,14 @@ import os
 import stat as modes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from sessiond.overlay import syscalls
+from sessiond.overlay.as_shown import Task
 from sessiond.overlay.directory import copy_object
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.lookup import (
     ABSENT,
-    Entry,
     Identity,
     Presence,
     join,
@@ -55,18 +54,6 @@ _FATAL = frozenset(
     }
 )
 """All else, while programs go on, may be because what is copied has just changed."""
-
-
-class _Task(NamedTuple):
-    """An object to be brought into what is kept, or a directory in which that is done."""
-
-    path: bytes
-    entry: Entry
-    """What the merged view shows."""
-    below: Entry
-    """What the image would show if nothing were kept."""
-    finish: bool = False
-    """All that is in the directory has come before."""
 
 
 class Commit:
@@ -207,19 +194,19 @@ class Commit:
                 raise
             self._unsure[path] = True
 
-    def _walk(self, path: bytes) -> Iterator[_Task]:
+    def _walk(self, path: bytes) -> Iterator[Task]:
         """Yield what differs from the image; a directory before what is in it, and once after."""
-        levels: list[Iterator[_Task]] = []
+        levels: list[Iterator[Task]] = []
         with self._uncertain(path):
             shown, below = lookup_path(self._session, path), lookup_path(self._image, path)
-            levels.append(iter([_Task(path, shown, below)]))
+            levels.append(iter([Task(path, shown, below)]))
         while levels:
             self._check()
             following = next(levels[-1], None)
             if following is None:
                 levels.pop()
                 continue
-            if self._is_image(following):
+            if following.is_of(self._session.lowers[-1]):
                 continue
             if len(following.path) >= _PATH_LIMIT:
                 reason = "what is nested so deep that its path is too long cannot be committed"
@@ -229,27 +216,13 @@ class Commit:
                 levels.append(iter([following._replace(finish=True)]))
                 levels.append(self._inside(following))
 
-    def _is_image(self, task: _Task) -> bool:
-        """Say whether an object, and all in it, is the image's at the same path."""
-        entry = task.entry
-        if not entry.positive:
-            return not task.below.positive
-        return entry.presence is Presence.LOWER and len(entry.lowers) == 1 and self._merges(task)
-
-    def _merges(self, task: _Task) -> bool:
-        """Say whether what the image has at the path is part of what the merged view shows."""
-        lowers = task.entry.lowers
-        return bool(lowers) and (
-            lowers[-1].layer is self._session.lowers[-1] and lowers[-1].path == task.path
-        )
-
-    def _inside(self, task: _Task) -> Iterator[_Task]:
+    def _inside(self, task: Task) -> Iterator[Task]:
         shown = task.entry.directory(task.path)
         image = None
         found: set[bytes] = set()
         with self._uncertain(task.path):
             found.update(names(self._session, shown))
-            if task.below.is_directory and self._merges(task):
+            if task.below.is_directory and task.merges(self._session.lowers[-1]):
                 image = task.below.directory(task.path)
                 found.update(names(self._image, image))
         while found:
@@ -259,7 +232,7 @@ class Commit:
             following = None
             with self._uncertain(path):
                 below = ABSENT if image is None else lookup(self._image, image, name)
-                following = _Task(path, lookup(self._session, shown, name), below)
+                following = Task(path, lookup(self._session, shown, name), below)
             if following is not None:
                 yield following
 
@@ -287,19 +260,19 @@ class Commit:
             if self._copies.stat_or_none(walked) is None:
                 syscalls.mkdir(self._copies.at(walked), 0o700)
 
-    def _make_directory(self, task: _Task) -> None:
+    def _make_directory(self, task: Task) -> None:
         at = self._copies.at(task.path)
         syscalls.mkdir(at, 0o700)
-        if task.below.is_directory and not self._merges(task):
+        if task.below.is_directory and not task.merges(self._session.lowers[-1]):
             syscalls.setxattr(at, self._session.xattrs.opaque, b"y")
 
-    def _finish(self, task: _Task) -> None:
+    def _finish(self, task: Task) -> None:
         """Give a directory, which is complete, its attributes."""
         with self._original(task) as source:
             target = self._copies.at(task.path)
             copy_attributes(source, target, syscalls.stat(source), self._session.xattrs)
 
-    def _copy_file(self, task: _Task) -> None:
+    def _copy_file(self, task: Task) -> None:
         target = self._copies.at(task.path)
         with self._original(task) as source:
             stat = syscalls.stat(source)
@@ -320,7 +293,7 @@ class Commit:
         self._total = max(self._done, self._total)
         self._report(self._done, self._total)
 
-    def _link(self, task: _Task, inode: Identity, target: At) -> bool:
+    def _link(self, task: Task, inode: Identity, target: At) -> bool:
         """Make the copy a name of one that there is of the same file; return whether there is."""
         known = self._linked.setdefault(task.entry.identity, {})
         for path, original in known.items():
@@ -341,7 +314,7 @@ class Commit:
         return bool(path)
 
     @contextmanager
-    def _original(self, task: _Task) -> Iterator[At]:
+    def _original(self, task: Task) -> Iterator[At]:
         """Hold on to the topmost object of what the merged view shows: one, whatever is renamed."""
         if task.entry.presence is Presence.UPPER:
             assert self._session.upper is not None
@@ -396,7 +369,7 @@ class Commit:
         for path in changed:
             if self._is_committed(path) and _is_directory(self._copies.stat_or_none(path)):
                 with self._uncertain(path):
-                    task = _Task(path, lookup_path(self._session, path), ABSENT)
+                    task = Task(path, lookup_path(self._session, path), ABSENT)
                     if task.entry.is_directory:
                         self._finish(task)
 
@@ -429,14 +402,14 @@ class Commit:
         """
         there = self._kept.stat_or_none(path)
         if there is not None and _is_directory(there) and self._rules.lead(path):
-            shown = _Task(path, lookup_path(self._session, path), ABSENT)
+            shown = Task(path, lookup_path(self._session, path), ABSENT)
             if shown.entry.is_directory:
                 self._put_into(shown)
                 return
             self._require_nothing(path)
         self._exchange(path)
 
-    def _put_into(self, shown: _Task) -> None:
+    def _put_into(self, shown: Task) -> None:
         """The same for a directory that leads to what is kept, which the copy is to be merged with.
 
         There is no copy if it is the image's.
@@ -517,7 +490,7 @@ def _is_directory(stat: os.stat_result | None) -> bool:
     return stat is not None and modes.S_ISDIR(stat.st_mode)
 
 
-def _bytes(task: _Task) -> int:
+def _bytes(task: Task) -> int:
     return 0 if task.finish or not task.entry.positive else _size(task.entry.stat)
 
 

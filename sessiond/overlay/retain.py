@@ -67,7 +67,7 @@ class Retain(AsShown):
 
     def _retain(self, path: bytes) -> None:
         task = Task(path, lookup_path(self._session, path), lookup_path(self._image, path))
-        if self._is_image(task) or not (task.entry.positive or task.below.positive):
+        if task.is_of(self._session.lowers[-1]):
             return
         self._make_ways(path.rpartition(b"/")[0])
         self._copy(path)
