@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -32,18 +33,25 @@ TREE: Tree = {
 }
 
 
-def archive() -> bytes:
-    """A small archive with headers of all kinds."""
+@contextmanager
+def small_layer() -> Iterator[tuple[Path, Stack]]:
+    """Yield a directory to work in, and a small layer there on another one."""
     with tempfile.TemporaryDirectory() as directory:
         layers = [os.fsencode(f"{directory}/{name}") for name in ("layer", "image")]
         for layer in layers:
             os.mkdir(layer)
         trees.build({"d": {"gone": b"1"}}, os.fsdecode(layers[1]))
         trees.build(TREE, os.fsdecode(layers[0]))
-        out: list[bytes] = []
         with closing(Stack.open(layers)) as stack:
-            write_layer(stack, out.append, lambda _: None).complete()
-        return b"".join(out)
+            yield Path(directory), stack
+
+
+def archive() -> bytes:
+    """A small archive with headers of all kinds."""
+    out: list[bytes] = []
+    with small_layer() as (_, stack):
+        write_layer(stack, out.append, lambda _: None).complete()
+    return b"".join(out)
 
 
 @st.composite
@@ -83,19 +91,13 @@ def test_an_archive_is_read_or_refused(data: bytes, marks: Marks) -> None:
 
 def image() -> bytes:
     """The same as a squashfs."""
-    with tempfile.TemporaryDirectory() as directory:
-        layers = [os.fsencode(f"{directory}/{name}") for name in ("layer", "image")]
-        for layer in layers:
-            os.mkdir(layer)
-        trees.build({"d": {"gone": b"1"}}, os.fsdecode(layers[1]))
-        trees.build(TREE, os.fsdecode(layers[0]))
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(writer, False)
-        pipe = Pipe(writer, _nothing)
-        with closing(Stack.open(layers)) as stack, closing(pipe):
-            write_image(stack, pipe, Path(directory), lambda _: None, _nothing, _nothing)
-        with open(reader, "rb") as file:
-            return file.read()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(writer, False)
+    pipe = Pipe(writer, _nothing)
+    with small_layer() as (directory, stack), closing(pipe):
+        write_image(stack, pipe, directory, lambda _: None, _nothing, _nothing)
+    with open(reader, "rb") as file:
+        return file.read()
 
 
 def _nothing() -> None:
