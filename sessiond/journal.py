@@ -47,6 +47,8 @@ class Event(StrEnum):
     SNAPSHOT_DELETED = "9a5c9947b72f4de699226ca859f04da6"
     IMAGE_DAMAGED = "2f10a13c807e4548b6b1e7ae06b50400"
     """dm-verity has found a block that does not match the root hash."""
+    LOGIN_FAILED = "2c7e54887af1493f96d37a1252d822e5"
+    """A session could not be made for who logs in."""
     WORKER_DIED = "af0b1e139e3d42b4a31ce35f17bf7ae7"
 
 

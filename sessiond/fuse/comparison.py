@@ -9,7 +9,7 @@ import json
 import os
 import select
 import stat as modes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from sessiond.control import MESSAGE_LIMIT, ChangeCounts, DirectoryCounts, LargeFile
@@ -75,11 +75,17 @@ def _printable(path: bytes) -> str:
 
 
 def write_list(
-    stack: Stack, base: Stack, target: int, patience: float, reader: int | None = None
+    stack: Stack,
+    base: Stack,
+    target: int,
+    patience: float,
+    is_left: Callable[[], bool],
+    reader: int | None = None,
 ) -> None:
     """Write the changes from `base` to `stack` as JSON lines, then that this was all; close all.
 
     `reader`: with the text that has changed, as far as the user with that uid may read it.
+    `is_left`: whether nobody takes care any more that layers stay; then it may not have been all.
     `target`: the end of a pipe that does not block. A reader that hangs up ends the list. Raises
     `TimeoutError` when there was no room for more for `patience` seconds, `OSError`.
     """
@@ -91,7 +97,7 @@ def write_list(
             if len(lines) >= _BUFFER:
                 _write(target, lines, patience)
                 lines.clear()
-        _write(target, lines + _COMPLETE, patience)
+        _write(target, lines if is_left() else lines + _COMPLETE, patience)
     except BrokenPipeError:
         return
     finally:

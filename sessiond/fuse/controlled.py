@@ -318,10 +318,14 @@ class Controlled:
         else:
             stack, base = self._states(request)
             if isinstance(request, control.Diff):
-                target = os.dup(descriptors[1])
-                write = comparison.write_list
                 compare = self._in_thread(
-                    write, stack, base, target, request.patience, request.reader
+                    comparison.write_list,
+                    stack,
+                    base,
+                    os.dup(descriptors[1]),
+                    request.patience,
+                    lambda: control.hung_up(outcome),
+                    request.reader,
                 )
             else:
                 compare = self._in_thread(comparison.count, stack, base, _by_directory(request))

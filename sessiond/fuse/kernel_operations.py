@@ -92,6 +92,16 @@ class KernelFastPath(FastPath):
 
 
 @contextmanager
+def _closed_by_failure(fd: int) -> Iterator[None]:
+    """Close a descriptor that nobody takes over after a failure."""
+    try:
+        yield
+    except BaseException:
+        syscalls.close(fd)
+        raise
+
+
+@contextmanager
 def _dispensable(what: str) -> Iterator[None]:
     """Go on without something that a predecessor had, if it cannot be had any more."""
     try:
@@ -338,7 +348,8 @@ class KernelOperations(OverlayOperations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         node = self.view.node(fh)
         fd = self.view.open_contents(node, write=False)
-        data = syscalls.read(fd, size, off)
+        with _closed_by_failure(fd):
+            data = syscalls.read(fd, size, off)
         self._set_contents(node, fh, fd, write=False)
         return data
 
@@ -347,7 +358,8 @@ class KernelOperations(OverlayOperations):
         node = await self._changeable(fh)
         self.overlay.make_writable(node)
         fd = self.view.open_contents(node, write=True)
-        written = syscalls.write(fd, buf, off) if buf else 0
+        with _closed_by_failure(fd):
+            written = syscalls.write(fd, buf, off) if buf else 0
         self._set_contents(node, fh, fd, write=True)
         return written
 

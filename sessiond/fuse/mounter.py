@@ -282,7 +282,9 @@ class FuseMount:
             listener.listen(1)
         except OSError as error:
             listener.close()
-            raise Failed(f"The socket {self._address} cannot be made: {error.strerror}.") from error
+            raise Failed(
+                f"The socket {self._address} cannot be made: {error.strerror or error}."
+            ) from error
         return listener
 
     def _know(self, report: Reply) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from sessiond.overlay import syscalls
-from sessiond.overlay.as_shown import Task
 from sessiond.overlay.directory import copy_object
 from sessiond.overlay.keep import Keep
 from sessiond.overlay.layer import Layer
@@ -33,6 +32,7 @@ from sessiond.overlay.lookup import (
 )
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
+from sessiond.overlay.task import Task
 from sessiond.overlay.whiteout import is_whiteout_device
 from sessiond.overlay.workdir import remove_tree
 from sessiond.overlay.xattrs import copy_attributes
@@ -88,7 +88,9 @@ class Commit:
         self._last = False
         """Nothing changes any more."""
         self._linked: dict[Identity, dict[bytes, Identity]] = {}
-        """Of files that have several names, those copied: with the inode that the copy is of."""
+        """Of files that have several names, those copied: with the inode that the copy is of. Each
+        is there, of that inode, until it is forgotten.
+        """
         self._links = 0
         self._unsure: dict[bytes, bool] = {}
         """Paths of what could not be copied since it changed."""
@@ -276,7 +278,9 @@ class Commit:
         target = self._copies.at(task.path)
         with self._original(task) as source:
             stat = syscalls.stat(source)
-            if stat.st_nlink > 1 and self._link(task, (stat.st_dev, stat.st_ino), target):
+            inode = (stat.st_dev, stat.st_ino)
+            if stat.st_nlink > 1 and self._link(task, inode, target):
+                self._note_link(task, inode)
                 return
             contents = task.entry.lowers[-1].at() if task.entry.metacopy else source
             for _ in range(_ATTEMPTS):
@@ -289,29 +293,26 @@ class Commit:
             else:
                 copy_object(contents, source, target, xattrs, self._cancelled, on_disk=False)
                 log.warning("/%s is written to all the while", os.fsdecode(task.path))
+        if stat.st_nlink > 1:
+            self._note_link(task, inode)
         self._done += _size(stat)
         self._total = max(self._done, self._total)
         self._report(self._done, self._total)
 
     def _link(self, task: Task, inode: Identity, target: At) -> bool:
         """Make the copy a name of one that there is of the same file; return whether there is."""
-        known = self._linked.setdefault(task.entry.identity, {})
-        for path, original in known.items():
-            if (
-                original == inode
-                and path != task.path
-                and self._copies.stat_or_none(path) is not None
-            ):
+        for path, original in self._linked.get(task.entry.identity, {}).items():
+            if original == inode:
                 syscalls.link(self._copies.at(path), target)
-                break
-        else:
-            path = b""
-        self._links += task.path not in known
-        known[task.path] = inode
+                return True
+        return False
+
+    def _note_link(self, task: Task, inode: Identity) -> None:
+        self._linked.setdefault(task.entry.identity, {})[task.path] = inode
+        self._links += 1
         if self._links > _LINKS_LIMIT:
             reason = f"there are more than {_LINKS_LIMIT} names of files that have several"
             raise OSError(errno.EMLINK, reason, b"/" + self.paths[0])
-        return bool(path)
 
     @contextmanager
     def _original(self, task: Task) -> Iterator[At]:
@@ -348,11 +349,14 @@ class Commit:
 
     def _renew(self, wanted: list[tuple[bytes, bool]]) -> None:
         """Copy paths again, of which each comes after those above it; True: with all below."""
+        removed: set[bytes] = set()
         for path, whole in wanted:  # first: what is to be copied again must not be linked to
             copied = self._copies.stat_or_none(path)
             if copied is not None and (whole or not self._is_directory(path, copied)):
                 self._copies.forget_tree(path)
                 remove_tree(self._copies.at(path))
+                removed.add(path)
+        self._forget_links(removed)
         anew: set[bytes] = set()
         changed: set[bytes] = set()
         for path, _ in wanted:
@@ -372,6 +376,13 @@ class Commit:
                     task = Task(path, lookup_path(self._session, path), ABSENT)
                     if task.entry.is_directory:
                         self._finish(task)
+
+    def _forget_links(self, removed: Collection[bytes]) -> None:
+        """Forget that there were copies of files at or below these paths: others may come."""
+        for known in self._linked.values():
+            for path in [path for path in known if any(at in removed for at in _from_top(path))]:
+                del known[path]
+                self._links -= 1
 
     def _is_directory(self, path: bytes, copied: os.stat_result) -> bool:
         """Say whether `path`, of which there is a copy, is a directory, as that is."""

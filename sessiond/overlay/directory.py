@@ -29,7 +29,7 @@ from sessiond.overlay.copy_up import (
 )
 from sessiond.overlay.keep import is_way, seen_by
 from sessiond.overlay.lookup import Presence, covered, join
-from sessiond.overlay.nodes import EXCHANGE_FACT, Node, pack_identity
+from sessiond.overlay.nodes import EXCHANGE_FACT, Node, Remains, pack_identity
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
 from sessiond.overlay.workdir import Workdir
@@ -317,12 +317,14 @@ def _keep_in_reach(stack: Stack, node: Node, stat: os.stat_result) -> None:
 
     An anchor keeps the inode, and its space, until the kernel forgets it, which may be after the
     program's next call. So a regular file that nobody has open gets none, unless it has other
-    names that are unknown here.
+    names that are unknown here, or somebody is about to open it (`Node.wanted`).
     """
     if len(node.links) > 1 or node.index is not None:
         return
-    if modes.S_ISREG(node.kind) and not node.is_open and stat.st_nlink == 1:
-        node.remains = stat
+    idle = not node.is_open and not node.wanted
+    if modes.S_ISREG(node.kind) and idle and stat.st_nlink == 1:
+        (link,) = node.links
+        node.remains = Remains(stat, link)
     else:
         orphans.anchor(stack, node, locate(stack, node))
 
@@ -391,6 +393,7 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     if new.node is not None:
         new.node.drop_link(new.parent, new.name)
         drop_index(stack, new.node)
+        node.wanted = node.wanted or new.node.wanted
     _leave(stack, node, old)
     node.add_link(new.parent, new.name, in_upper=True)
 

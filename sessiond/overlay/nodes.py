@@ -19,6 +19,7 @@ import os
 import stat as modes
 import struct
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sessiond.overlay import syscalls
 from sessiond.overlay.fastpath import FastPath, Inherited
@@ -56,6 +57,15 @@ KEEP_FACT = 16
 _FILE_SYSTEM_FACTS = 0x100  # of the mount: the device of each file system, by its number
 _IDENTITY = struct.Struct("=QQ")
 _DEVICE = struct.Struct("=Q")
+
+
+class Remains(NamedTuple):
+    """What is left of a file that is out of reach."""
+
+    stat: os.stat_result
+    """What is told of it."""
+    link: tuple[Node, bytes]
+    """Its last name."""
 
 
 class Node:
@@ -99,6 +109,7 @@ class Node:
         "real",
         "references",
         "remains",
+        "wanted",
     )
 
     def __init__(self, number: int, kind: int, fast_path: FastPath) -> None:
@@ -127,8 +138,10 @@ class Node:
         """The number by which the kernel has it open."""
         self.impure = False
         self.index: bytes | None = None
-        self.remains: os.stat_result | None = None
-        """What is told of a removed regular file that nobody had open."""
+        self.remains: Remains | None = None
+        """Of a removed regular file that nobody had open."""
+        self.wanted = False
+        """It stays within reach when removed, also if nobody has it open; see `View.locate`."""
         self.gone = False
         """The layers were swapped, and the new ones do not have it."""
 

@@ -118,13 +118,21 @@ class View:
     # Where a node is
 
     def locate(self, node: Node) -> At:
-        """Return where the node's topmost object is. Raises ESTALE."""
+        """Return where the node's topmost object is. Raises ESTALE.
+
+        Then the kernel looks the name up again, but only once (path_openat). So what has the name
+        now is kept within reach: programs never see that others replace a file all the time.
+        """
+        if node.remains is not None and not node.linked:
+            parent, name = node.remains.link
+            if (successor := parent.children.get(name)) is not None:
+                successor.wanted = True
         return locate(self.stack_of(node), node)
 
     def stat(self, node: Node) -> os.stat_result:
         """Return the stat(2) of the topmost object; see also `link_count`."""
         if node.remains is not None and not node.linked:
-            return node.remains
+            return node.remains.stat
         stat = syscalls.stat(self.locate(node))
         if node.kept >= 0:
             return with_contents_of(stat, syscalls.stat(At(node.kept, b"")))
@@ -145,7 +153,9 @@ class View:
             at = node.data_lower().at()
         else:
             at = self.locate(node)
-        return syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
+        fd = syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
+        node.wanted = False
+        return fd
 
     def reopen(self, node: Node, *, write: bool) -> None:
         """Open the contents where they are now, in place of the descriptor `Node.fd`."""

@@ -79,13 +79,15 @@ def next_time_of_day(hour: int, minute: int, after: datetime) -> datetime:
     """Return when the clock on the wall next shows a time, by the machine's time zone.
 
     More than a minute later than `after`: a clock that is put right by some seconds does not show
-    the same time twice. Where daylight saving leaves the time out, it is an hour earlier.
+    the same time twice. Where daylight saving leaves the time out, it is an hour later.
     """
     time.tzset()  # the time zone of the machine may have been changed
     earliest = after + _MARGIN
     day = earliest.astimezone().date()
     while True:
-        candidate = datetime(day.year, day.month, day.day, hour, minute).astimezone()
+        # By the timestamp: of a time that is left out, astimezone() makes another on Python 3.13.
+        local = datetime(day.year, day.month, day.day, hour, minute)
+        candidate = datetime.fromtimestamp(local.timestamp(), UTC)
         if candidate > earliest:
-            return candidate.astimezone(UTC)
+            return candidate
         day += timedelta(days=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sessiond.session import rebase
@@ -23,17 +23,35 @@ if TYPE_CHECKING:
     from sessiond.session.session import Session
 
 
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """One that goes on: of these layers of snapshots, and maybe of the merged view."""
+
+    layers: frozenset[LayerNumber]
+    live: bool
+
+    def may_read(self, number: LayerNumber) -> bool:
+        # Which layers the view had when the worker began is known to the worker alone.
+        return self.live or number in self.layers
+
+
 class Differences:
     """Those of one session."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._compared: Counter[LayerNumber] = Counter()
-        """Layers that comparisons read: they are deleted after that, if they are to be."""
+        self._comparisons: set[_Comparison] = set()
+        self._readers: dict[LayerNumber, set[_Comparison]] = {}
+        """Of layers that are to be deleted: after these comparisons."""
 
-    def reads(self, number: LayerNumber) -> bool:
-        """Say whether a comparison reads that layer."""
-        return self._compared[number] > 0
+    def postpone(self, number: LayerNumber) -> bool:
+        """Say whether a comparison may read that layer, which is not served any more; it is deleted
+        after that.
+        """
+        readers = {one for one in self._comparisons if one.may_read(number)}
+        if readers:
+            self._readers[number] = readers
+        return bool(readers)
 
     async def count(
         self, start: str = "", end: str = "", breakdown: Breakdown = NO_BREAKDOWN
@@ -58,18 +76,32 @@ class Differences:
             await self._session.view.require().diff(target, await self._span(start, end), reader)
 
     @contextmanager
-    def _comparing(self, *names: str) -> Iterator[None]:
-        """Keep the layers of snapshots, which somebody may delete meanwhile."""
-        layers = [
-            layer for name in names if name for layer in self._session.record.snapshot(name).layers
-        ]
-        self._compared.update(layers)
+    def _comparing(self, start: str, end: str) -> Iterator[None]:
+        """Keep the layers of both states, which somebody may delete meanwhile."""
+        comparison = _Comparison(
+            frozenset(
+                layer
+                for name in (start, end)
+                if name
+                for layer in self._session.record.snapshot(name).layers
+            ),
+            live=not end,
+        )
+        self._comparisons.add(comparison)
         try:
             yield
         finally:
-            self._compared.subtract(layers)
-            if not self._session.turn.closing:
-                self._session.delete_layers(set(layers) - self._session.record.all_layers)
+            self._comparisons.remove(comparison)
+            self._delete_unread(comparison)
+
+    def _delete_unread(self, ended: _Comparison) -> None:
+        for readers in self._readers.values():
+            readers.discard(ended)
+        unread = {number for number, readers in self._readers.items() if not readers}
+        for number in unread:
+            del self._readers[number]
+        if not self._session.turn.closing:
+            self._session.delete_unread(unread - self._session.record.all_layers)
 
     async def _span(self, start: str, end: str) -> Span:
         return Span(await self._lowers(start), await self._lowers(end))

@@ -90,7 +90,7 @@ class Maintenance:
             said = f": {self.record.message}" if self.record.message else ""
             raise Busy(
                 f"The image of profile {self.record.profile} is being maintained, and no sessions "
-                f"are made meanwhile{said}."
+                f"are made meanwhile{said.removesuffix('.')}."
             )
 
     # Beginning

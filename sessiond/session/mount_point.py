@@ -22,27 +22,32 @@ def resolve(path: Path) -> Path:
     The last part may be missing. Raises `Failed` when there is no directory for it, or a part of
     the path is under a user's control.
     """
-    _require_trusted(path)
-    with explained(f"use the mount point {path}"):
+    return resolve_trusted(path, f"mount point {path}", "Choose another mount_point.")
+
+
+def resolve_trusted(path: Path, what: str, hint: str) -> Path:
+    """The same for a path that is not to be mounted at; `what` it is, and what to do instead."""
+    _require_trusted(path, what, hint)
+    with explained(f"use the {what}"):
         resolved = path.parent.resolve(strict=True) / path.name
         if resolved.is_symlink():
             resolved = resolved.resolve(strict=True)
-    _require_trusted(resolved)
+    _require_trusted(resolved, what, hint)
     return resolved
 
 
-def _require_trusted(path: Path) -> None:
+def _require_trusted(path: Path, what: str, hint: str) -> None:
     trusted = {0, os.geteuid()}
     for directory in reversed(path.parents):
-        with explained(f"use the mount point {path}"):
+        with explained(f"use the {what}"):
             inode = directory.stat()
         # In a sticky directory none may replace another's name; but whoever is first makes it.
         sticky = inode.st_mode & stat.S_ISVTX and directory != path.parent
         open_to_all = inode.st_mode & 0o022 and not sticky
         if inode.st_uid not in trusted or open_to_all:
             raise Failed(
-                f"The mount point {path} cannot be used: others than root may write to "
-                f"{directory}, and so could lead the mount elsewhere. Choose another mount_point."
+                f"The {what} cannot be used: others than root may write to {directory}, and so "
+                f"could lead it elsewhere. {hint}"
             )
 
 

@@ -114,24 +114,8 @@ class SystemMounts:
         return found.f_blocks * found.f_frsize, found.f_files
 
     def mount_clone(self, source: Path, target: Path) -> None:
-        tree = _check(
-            _libc.syscall(
-                _SYS_OPEN_TREE,
-                _AT_FDCWD,
-                os.fsencode(source),
-                ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
-            ),
-            source,
-        )
+        tree = clone(source, read_only=True)
         try:
-            # Private, or what is mounted below the source later would show up in the clone as well.
-            attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY, 0, _MS_PRIVATE, 0)
-            _check(
-                _libc.syscall(
-                    _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attributes, len(attributes)
-                ),
-                source,
-            )
             _check(
                 _libc.syscall(
                     _SYS_MOVE_MOUNT,
@@ -162,11 +146,12 @@ class SystemMounts:
         return kinds[-1] if kinds else None
 
     def is_in_ram(self, directory: Path) -> bool:
-        resolved = directory.resolve()
-        mounts = [mount for mount in mount_table() if resolved.is_relative_to(mount.target)]
-        depth = max(len(mount.target.parts) for mount in mounts)
-        holding = [mount for mount in mounts if len(mount.target.parts) == depth]
-        return holding[-1].kind in {"tmpfs", "ramfs", "rootfs"}
+        holding = _mount_of(directory.resolve())
+        if holding.kind == "overlay":  # such as the root of a live system
+            upper = [option for option in holding.options if option.startswith("upperdir=")]
+            if upper:
+                holding = _mount_of(Path(upper[0].removeprefix("upperdir=")))
+        return holding.kind in {"tmpfs", "ramfs", "rootfs"}
 
     def device(self, target: Path) -> str | None:
         devices = [mount.device for mount in mount_table() if mount.target == target]
@@ -226,6 +211,32 @@ def run(command: list[str]) -> str:
     return result.stdout
 
 
+def clone(directory: Path, *, read_only: bool = False) -> int:
+    """Return a descriptor of `directory` as it would be if nothing were mounted below it.
+
+    It is a mount of its own, which nobody else sees, and ends with the descriptor. Raises
+    `OSError`.
+    """
+    flags = ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC)
+    tree = _check(
+        _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(directory), flags), directory
+    )
+    try:
+        # Private, or what is mounted below the source later would show up in the clone as well.
+        wanted = _MOUNT_ATTR_RDONLY if read_only else 0
+        attributes = struct.pack("=QQQQ", wanted, 0, _MS_PRIVATE, 0)
+        _check(
+            _libc.syscall(
+                _SYS_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, attributes, len(attributes)
+            ),
+            directory,
+        )
+    except BaseException:
+        os.close(tree)
+        raise
+    return tree
+
+
 def mount_for_oneself() -> None:
     """Have what this process mounts from now on seen by it alone, and gone with it.
 
@@ -245,6 +256,8 @@ class MountEntry(NamedTuple):
     kind: str
     root: Path
     """What of the file system is seen at `target`."""
+    options: tuple[str, ...]
+    """Of the mount, then of the file system."""
 
 
 def mount_table(process: str = "self") -> Iterator[MountEntry]:
@@ -253,10 +266,26 @@ def mount_table(process: str = "self") -> Iterator[MountEntry]:
         for line in table:
             fields = line.split(b" ")
             # proc(5): a varying number of optional fields ends with a lone hyphen.
-            kind = fields[fields.index(b"-", 6) + 1]
+            hyphen = fields.index(b"-", 6)
+            kind = fields[hyphen + 1]
+            options = b",".join((fields[5], fields[hyphen + 3].rstrip(b"\n")))
             major, minor = map(int, fields[2].split(b":"))
             root, target = (Path(_unescaped(field)) for field in fields[3:5])
-            yield MountEntry(int(fields[0]), (major, minor), target, kind.decode(), root)
+            yield MountEntry(
+                int(fields[0]),
+                (major, minor),
+                target,
+                kind.decode(),
+                root,
+                tuple(_unescaped(option) for option in options.split(b",")),
+            )
+
+
+def _mount_of(path: Path) -> MountEntry:
+    """Return the mount by which a resolved path is seen, whether or not it exists."""
+    mounts = [mount for mount in mount_table() if path.is_relative_to(mount.target)]
+    depth = max(len(mount.target.parts) for mount in mounts)
+    return [mount for mount in mounts if len(mount.target.parts) == depth][-1]
 
 
 def _unescaped(field: bytes) -> str:

@@ -256,6 +256,7 @@ class _Unpacker:
 
     def _make_like_image(self, path: bytes, at: At) -> None:
         syscalls.mkdir(at, 0o755)
+        syscalls.chmod(at, 0o755)
         like = self._in_image(path)
         if like is not None:
             copy_attributes(like, at, syscalls.stat(like), self._xattrs)

@@ -170,9 +170,10 @@ def main() -> None:
     major, minor = sys.argv[1].split(":")
     wanted = frozenset(map(int, sys.argv[2:]))
     channel = socket.socket(fileno=0)
-    for description, pidfd in scan((int(major), int(minor)), wanted):
-        socket.send_fds(channel, [json.dumps(description).encode()], [pidfd])
-    channel.send(b"{}")
+    with suppress(BrokenPipeError):  # whoever asked has ended
+        for description, pidfd in scan((int(major), int(minor)), wanted):
+            socket.send_fds(channel, [json.dumps(description).encode()], [pidfd])
+        channel.send(b"{}")
     os._exit(0)  # threads may be stuck
 
 

@@ -9,10 +9,13 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from sessiond.session.model import RECORD_FORMAT, JobRecord, SessionRecord
+
+_R = TypeVar("_R", bound=BaseModel)
 
 _LIMIT = 16 << 20
 """Bytes; some ten thousand snapshots fit."""
@@ -49,8 +52,13 @@ def read_session(file: Path) -> SessionRecord:
 
 def read_job(file: Path) -> JobRecord:
     """Return the job in `file`. Raises `BadRecordError`, `OSError`."""
+    return read(file, JobRecord)
+
+
+def read(file: Path, kind: type[_R]) -> _R:
+    """Return the record in `file`. Raises `BadRecordError`, `OSError`."""
     try:
-        return JobRecord.model_validate_json(_read(file))
+        return kind.model_validate_json(_read(file))
     except ValidationError as error:
         raise BadRecordError(_first_mistake(error)) from None
 

@@ -65,9 +65,13 @@ class Turn:
     def _end(self) -> None:
         self._operation = None
         self._idle.set()
-        if not self.closing:
-            mounted = self._session.view.mount is not None
-            self._session.set_state(SessionState.ACTIVE if mounted else SessionState.FAILED)
+        session = self._session
+        if self.closing:
+            return
+        if session.view.mount is not None:
+            session.set_state(SessionState.ACTIVE)
+        else:
+            session.set_state(SessionState.INACTIVE if session.resting else SessionState.FAILED)
 
     @contextmanager
     def operating(self, operation: str, state: SessionState = SessionState.BUSY) -> Iterator[None]:

@@ -177,6 +177,8 @@ class View:
 
     async def _show(self, record: SessionRecord, image: Image) -> None:
         session, services = self._session, self._session.services
+        if session.resting:
+            return
         if session.limited_by is LimitedBy.QUOTA:
             await trio.to_thread.run_sync(services.store.enforce_quota, record)
         record = await self._prepare_kept(record, image)

@@ -31,7 +31,7 @@ from tests.support.sessiond_overlay import SessiondOverlay
 from tests.support.trees import Device, Dir, Fifo, File, Link, Symlink, Tree, Whiteout
 from tests.support.views import assert_kernel_shows
 
-EXAMPLES = int(os.environ.get("SESSIOND_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("SESSIOND_EXAMPLES", "25"))
 SHRINKING_SECONDS = 400
 """Hypothesis takes up to five minutes to find the shortest sequence that fails."""
 

@@ -49,12 +49,13 @@ async def flatten(world: World, manager: Manager) -> None:
 def test_death(scratch: str, caplog: pytest.LogCaptureFixture, profile: str, every: int) -> None:
     with sessions.machine(scratch, deep(profile)) as top:
         before = sessions.recovered(top)
+    assert before.keys() == {"s"}
     layers = []
     for point in count(step=every):
         with sessions.machine(scratch, deep(profile)) as top:
             lived = sessions.die(top, flatten, die_at=point)
-            found = sessions.recovered(top)
             layers.append(len(list(top.rglob("layers/*"))))
+            found = sessions.recovered(top)
         what = f"killed before change {point}, {lived.calls[-1]}"
         assert found == before, what
         assert caplog.records == [], what

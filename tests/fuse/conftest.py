@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from sessiond.fuse import data_path
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.model import DataPath, KeptLayers, SessionId, Stack, UpperDirectories
 from sessiond.session.mounter import MountRequest
+
+NO_SUCH_DATA_PATH = "this kernel does not have the data path"
 
 
 @pytest.fixture(scope="session")
@@ -81,5 +84,7 @@ class Playground:
 
 @pytest.fixture(params=DataPath)
 def playground(request: pytest.FixtureRequest, mounter: FuseMounter) -> Iterator[Playground]:
+    if request.param not in data_path.available():
+        pytest.skip(f"{NO_SUCH_DATA_PATH}: {request.param}")
     with tempfile.TemporaryDirectory() as directory:
         yield Playground(Path(directory), mounter, request.param)

@@ -91,6 +91,30 @@ async def test_programs_go_on_until_the_end(playground: Playground, docs: Path) 
         await until(lambda: is_clean(playground))
 
 
+async def test_names_that_are_of_other_files_now(playground: Playground, docs: Path) -> None:
+    """A further name of a file is not made one of what its other names are by then."""
+    async with mounted(playground, "/nothing") as mount:
+        (docs / "the file").write_text("the file")
+        for number in range(20):
+            os.link(docs / "the file", docs / f"a name {number}")
+        async with mount.committing((PATH,), ignore) as step:
+            os.link(docs / "the file", docs / "the link")
+            for number in range(20):
+                (docs / f"a name {number}").unlink()
+                if number % 2:
+                    (docs / f"a name {number}").write_text("another")
+                else:
+                    (docs / f"a name {number}").mkdir()
+            wanted = tree(docs)
+            async with mount.frozen():
+                await step()
+                await step()
+                await mount.keep((PATH,))
+        await mount.swap(playground.stack())
+        assert tree(docs) == wanted
+        assert (docs / "the link").samefile(docs / "the file")
+
+
 async def test_it_tells_how_far_it_is(playground: Playground, docs: Path) -> None:
     async with mounted(playground, "/nothing") as mount:
         for number in range(8):

@@ -308,6 +308,39 @@ def test_what_is_noted_before_a_rename_holds_without_it(
     assert contents(bench.overlay("low"), "c/file") == b"low"
 
 
+def test_who_comes_too_late_twice_is_served_all_the_same(bench: Bench) -> None:
+    """The kernel looks a name up again once if what it found has been replaced, not twice."""
+    overlay = bench.overlay("low")
+    view, root = overlay.view, overlay.view.root
+
+    def put(text: bytes) -> None:
+        new, _ = overlay.create_file(root, b"new", new_file())
+        overlay.write(new, text, 0)
+        overlay.release_file(new)
+        overlay.rename((root, b"new"), (root, b"file"))
+
+    put(b"first")
+    first = find(overlay, "file")
+    view.refer(first)
+    put(b"second")
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+        overlay.open_file(first, write=False)
+    put(b"third")
+    third = find(overlay, "file")
+    view.refer(third)
+    put(b"fourth")
+    overlay.open_file(third, write=False)
+    assert overlay.read(third, 9, 0) == b"third"
+    overlay.release_file(third)
+    assert contents(overlay, "file") == b"fourth"
+
+    # It is no rule for ever: an anchor takes space until the kernel forgets the file.
+    fourth = find(overlay, "file")
+    view.refer(fourth)
+    overlay.unlink(root, b"file")
+    assert fourth.anchor < 0
+
+
 def test_swap_finds_nodes_again_and_lets_the_rest_go(bench: Bench) -> None:
     (bench.layer("low") / "kept").write_text("low")
     (bench.layer("low") / "directory").mkdir()

@@ -23,6 +23,8 @@ from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
 ROOT, ALICE, BOB = Uid(0), Uid(1000), Uid(1001)
+FIRST, SECOND, THIRD = range(1 << 22, (1 << 22) + 3)
+"""Pids above the kernel's PID_MAX_LIMIT: of no process, so never of the one that runs the tests."""
 
 
 class FakeProcess:
@@ -82,17 +84,17 @@ async def terminate(
 
 
 async def test_programs_are_summed_up_by_name_user_and_unit() -> None:
-    processes = FakeProcesses(FakeProcess(12), FakeProcess(11), FakeProcess(13, uid=BOB))
+    processes = FakeProcesses(FakeProcess(SECOND), FakeProcess(FIRST), FakeProcess(THIRD, uid=BOB))
     assert await conflicts.find(processes, "0:42") == (
-        Program("editor", (11, 12), ALICE, "session-2.scope"),
-        Program("editor", (13,), BOB, "session-2.scope"),
+        Program("editor", (FIRST, SECOND), ALICE, "session-2.scope"),
+        Program("editor", (THIRD,), BOB, "session-2.scope"),
     )
 
 
 async def test_who_ends_when_asked_is_not_killed(autojump_clock: trio.testing.MockClock) -> None:
-    one = FakeProcess(11)
+    one = FakeProcess(FIRST)
     assert await terminate(FakeProcesses(one)) == [
-        Program("editor", (11,), ALICE, "session-2.scope")
+        Program("editor", (FIRST,), ALICE, "session-2.scope")
     ]
     assert one.got == [signal.SIGTERM]
     assert trio.current_time() < 1
@@ -101,7 +103,7 @@ async def test_who_ends_when_asked_is_not_killed(autojump_clock: trio.testing.Mo
 async def test_who_does_not_is_killed_after_the_grace(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    obeying, deaf = FakeProcess(11), FakeProcess(12, obeys=(9,))
+    obeying, deaf = FakeProcess(FIRST), FakeProcess(SECOND, obeys=(9,))
     start = trio.current_time()
     await terminate(FakeProcesses(obeying, deaf), grace=7)
     assert obeying.got == [signal.SIGTERM]
@@ -110,8 +112,8 @@ async def test_who_does_not_is_killed_after_the_grace(
 
 
 async def test_who_comes_meanwhile_is_asked_as_well(autojump_clock: trio.testing.MockClock) -> None:
-    child = FakeProcess(12)
-    processes = FakeProcesses(FakeProcess(11))
+    child = FakeProcess(SECOND)
+    processes = FakeProcesses(FakeProcess(FIRST))
     processes.there[0].signal = lambda number: (  # type: ignore[method-assign]
         processes.there.append(child),
         processes.there[0].ended.set(),
@@ -121,17 +123,17 @@ async def test_who_comes_meanwhile_is_asked_as_well(autojump_clock: trio.testing
 
 
 async def test_owners_end_only_what_is_theirs_alone(autojump_clock: trio.testing.MockClock) -> None:
-    theirs, other = FakeProcess(11), FakeProcess(12, uid=BOB, rights=BOB)
-    setuid = FakeProcess(13, rights=ROOT)
+    theirs, other = FakeProcess(FIRST), FakeProcess(SECOND, uid=BOB, rights=BOB)
+    setuid = FakeProcess(THIRD, rights=ROOT)
     told = await terminate(FakeProcesses(theirs, other, setuid))
     assert (theirs.got, other.got, setuid.got) == ([signal.SIGTERM], [], [])
-    assert {pid for program in told for pid in program.pids} == {11, 12, 13}
+    assert {pid for program in told for pid in program.pids} == {FIRST, SECOND, THIRD}
 
 
 async def test_root_ends_all_but_init_and_the_manager(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    theirs, init, ourselves = FakeProcess(11), FakeProcess(1), FakeProcess(os.getpid())
+    theirs, init, ourselves = FakeProcess(FIRST), FakeProcess(1), FakeProcess(os.getpid())
     await terminate(FakeProcesses(theirs, init, ourselves), asked_by=ROOT)
     assert (theirs.got, init.got, ourselves.got) == ([signal.SIGTERM], [], [])
 
@@ -139,7 +141,7 @@ async def test_root_ends_all_but_init_and_the_manager(
 async def test_what_cannot_be_ended_does_not_hold_it_up(
     autojump_clock: trio.testing.MockClock, expect_log: Callable[[str], None]
 ) -> None:
-    processes = FakeProcesses(FakeProcess(11, obeys=()))
+    processes = FakeProcesses(FakeProcess(FIRST, obeys=()))
     await terminate(processes, grace=0)
     assert trio.current_time() < 60
     expect_log("Not all programs could be ended")
@@ -155,7 +157,7 @@ def world_with(world: World, *there: FakeProcess) -> FakeProcesses:
 
 
 async def test_a_reset_ends_programs_before_the_layers_are_exchanged(world: World) -> None:
-    process = FakeProcess(11, uid=Uid(UID), rights=Uid(UID))
+    process = FakeProcess(FIRST, uid=Uid(UID), rights=Uid(UID))
     world_with(world, process)
     async with world.manager() as manager:
         session = await manager.create(USER, "volatile", session_id="s")
@@ -169,11 +171,11 @@ async def test_a_reset_ends_programs_before_the_layers_are_exchanged(world: Worl
         await job.wait()
         assert seen == [before]
         assert session.record.upper != before
-        assert [program.pids for program in job.conflicts] == [(11,)]
+        assert [program.pids for program in job.conflicts] == [(FIRST,)]
 
 
 async def test_a_job_cancelled_while_programs_end_changes_nothing(world: World) -> None:
-    world_with(world, FakeProcess(11, uid=Uid(UID), rights=Uid(UID), obeys=()))
+    world_with(world, FakeProcess(FIRST, uid=Uid(UID), rights=Uid(UID), obeys=()))
     async with world.manager() as manager:
         session = await manager.create(USER, "volatile", session_id="s")
         before = session.record

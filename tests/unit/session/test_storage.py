@@ -16,6 +16,8 @@ from sessiond.session.model import SessionId, SpaceThresholds, Uid
 from sessiond.session.mounts import SystemMounts, run, sync_file_system
 from sessiond.session.space import Space, SpaceLevel, SpaceWatch, next_level
 from tests.support.disks import make_image
+from tests.support.kernel_overlay import KernelOverlay
+from tests.support.mounts import Layers
 from tests.support.recording_disk import mounted_image
 from tests.support.sessions import UID
 
@@ -208,3 +210,10 @@ def test_what_is_in_ram(real: Path) -> None:
         assert mounts.is_in_ram(real / "link")
         assert not mounts.is_in_ram(real / "disk")
         assert not mounts.is_in_ram(real / "disk/lost+found")
+        for where in (real / "ram", real / "disk"):  # as the root of a live system has them
+            lower, upper, work = (where / name for name in ("lower", "upper", "work"))
+            for directory in (lower, upper, work, real / "root"):
+                directory.mkdir(exist_ok=True)
+            overlay = Layers([str(lower)], str(upper), str(work))
+            with KernelOverlay().mounted(overlay, str(real / "root")):
+                assert mounts.is_in_ram(real / "root") == (where.name == "ram")
