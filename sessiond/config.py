@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -37,7 +38,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """What such a name looks like: it becomes a file name, a D-Bus object path and a unit name."""
 
 PATTERN_FIELDS = ("id", "user", "uid")
-"""What may stand in braces in the pattern of a mount point or cgroup."""
+"""What may stand in braces in the pattern of a mount point, image or cgroup."""
 
 # As many digits as are sure to make less than 2**63 bytes, which is what the kernel counts up to.
 _BYTES = "[1-9][0-9]{0,17}|[1-9][0-9]{0,14}[Kk]|[1-9][0-9]{0,11}[Mm]|[1-9][0-9]{0,8}[Gg]"
@@ -83,6 +84,23 @@ DURATION = "[0-9]{1,4}(s|min|h|d)"
 
 Duration = Annotated[str, Field(pattern=f"^{DURATION}$")]
 _Inodes = Annotated[int, Field(ge=64, lt=2**63)]
+
+
+def _path_pattern(path: Path) -> Path:
+    _check_fields(str(path))
+    return path
+
+
+def _names(value: object) -> tuple[str, ...]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError("a name is needed, or a list of names")
+    if not names:
+        raise ValueError("at least one name is needed")
+    return tuple(names)
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 class _Table(BaseModel):
@@ -143,8 +161,8 @@ class ResetTable(_Table):
 class Profile(_Table):
     """`[profile.NAME]`: a kind of session."""
 
-    image: AbsolutePath
-    """A directory, or a squashfs, erofs or ext4 file."""
+    image: Annotated[AbsolutePath, AfterValidator(_path_pattern)]
+    """A directory, or a squashfs, erofs or ext4 file; pattern."""
     verity_root_hash: Annotated[str, Field(pattern=r"^([0-9a-f]{2}){16,64}$")] | None = None
     verity_hash_device: AbsolutePath | None = None
     """Where the hash tree is; the image file itself if not given."""
@@ -256,12 +274,44 @@ class SessionTable(_Table):
     profile: str
 
 
+class LoginTable(_Table):
+    """`[login.NAME]`: the session of who logs in; of several that fit, the first counts.
+
+    Who fits is in all that is given of `user`, `group` and `class`. Never root.
+    """
+
+    user: _Names | None = None
+    """Names; if not given, all whose uid is that of a person or guest."""
+    group: _Names | None = None
+    """Names of groups, of which they are in one."""
+    class_: Annotated[Literal["guest"] | None, Field(alias="class")] = None
+    """Only those whose account was made on demand."""
+    profile: str | None = None
+    """None: no session."""
+    otherwise: Literal["refuse", "unprotected"] = "refuse"
+    """What becomes of the login if the session cannot be made."""
+
+
+class GuestsTable(_Table):
+    """`[guests]`: users that are made on demand, and removed with all that they own."""
+
+    home: AbsolutePath = Path("/home")
+    """Where their homes are made; only root may be able to write there."""
+    skeleton: AbsolutePath = Path("/etc/skel")
+    """What a home is a copy of."""
+    shell: AbsolutePath = Path("/bin/bash")
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 16
+    """Most of them at a time."""
+
+
 class Config(_Table):
     """The whole configuration."""
 
     daemon: DaemonTable = DaemonTable()
     profile: dict[Name, Profile] = {}
     session: dict[Name, SessionTable] = {}
+    login: dict[Name, LoginTable] = {}
+    guests: GuestsTable = GuestsTable()
 
 
 def _check_fields(pattern: str) -> None:
@@ -291,12 +341,17 @@ def load(file: Path = DEFAULT_FILE, directory: Path | None = None) -> Config:
         config = Config.model_validate(merged.values)
     except ValidationError as error:
         raise ConfigError("\n".join(_sentences(error, merged, file))) from None
-    for session, table in config.session.items():
-        if table.profile not in config.profile:
+    tables: dict[_Key, SessionTable | LoginTable] = {
+        **{("session", name): table for name, table in config.session.items()},
+        **{("login", name): table for name, table in config.login.items()},
+    }
+    for (kind, name), table in tables.items():
+        profile = table.profile
+        if profile is not None and profile not in config.profile:
             known = ", ".join(sorted(config.profile)) or "none"
-            where = merged.file_of(("session", session, "profile"), file)
+            where = merged.file_of((kind, name, "profile"), file)
             raise ConfigError(
-                f"{where}: session.{session}.profile: there is no profile {table.profile!r}; "
+                f"{where}: {kind}.{name}.profile: there is no profile {profile!r}; "
                 f"the profiles are: {known}."
             )
     return config
@@ -363,6 +418,8 @@ _TABLES: Mapping[str, type[_Table]] = {
     "daemon": DaemonTable,
     "profile": Profile,
     "session": SessionTable,
+    "login": LoginTable,
+    "guests": GuestsTable,
 }
 
 
@@ -386,6 +443,10 @@ def seconds(duration: str) -> int:
 
 _SUBTABLES: Mapping[str, type[_Table]] = {"reset": ResetTable, "snapshots": SnapshotsTable}
 """Of a profile."""
+
+
+def _keys(table: type[_Table]) -> list[str]:
+    return [field.alias or name for name, field in table.model_fields.items()]
 
 
 def _table_of(key: _Key) -> type[_Table]:
@@ -416,7 +477,7 @@ _PATTERNS: Mapping[str, str] = {
 def _what_is_allowed(details: ErrorDetails, key: _Key) -> str:
     match details["type"]:
         case "extra_forbidden":
-            return f"is unknown; allowed are: {', '.join(_table_of(key).model_fields)}"
+            return f"is unknown; allowed are: {', '.join(_keys(_table_of(key)))}"
         case "missing":
             return "is missing"
         case "value_error":

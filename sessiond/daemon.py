@@ -26,8 +26,10 @@ from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.journal import log_to_journal_or_stderr
 from sessiond.session.halting import Halting
+from sessiond.session.logins import find_rule
 from sessiond.session.manager import Manager, open_manager
 from sessiond.session.metrics import Metrics, remove_metrics, write_metrics
+from sessiond.session.model import Uid
 from sessiond.session.surroundings import Surroundings
 from sessiond.systemd import Systemd
 
@@ -43,7 +45,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, _LEAVE)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the daemon; return its exit status: 0, 1 after a failure, 2 for a bad configuration."""
-    options = _parse(arguments)
+    options = _parser().parse_args(arguments)
     log_to_journal_or_stderr()
     # What hangs when the watchdog's SIGABRT comes, or what crashes, says where.
     faulthandler.enable()
@@ -52,12 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load(options.config, options.config_directory)
         if options.check:
             print(f"{options.config}: the configuration is valid.")
+        elif options.otherwise is not None:
+            print(_otherwise(config, options.otherwise))
         else:
             _run_alone(config, options)
     except* ConfigError as group:
         _say(group)
         status = _EXIT_CONFIGURATION
-        if not options.check:
+        if not options.check and options.otherwise is None:
             # Who is to correct it may be among those whom the daemon before this one has stopped.
             Halting(DaemonTable().runtime_directory).end_left()
     except* SessiondError as group:
@@ -66,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sessiond", description="Serve resettable root file systems to user sessions."
     )
@@ -84,8 +88,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="more of it, *.toml (default: the file's name with .conf.d for .toml)",
     )
     parser.add_argument("--check", action="store_true", help="only check the configuration")
+    parser.add_argument(
+        "--otherwise",
+        type=int,
+        metavar="UID",
+        help="only print what a login without the daemon comes to: 'none' where it needs no "
+        "session, 'refuse' or 'unprotected'",
+    )
     parser.add_argument("--version", action="version", version=f"sessiond {sessiond.__version__}")
-    return parser.parse_args(arguments)
+    return parser
+
+
+def _otherwise(config: Config, uid: int) -> str:
+    found = find_rule(config.login, Uid(uid))
+    return "none" if found is None or found[2].profile is None else found[2].otherwise
 
 
 def _say(group: BaseExceptionGroup[SessiondError]) -> None:

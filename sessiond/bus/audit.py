@@ -120,18 +120,22 @@ def _outcome(result: object) -> Outcome:
 
 
 def _log(attempt: Attempt, outcome: Outcome, result: object) -> None:
-    path = result if isinstance(result, str) else ""
+    match result:
+        case str(path) | (str(path), *_):
+            pass
+        case _:
+            path = ""
     session = attempt.session or names.session_of(path)
     job = names.job_of(path)
     error = _error_name(result) if isinstance(result, Exception) else None
     details = f" as job {job}" if job is not None else f" ({error})" if error else ""
     log.log(
         logging.WARNING if outcome is Outcome.REFUSED else logging.INFO,
-        "Request of uid %d: %s, session %s of user %s: %s%s",
+        "Request of uid %d: %s%s%s: %s%s",
         attempt.caller,
         attempt.operation,
-        quoted(session),
-        quoted(attempt.user),
+        f", session {quoted(session)}" if session else "",
+        f" of user {quoted(attempt.user)}" if attempt.user else "",
         outcome.value,
         details,
         extra=event(

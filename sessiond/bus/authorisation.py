@@ -28,6 +28,8 @@ class Action(StrEnum):
 
     CREATE = "create sessions"
     MAINTAIN = "maintain images"
+    GUESTS = "make and remove guests"
+    LOG_IN = "open and end sessions of who logs in and out"
     RESET = "reset this session"
     SNAPSHOT = "take a snapshot of this session"
     RESTORE = "restore this session"
@@ -125,7 +127,7 @@ async def authorise(caller: Caller, action: Action, target: Target | None = None
         case Verdict.UNKNOWN:
             raise NotAuthorized(
                 f"As uid {uid} you may not {action}: polkit does not answer for {name}. See the "
-                "log of sessiond, and whether packaging/README.md was followed."
+                "log of sessiond, and whether its policy file is installed."
             )
 
 

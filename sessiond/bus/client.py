@@ -133,6 +133,8 @@ class ManagerInfo(_Info):
     features: tuple[str, ...]
     profiles: tuple[str, ...]
     images: tuple[str, ...]
+    guests: tuple[str, ...]
+    """Names of the users that were made on demand, and are there."""
     maintenance: str
     """The profile whose image is being maintained; empty if none is."""
     maintenance_message: str
@@ -375,7 +377,8 @@ class _Proxy:
                 interactive=asking,
             )
 
-    async def _property_values(self) -> dict[str, object]:
+    async def property_values(self) -> dict[str, object]:
+        """Return its properties as the bus has them."""
         with _translated(self._gone):
             (values,) = await self._connection.call(
                 names.BUS, self.path, names.PROPERTIES, "GetAll", "s", self._interface
@@ -383,7 +386,8 @@ class _Proxy:
         assert isinstance(values, dict)
         return values
 
-    async def _managed_objects(self) -> dict[str, dict[str, dict[str, object]]]:
+    async def managed_objects(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Return those of all objects but the manager, by path and interface."""
         with _translated(self._gone):
             (objects,) = await self._connection.call(
                 names.BUS, names.ROOT_PATH, names.OBJECT_MANAGER, "GetManagedObjects"
@@ -402,7 +406,7 @@ class Job(_Proxy):
 
     async def info(self) -> JobInfo:
         """Return its properties."""
-        return _validated(JobInfo, await self._property_values())
+        return validated(JobInfo, await self.property_values())
 
     async def cancel(self) -> None:
         """Ask it to stop; it then fails with `Cancelled`, unless it has ended before."""
@@ -417,8 +421,8 @@ class Job(_Proxy):
         with _translated(self._gone):
             # Whatever happens between these two is in the properties, and in the signals as well.
             async with self._connection.signals(match) as signals:
-                values = await self._property_values()
-                while (info := _validated(JobInfo, values)).state == "running":
+                values = await self.property_values()
+                while (info := validated(JobInfo, values)).state == "running":
                     if progress is not None:
                         progress(info)
                     values |= await _next_change(signals)
@@ -440,7 +444,7 @@ class Snapshot(_Proxy):
 
     async def info(self) -> SnapshotInfo:
         """Return its properties."""
-        return _validated(SnapshotInfo, await self._property_values())
+        return validated(SnapshotInfo, await self.property_values())
 
     async def delete(self) -> None:
         """Delete it, and what only it kept."""
@@ -479,7 +483,23 @@ class Session(_Proxy):
 
     async def info(self) -> SessionInfo:
         """Return its properties."""
-        return _validated(SessionInfo, await self._property_values())
+        return validated(SessionInfo, await self.property_values())
+
+    async def wait(self) -> None:
+        """Return when it is mounted, and nothing is being done to it.
+
+        Raises `Failed` if it is not mounted and will not be, `NoSuchSession` if it is being closed.
+        """
+        with _translated(self._gone):
+            # Whatever happens between these two is in the properties, and in the signals as well.
+            async with self._connection.signals(Match(names.BUS, path=self.path)) as signals:
+                values = await self.property_values()
+                while (info := validated(SessionInfo, values)).state in ("starting", "busy"):
+                    values |= await _next_change(signals)
+        if info.state == "closing":
+            raise self._gone
+        if info.state == "failed":
+            raise errors.Failed(f"Session {self.id} is not mounted: {info.failure}")
 
     async def reset(self, **options: Option) -> Job:
         """Start to make it pristine again.
@@ -610,9 +630,9 @@ class Session(_Proxy):
 
     async def snapshots(self) -> list[SnapshotInfo]:
         """Return its snapshots, oldest first."""
-        objects = await self._managed_objects()
+        objects = await self.managed_objects()
         found = [
-            _validated(SnapshotInfo, interfaces[names.SNAPSHOT])
+            validated(SnapshotInfo, interfaces[names.SNAPSHOT])
             for path, interfaces in objects.items()
             if path.startswith(f"{self.path}/") and names.SNAPSHOT in interfaces
         ]
@@ -680,13 +700,13 @@ class Client(_Proxy):
 
     async def info(self) -> ManagerInfo:
         """Return its properties."""
-        return _validated(ManagerInfo, await self._property_values())
+        return validated(ManagerInfo, await self.property_values())
 
     async def sessions(self) -> list[SessionInfo]:
         """Return all sessions, by their ids."""
         found = [
-            _validated(SessionInfo, interfaces[names.SESSION])
-            for interfaces in (await self._managed_objects()).values()
+            validated(SessionInfo, interfaces[names.SESSION])
+            for interfaces in (await self.managed_objects()).values()
             if names.SESSION in interfaces
         ]
         return sorted(found, key=lambda info: info.id)
@@ -704,10 +724,24 @@ class Client(_Proxy):
         await self._call("GetSession", "s", session_id)
         return Session(self._connection, session_id)
 
+    def session_named(self, session_id: str) -> Session:
+        """Return the proxy of a session, which may not exist."""
+        return Session(self._connection, session_id)
+
     async def session_of(self, uid: int) -> Session:
         """Return the session of a user."""
         (path,) = await self._call("GetSessionByUser", "u", uid)
         return Session(self._connection, names.session_of(str(path)))
+
+    async def create_guest(self) -> tuple[str, int]:
+        """Make a user without a password; return the name and uid."""
+        name, uid = await self._call("CreateGuest", "", timeout=OPERATION_TIMEOUT)
+        assert isinstance(uid, int)
+        return str(name), uid
+
+    async def remove_guest(self, name: str) -> None:
+        """End all processes of such a user, and remove all that they own."""
+        await self._call("RemoveGuest", "s", name, timeout=OPERATION_TIMEOUT)
 
     async def begin_maintenance(
         self, profile: str, message: str, *, session_id: str | None = None
@@ -727,6 +761,13 @@ class Client(_Proxy):
     async def cancel_maintenance(self) -> None:
         """End the maintenance without a new image."""
         await self._call("CancelMaintenance", "a{sv}", {}, timeout=OPERATION_TIMEOUT)
+
+    async def returned(self) -> None:
+        """Return once the daemon is on the bus, which does not start it for this."""
+        present = Match(names.DBUS, interface=names.DBUS, member="NameOwnerChanged", arg0=names.BUS)
+        async with self._connection.signals(present) as changes:
+            while (await self._connection.call_bus("NameHasOwner", "s", names.BUS)) != (True,):
+                await anext(changes)
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[Events]:
@@ -783,7 +824,8 @@ def _options(options: Mapping[str, Option]) -> dict[str, Variant]:
     }
 
 
-def _validated(model: type[_I], values: dict[str, object]) -> _I:
+def validated(model: type[_I], values: dict[str, object]) -> _I:
+    """Return the properties of an object, typed. Raises `Failed` for those of another version."""
     with _translated(errors.Failed("The daemon has no such object.")):
         return model.model_validate(values)
 

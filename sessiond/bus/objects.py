@@ -37,6 +37,7 @@ class ManagerObject(Interface):
         Property("Features", "as"),
         Property("Profiles", "as", Change.SILENT),
         Property("Images", "as"),
+        Property("Guests", "as", Change.SILENT),
         Property("Maintenance", "s"),
         Property("MaintenanceMessage", "s"),
         Property("MaintenanceSession", "o"),
@@ -54,6 +55,7 @@ class ManagerObject(Interface):
             "Features": [shown(feature) for feature in self._manager.features],
             "Profiles": [shown(profile) for profile in self._manager.profiles],
             "Images": [shown(image) for image in self._manager.images],
+            "Guests": self._manager.guests.names,
             "Maintenance": shown(maintenance.profile) if maintenance else "",
             "MaintenanceMessage": shown(maintenance.message) if maintenance else "",
             "MaintenanceSession": names.session_path(maintenance.session) if maintenance else "/",
@@ -94,6 +96,22 @@ class ManagerObject(Interface):
     @method("PersistSession", "s id, a{sv} options", "o job")
     async def persist_session(self, caller: Caller, session_id: str, options: Options) -> str:
         return await self._operations.persist(caller, self._manager.get(session_id), options)
+
+    @method("CreateGuest", "", "s name, u uid")
+    async def create_guest(self, caller: Caller) -> tuple[str, int]:
+        return await self._operations.create_guest(caller)
+
+    @method("RemoveGuest", "s name")
+    async def remove_guest(self, caller: Caller, name: str) -> None:
+        await self._operations.remove_guest(caller, name)
+
+    @method("Login", "u uid, u process", "o session, s warning")
+    async def login(self, caller: Caller, uid: int, process: int) -> tuple[str, str]:
+        return await self._operations.log_in(caller, uid, process)
+
+    @method("Logout", "u uid")
+    async def logout(self, caller: Caller, uid: int) -> None:
+        await self._operations.log_out(caller, uid)
 
     @method("BeginMaintenance", "s profile, s message, a{sv} options", "o session")
     async def begin_maintenance(

@@ -35,7 +35,7 @@ from sessiond.errors import InvalidOption, NoSuchSession
 from sessiond.session.conflicts import Program
 from sessiond.session.jobs import Job
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import ArchiveKind, Breakdown, Conflicts
+from sessiond.session.model import ArchiveKind, Breakdown, Conflicts, Uid
 
 Options = Mapping[str, object]
 
@@ -94,6 +94,25 @@ class Operations:
         await authorise(caller, Action.CREATE, NewSession(chosen.id or "", user, profile))
         session = await self._manager.create(user, profile, session_id=chosen.id)
         return names.session_path(session.id)
+
+    async def create_guest(self, caller: Caller) -> tuple[str, int]:
+        await authorise(caller, Action.GUESTS)
+        return await self._manager.guests.create()
+
+    async def remove_guest(self, caller: Caller, name: str) -> None:
+        await authorise(caller, Action.GUESTS, NewSession("", name, ""))
+        guests = self._manager.guests
+        await guests.remove(guests.uid_of(name))
+
+    async def log_in(self, caller: Caller, uid: int, process: int) -> tuple[str, str]:
+        await authorise(caller, Action.LOG_IN, NewSession("", str(uid), ""))
+        login = await self._manager.log_in(Uid(uid), process)
+        path = "/" if login.session is None else names.session_path(login.session.id)
+        return path, shown(login.warning)
+
+    async def log_out(self, caller: Caller, uid: int) -> None:
+        await authorise(caller, Action.LOG_IN, NewSession("", str(uid), ""))
+        await self._manager.log_out(Uid(uid))
 
     async def begin_maintenance(
         self, caller: Caller, profile: str, message: str, options: Options

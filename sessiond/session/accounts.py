@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import grp
+import os
 import pwd
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from typing import NamedTuple
 
@@ -36,6 +39,26 @@ def find_account(user: str) -> Account:
     if "/" in found.pw_name or found.pw_name in {".", ".."}:
         raise InvalidName(f"The user name {quoted(found.pw_name)} cannot be part of a path.")
     return Account(found.pw_name, Uid(found.pw_uid))
+
+
+def account_of(uid: Uid) -> Account | None:
+    """Look up whose uid it is; None if nobody has it. Takes as long as `find_account`.
+
+    Raises `InvalidName` for a name that cannot be used.
+    """
+    try:
+        return find_account(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        return None
+
+
+def groups_of(account: Account) -> frozenset[str]:
+    """Return the names of the groups that a user is in."""
+    found = set()
+    for gid in os.getgrouplist(account.name, pwd.getpwuid(account.uid).pw_gid):
+        with suppress(KeyError):  # a gid that has no name
+            found.add(grp.getgrgid(gid).gr_name)
+    return frozenset(found)
 
 
 def session_ids(account: Account) -> Iterator[SessionId]:

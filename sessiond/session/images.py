@@ -200,6 +200,12 @@ class Images:
         source = image.source
         if image.kind == "directory":
             return f"The directory {source.path} cannot be used as an image: {error.strerror}."
+        if str(error.filename).startswith("/dev/loop"):
+            return (
+                f"Image {source.path} cannot be mounted for want of a loop device: "
+                f"{error.filename}: {error.strerror}. Load the module loop; in a container, let it "
+                "have such devices."
+            )
         if not self._mounts.supports(image.kind):
             return (
                 f"Image {source.path} is {image.kind}, which this kernel does not support; load "

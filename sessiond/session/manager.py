@@ -15,15 +15,23 @@ from pathlib import Path
 import trio
 
 from sessiond.config import Config, Profile, ResetTable, seconds
-from sessiond.errors import NoSuchProfile, NoSuchSession, SessiondError, SessionExists
+from sessiond.errors import (
+    ImageUnavailable,
+    NoSuchProfile,
+    NoSuchSession,
+    SessiondError,
+    SessionExists,
+)
 from sessiond.session import mount_point, ram
 from sessiond.session.accounts import Account, find_account, session_ids
 from sessiond.session.activity import ActivityWatch
 from sessiond.session.clock import Instant
 from sessiond.session.faults import explained, quoted
+from sessiond.session.guests import Guests
 from sessiond.session.halting import Halting
 from sessiond.session.images import Image, Images
 from sessiond.session.jobs import Job
+from sessiond.session.logins import ROOT, Login, Logins, Opening
 from sessiond.session.maintenance import (
     DEFAULT_ID,
     MAINTAINER,
@@ -107,6 +115,7 @@ class Manager:
     """
 
     sessions: Mapping[SessionId, Session]
+    guests: Guests
     features: tuple[str, ...]
 
     def __init__(
@@ -124,6 +133,21 @@ class Manager:
         self._activity = ActivityWatch()
         state = config.daemon.state_directory.resolve()
         self._maintenance = Maintenance(services, state, self.close)
+        self._logins = Logins(
+            services,
+            self._sessions,
+            lambda: self._config.login,
+            Opening(
+                self._create_at_login,
+                self._start,
+                self.close,
+                lambda uid: self.guests.remove(uid),
+            ),
+            runtime,
+        )
+        self.guests = Guests(
+            services, state, runtime, config.guests, self._close_all_of, self._is_served
+        )
         self.sessions = self._sessions
         self.features = tuple(features)
 
@@ -189,25 +213,37 @@ class Manager:
         session_id: str | None,
         *,
         maintenance: bool = False,
+        login: bool = False,
     ) -> Session:
         account = await trio.to_thread.run_sync(find_account, user)
         new_id = self._unused_id(account, session_id)
         target = self._mount_point(settings, new_id, account)
         self._require_kept_unused(settings, account, profile)
         with self._creating(new_id, target):
-            image = await self._services.images.acquire(image_source(settings))
+            source = image_source(settings, new_id, account)
+            self._require_no_view(source.path)
+            if source.path != settings.image:
+                what = f"image {source.path}, which is that of one user,"
+                mount_point.resolve_trusted(source.path, what, "Put it elsewhere.")
+            image = await self._services.images.acquire(source)
             began = Instant.now(self._services.surroundings.clock)
             record = _new_record(new_id, account, profile, settings, target, image, began)
-            record = record.model_copy(update={"maintenance": maintenance})
+            record = record.model_copy(update={"maintenance": maintenance, "login": login})
             session = Session(record, self._services, image)
             await self._bring_up(session, image, settings)
         self._add(session)
         return session
 
+    async def _create_at_login(self, account: Account, profile: str) -> Session:
+        self._maintenance.require_none()
+        return await self._create(account.name, profile, self._settings(profile), None, login=True)
+
     def source_of(self, session: Session) -> ImageSource:
         """Return where the image of a session is now, by its profile if that is still there."""
         settings = self._config.profile.get(session.profile)
-        return session.record.source if settings is None else image_source(settings)
+        if settings is None:
+            return session.record.source
+        return image_source(settings, session.id, Account(session.user, session.uid))
 
     async def _bring_up(self, session: Session, image: Image, settings: Profile) -> None:
         store, record = self._services.store, session.record
@@ -255,10 +291,10 @@ class Manager:
     def _mount_point(self, settings: Profile, session: SessionId, account: Account) -> Path:
         if settings.mount_point is None:
             return self._services.store.runtime_directory(session) / "root"
-        text = settings.mount_point.format(id=session, user=account.name, uid=account.uid)
+        path = Path(_filled_in(settings.mount_point, session, account))
         # Before anything looks at the path: the manager never touches a merged view.
-        self._require_apart(Path(text))
-        resolved = mount_point.resolve(Path(text))
+        self._require_apart(path)
+        resolved = mount_point.resolve(path)
         self._require_apart(resolved)
         return resolved
 
@@ -281,6 +317,17 @@ class Manager:
                     "Close that session, or put {id} into mount_point."
                 )
 
+    def _require_no_view(self, path: Path) -> None:
+        """Raise `ImageUnavailable` for an image in a merged view, which the manager never touches:
+        who serves that may be dead, and what is in it changes.
+        """
+        for session in self._sessions.values():
+            if session.mount_point in (path, *path.parents) and session.view.mount is not None:
+                raise ImageUnavailable(
+                    f"{path} is in session {session.id}, which is mounted at "
+                    f"{session.mount_point}, and cannot be an image meanwhile."
+                )
+
     @contextmanager
     def _creating(self, session: SessionId, target: Path) -> Iterator[None]:
         self._being_created[session] = target
@@ -296,7 +343,15 @@ class Manager:
         session.listed = True
         self._services.observers.tell(lambda observer: observer.session_added(session))
 
+    async def log_in(self, uid: Uid, process: int) -> Login:
+        """See `Logins.log_in`."""
+        return await self._logins.log_in(uid, process)
+
     # Sessions go
+
+    async def log_out(self, uid: Uid) -> None:
+        """See `Logins.log_out`."""
+        await self._logins.log_out(uid)
 
     async def close(self, session_id: str) -> None:
         """Unmount a session and delete all its files; a job that runs in it is cancelled first.
@@ -316,6 +371,14 @@ class Manager:
                 await self._maintenance.session_closed(session.id)
         if session.record.maintenance:
             await self._create_configured()
+
+    async def _close_all_of(self, uid: Uid) -> None:
+        for session in tuple(self._sessions.values()):
+            if session.uid == uid and session.state is not SessionState.CLOSING:
+                await self.close(session.id)
+
+    def _is_served(self, uid: Uid) -> bool:
+        return any(session.uid == uid for session in self._sessions.values())
 
     async def _remove(self, record: SessionRecord) -> None:
         self._services.delete_soon(await trio.to_thread.run_sync(self._forget, record))
@@ -362,7 +425,7 @@ class Manager:
         )
         return await self._maintenance.begin(
             profile,
-            image_source(settings),
+            image_source(settings, new_id, Account(MAINTAINER, ROOT)),
             message,
             partial(self._create, MAINTAINER, profile, on_disk, new_id, maintenance=True),
             new_id,
@@ -393,13 +456,16 @@ class Manager:
         # First of all: programs stand still.
         await trio.to_thread.run_sync(self._services.halting.end_left)
         await trio.to_thread.run_sync(store.prepare)
+        await self._logins.recover()
         mounter = self._services.mounter
         await trio.to_thread.run_sync(
             _detach_stale_views, mounts, self._runtime / "sessions", mounter.left()
         )
         await self._services.images.prepare()
         found = await trio.to_thread.run_sync(store.load)
+        await trio.to_thread.run_sync(self.guests.load)
         ended = await trio.to_thread.run_sync(self._maintenance.recover, found.records)
+        ended |= {one.id for one in found.records if self.guests.has_gone(one.uid)}
         garbage = list(found.garbage)
         for record in found.records:
             if record.id in ended:
@@ -414,7 +480,12 @@ class Manager:
                     await session.turn.recover_job(found.jobs[record.id])
                 await self._services.nursery.start(session.run)
                 self._add(session)
-                nursery.start_soon(self._start_again, session)
+                wanted = not record.login or self._logins.is_here(record.uid)
+                if wanted or record.id in mounter.left():
+                    nursery.start_soon(self._start_again, session)
+                else:
+                    await session.rest()
+        self._logins.leave_absent()
         # After that: a worker may have to be told first that it serves something else now.
         await mounter.forget_left()
         # What was left of sessions that are not served; some have been moved since.
@@ -422,6 +493,7 @@ class Manager:
             await trio.to_thread.run_sync(
                 _detach_stale_views, mounts, self._runtime / name, frozenset(self._sessions)
             )
+        await self.guests.recover()
         await self._services.images.unmount_unused()
         self._services.delete_soon(garbage)
         self._services.nursery.start_soon(self._watch_space)
@@ -436,6 +508,7 @@ class Manager:
         if config.daemon != self._config.daemon:
             log.warning("Changes in [daemon] take effect when sessiond is restarted.")
         before, self._config = self._config, config
+        self.guests.settings = config.guests
         for session in tuple(self._sessions.values()):
             self._services.nursery.start_soon(self._reload_keep, session, before)
             if session.state is SessionState.FAILED:
@@ -481,9 +554,12 @@ class Manager:
             log.error("Session %s is not ended cleanly: %s", session.id, error)  # noqa: TRY400
         self._drop(session)
 
+    async def _start(self, session: Session) -> None:
+        await session.start(again=True, source=self.source_of(session))
+
     async def _start_again(self, session: Session) -> None:
         try:
-            await session.start(again=True, source=self.source_of(session))
+            await self._start(session)
         except SessiondError as error:
             log.error("Session %s is not served: %s", session.id, error)  # noqa: TRY400
 
@@ -515,13 +591,17 @@ class Manager:
                 await trio.sleep(_SPACE_SECONDS)
 
 
-def image_source(settings: Profile) -> ImageSource:
-    """Return where a profile has its image."""
+def image_source(settings: Profile, session: SessionId, account: Account) -> ImageSource:
+    """Return where a profile has the image of a session."""
     return ImageSource(
-        path=settings.image,
+        path=Path(_filled_in(str(settings.image), session, account)),
         verity_root_hash=settings.verity_root_hash,
         verity_hash_device=settings.verity_hash_device,
     )
+
+
+def _filled_in(pattern: str, session: SessionId, account: Account) -> str:
+    return pattern.format(id=session, user=account.name, uid=account.uid)
 
 
 def _new_record(
@@ -548,9 +628,7 @@ def _new_record(
         nosuid=unprivileged if settings.nosuid is None else settings.nosuid,
         nodev=unprivileged if settings.nodev is None else settings.nodev,
         data_path=DataPath(settings.data_path),
-        cgroup=None
-        if settings.cgroup is None
-        else settings.cgroup.format(id=session, user=account.name, uid=account.uid),
+        cgroup=None if settings.cgroup is None else _filled_in(settings.cgroup, session, account),
         storage=StorageKind(settings.storage),
         quota=_quota(settings.quota, settings.quota_inodes),
         keep=settings.keep,

@@ -130,6 +130,8 @@ class SessionState(StrEnum):
     STARTING = "starting"
     ACTIVE = "active"
     BUSY = "busy"
+    INACTIVE = "inactive"
+    """Not mounted, since its user is not logged in."""
     FAILED = "failed"
     CLOSING = "closing"
 
@@ -322,6 +324,8 @@ class SessionRecord(BaseModel):
     last_reset: _Moment | None = None
     maintenance: bool = False
     """It is that of a maintenance, and ends with it."""
+    login: bool = False
+    """It is mounted while its user is logged in; see `logins`."""
     began: Instant | None = None
     """When it was made or last reset, by all clocks."""
     reset_rules: ResetRules = ResetRules()

@@ -83,6 +83,8 @@ class Session:
         self.state = SessionState.STARTING
         self.failure = ""
         """Why the state is FAILED, as a sentence."""
+        self.resting = False
+        """Its user is not logged in: it is not mounted, whatever is done to it."""
         self.listed = False
         """Observers know of it; told only of sessions they know. Set by the manager."""
         self.turn = Turn(self)
@@ -423,6 +425,7 @@ class Session:
         await self.turn.become_idle()
         if self.view.mount is not None:
             return
+        self.resting = False
         with self.turn.operating("it is being mounted", self.state):
             try:
                 if again and self.id in self.services.mounter.left() and await self.view.adopt():
@@ -436,6 +439,14 @@ class Session:
             except SessiondError as error:
                 self.failure = str(error)
                 raise
+
+    async def rest(self) -> None:
+        """Unmount it until it is started, after what is being done to it. Never fails."""
+        await self.turn.become_idle()
+        self.resting = True
+        with self.turn.operating("it is being unmounted"), trio.CancelScope(shield=True):
+            await self.view.end()
+            self.failure = f"It is mounted when {self.user} logs in."
 
     async def leave(self) -> None:
         """Stop what is going on in the session; all else is for the next manager to find."""
@@ -467,7 +478,8 @@ class Session:
         try:
             space = measure(self.services.store.storage(self.record))
         except OSError as error:
-            log.warning("The storage of session %s cannot be measured: %s", self.id, error)
+            if not self.turn.closing:
+                log.warning("The storage of session %s cannot be measured: %s", self.id, error)
             return
         level = self._space.new_level(space)
         if self._space.level is SpaceLevel.CRITICAL:
@@ -612,8 +624,11 @@ class Session:
         self.adopt(after)
 
     def delete_layers(self, numbers: Iterable[LayerNumber]) -> None:
-        unread = sorted(number for number in numbers if not self.differences.reads(number))
-        layers = [self.services.store.layer(self.record, number) for number in unread]
+        """Delete layers that are not served any more, after whatever reads them."""
+        self.delete_unread(number for number in numbers if not self.differences.postpone(number))
+
+    def delete_unread(self, numbers: Iterable[LayerNumber]) -> None:
+        layers = [self.services.store.layer(self.record, number) for number in sorted(numbers)]
         if layers:
             remove = partial(self.services.store.remove_layer, self.record)
             self._deletions += 1

@@ -16,6 +16,7 @@ from sessiond.errors import (
     Busy,
     Cancelled,
     Failed,
+    InvalidName,
     NoSuchProfile,
     NoSuchSession,
     NoSuchSnapshot,
@@ -24,9 +25,11 @@ from sessiond.errors import (
     SnapshotExists,
 )
 from sessiond.session import model
+from sessiond.session.accounts import Account
 from sessiond.session.conflicts import Program
 from sessiond.session.inhibitors import Inhibitors
 from sessiond.session.kept import CommittedPath
+from sessiond.session.logins import Login
 from sessiond.session.maintenance import MaintenanceRecord
 from sessiond.session.model import (
     AT_ONCE,
@@ -349,6 +352,26 @@ class FakeSession:
         return self.files
 
 
+class FakeGuests:
+    """``guest-1`` is there."""
+
+    def __init__(self) -> None:
+        self.names = ["guest-1"]
+
+    async def create(self) -> Account:
+        number = len(self.names) + 1
+        self.names.append(f"guest-{number}")
+        return Account(self.names[-1], Uid(2_100_000_000 + number))
+
+    def uid_of(self, name: str) -> Uid:
+        if name not in self.names:
+            raise InvalidName(f"There is no guest {name!r}.")
+        return Uid(2_100_000_000 + int(name.removeprefix("guest-")))
+
+    async def remove(self, uid: Uid) -> None:
+        self.names.remove(f"guest-{uid - 2_100_000_000}")
+
+
 class FakeManager:
     """Profiles: ``live``, and ``broken``, which brings out a fault."""
 
@@ -358,6 +381,7 @@ class FakeManager:
 
     def __init__(self) -> None:
         self.sessions: dict[SessionId, FakeSession] = {}
+        self.guests = FakeGuests()
         self.jobs: list[FakeJob] = []
         self.jobs_finish_at_once = False
         self.maintenance: MaintenanceRecord | None = None
@@ -378,6 +402,12 @@ class FakeManager:
         self.sessions[session.id] = session
         self.tell("session_added", session)
         return session
+
+    async def log_in(self, uid: Uid, process: int) -> Login:
+        return Login(None, f"uid {uid} by process {process}")
+
+    async def log_out(self, uid: Uid) -> None:
+        pass
 
     async def begin_maintenance(
         self, profile: str, message: str, *, session_id: str | None = None, started_by: Uid

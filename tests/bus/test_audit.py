@@ -14,7 +14,7 @@ from sessiond.bus.audit import Attempt, Audit, Outcome
 from sessiond.bus.client import Client
 from sessiond.errors import AuthorizationRequired, Busy, NotAuthorized, SessiondError
 from sessiond.journal import Event
-from sessiond.session.model import Uid
+from sessiond.session.model import SessionId, Uid
 from tests.bus.fake_manager import FakeManager
 from tests.bus.test_authorisation import SESSION, STRANGER, call, guarded, guarded_bus
 from tests.support.waiting import until
@@ -120,6 +120,19 @@ async def test_errors_have_the_names_that_they_have_on_the_bus(trail: list[Field
         "refused",
         "InteractiveAuthorizationRequired",
     )
+
+
+def test_a_line_names_what_there_is(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    log_in = Attempt(Uid(0), "log-in", user="alice")
+    Audit().answered(log_in, (names.session_path(SessionId("alice-1")), ""))
+    Audit().answered(log_in, ("/", "There is no room."))
+    Audit().answered(Attempt(Uid(0), "maintain"), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Request of uid 0: log-in, session 'alice-1' of user 'alice': done",
+        "Request of uid 0: log-in of user 'alice': done",
+        "Request of uid 0: maintain: done",
+    ]
 
 
 def test_a_flood_of_failures_hides_nothing(

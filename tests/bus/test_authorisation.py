@@ -75,6 +75,10 @@ OWNERS_OPERATIONS: list[Call] = [
 ROOTS_OPERATIONS: list[Call] = [
     (ROOT, names.MANAGER, "CreateSession", ("ssa{sv}", "nobody", "live", "0")),
     (ROOT, names.MANAGER, "BeginMaintenance", ("ssa{sv}", "live", "Soon.", "0")),
+    (ROOT, names.MANAGER, "CreateGuest", ()),
+    (ROOT, names.MANAGER, "RemoveGuest", ("s", "guest-1")),
+    (ROOT, names.MANAGER, "Login", ("uu", "65534", "0")),
+    (ROOT, names.MANAGER, "Logout", ("u", "65534")),
     (SESSION, names.SESSION, "SetKeep", ("asa{sv}", "1", "/etc", "0")),
 ]
 

@@ -33,7 +33,7 @@ from tests.bus.test_authorisation import (
     call,
 )
 from tests.support.bus import start_private_bus
-from tests.support.polkit import BUS_POLICY, start_polkit
+from tests.support.polkit import BUS_POLICY, start_polkit, translated_policy
 from tests.support.waiting import BOUND, until
 
 pytestmark = pytest.mark.root
@@ -71,6 +71,35 @@ def polkit(bus_directory: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sta
             stack.enter_context(start_polkit(bus_directory, address, rules=rules))
 
         yield start
+
+
+def test_polkit_speaks_the_language_of_who_asks(
+    bus_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = translated_policy(tmp_path)
+    with (
+        start_private_bus(bus_directory, policy_files=[POLICY, BUS_POLICY]) as address,
+        start_polkit(bus_directory, address, policy=policy),
+    ):
+        ask = ["busctl", "call", "org.freedesktop.PolicyKit1"]
+        authority = "org.freedesktop.PolicyKit1.Authority"
+        path = authority.rpartition(".")[0].replace(".", "/")
+        for locale, expected in (
+            ("de_DE.UTF-8", "Die eigene Sitzung auf ihr Abbild zurücksetzen"),
+            ("", "Reset one's own session to its image"),
+        ):
+            done = subprocess.run(
+                [*ask, f"/{path}/Authority", authority, "EnumerateActions", "s", locale],
+                env={**os.environ, ADDRESS_VARIABLE: address},
+                stdout=subprocess.PIPE,
+                check=True,
+            )
+            assert expected.encode() in _unquoted(done.stdout)
+
+
+def _unquoted(told: bytes) -> bytes:
+    """Return what busctl has printed without its escapes."""
+    return told.decode("unicode_escape").encode("latin-1")
 
 
 @pytest.fixture
@@ -139,7 +168,7 @@ async def test_rules_decide_by_session_user_and_profile(
 
 
 async def test_the_documented_rules_do_what_they_say(polkit: Start, guarded: FakeManager) -> None:
-    rules = (CHECKOUT / "packaging/README.md").read_text().partition("```js")[2].partition("```")[0]
+    rules = (CHECKOUT / "docs/dbus.md").read_text().partition("```js")[2].partition("```")[0]
     polkit(
         rules.replace('"guest"', '"nobody"').replace('"kiosk"', '"live"').replace("staff", "bin")
     )

@@ -244,7 +244,7 @@ async def test_managed_objects_are_those_below_the_root(
     sessiond: Client, serving: FakeManager
 ) -> None:
     await serving.sessions["live"].snapshots.make("fresh")
-    objects = await sessiond._managed_objects()
+    objects = await sessiond.managed_objects()
     assert set(objects) == {SESSION_PATH, f"{SESSION_PATH}/snapshot/fresh"}
     assert objects[SESSION_PATH][names.SESSION]["Snapshots"] == [f"{SESSION_PATH}/snapshot/fresh"]
 

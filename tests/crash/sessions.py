@@ -33,6 +33,9 @@ Life: TypeAlias = "Callable[[World, Manager], Awaitable[object]]"
 
 Files: TypeAlias = "dict[str, bytes]"
 
+LOGINS = {"daemon": "volatile", "sync": "lasting"}
+"""Users that every machine has, and the profiles of their sessions."""
+
 LAST_WORDS: Files = {}
 """What programs write into a merged view just before it is frozen."""
 
@@ -72,6 +75,7 @@ class RealStorage(World):
         profiles = config["profile"]
         for name in tuple(profiles):
             profiles[f"{name}-keeping"] = profiles[name] | {"keep": []}
+        config["login"] = {name: {"user": user, "profile": name} for user, name in LOGINS.items()}
         profiles["packed"] = profiles["volatile"] | {"image": str(self.directory / "squashfs")}
         return Config.model_validate(config)
 

@@ -109,6 +109,8 @@ def _string(text: str) -> Variant:
 _NONE: Arguments = lambda _: ()  # noqa: E731
 _NEW_LAYER = no_space(Full.UPPER, Full.DISK, without=[(Full.UPPER, "bytes")])
 """A directory of a tmpfs takes an inode only."""
+_NEW_IMAGE = no_space(Full.STATE, Full.DISK, Full.RUN, without=[(Full.RUN, "bytes")])
+"""The same for the directory that an image is mounted at."""
 
 _SCHEDULE = Entry(
     SessionObject,
@@ -192,6 +194,17 @@ def _looks(
     )
 
 
+_GUEST = Entry(
+    ManagerObject,
+    "CreateGuest",
+    By.ROOT,
+    _NONE,
+    meanwhile=Meanwhile.AT_ONCE,
+    full=no_space(Full.STATE, Full.DISK),
+    closing=DONE,
+    lives=("create_guest",),
+)
+
 METHODS = (
     Entry(
         ManagerObject,
@@ -228,11 +241,27 @@ METHODS = (
     _by_id("CloseSession", _CLOSE),
     Entry(
         ManagerObject,
+        "Login",
+        By.ROOT,
+        lambda stage: (stage.uid, 0),
+        meanwhile=Meanwhile.AT_ONCE,
+        closing=DONE,
+    ),
+    Entry(
+        ManagerObject,
+        "Logout",
+        By.ROOT,
+        lambda stage: (stage.uid,),
+        meanwhile=Meanwhile.AT_ONCE,
+        closing=DONE,
+    ),
+    Entry(
+        ManagerObject,
         "BeginMaintenance",
         By.ROOT,
         lambda _: ("packed", "Back at noon.", {}),
         meanwhile=Meanwhile.AT_ONCE,
-        full=no_space(Full.STATE, Full.DISK),
+        full=_NEW_IMAGE,
         closing=DONE,
         lives=("begin_maintenance",),
     ),
@@ -241,7 +270,7 @@ METHODS = (
         "FinishMaintenance",
         By.ROOT,
         maintenance=True,
-        full=no_space(Full.STATE, Full.DISK),
+        full=_NEW_IMAGE,
         closes=True,
         lives=("finish_maintenance",),
     ),
@@ -253,6 +282,17 @@ METHODS = (
         meanwhile=Meanwhile.ENDS_IT,
         closes=True,
         lives=("cancel_maintenance",),
+    ),
+    _GUEST,
+    Entry(
+        ManagerObject,
+        "RemoveGuest",
+        By.ROOT,
+        lambda stage: (stage.guest,),
+        meanwhile=Meanwhile.AT_ONCE,
+        before=_GUEST,
+        closing=DONE,
+        lives=("remove_guest",),
     ),
     _RESET,
     _SCHEDULE,

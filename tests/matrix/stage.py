@@ -56,6 +56,8 @@ class Stage:
         self.uid = uid
         self.job = names.job_path(0)
         """The one that ran last."""
+        self.guest = "guest-1"
+        """The one that was made last."""
         self._pipes = ExitStack()
 
     def path(self, interface: str) -> str:
@@ -141,6 +143,8 @@ class Stage:
             if output.name == "job":
                 self.job = str(result)
                 return await self.ended(self.job)
+            if output.name == "name":
+                self.guest = str(result)
             if isinstance(result, int) and output.type == "h":
                 return await _read(result) if output.name == "stream" else _let_go(result)
         return DONE, ""

@@ -7,10 +7,13 @@ from tests.crash import test_rebase_death
 from tests.crash.lives import LIVES
 from tests.matrix.methods import INTERFACES, METHODS
 from tests.matrix.test_meanwhile import JOBS
+from tests.unit.session import guest_death
 
 DEATHS = {
     "rebase": test_rebase_death.test_a_session,
     "finish_maintenance": test_rebase_death.test_an_image_is_replaced,
+    "create_guest": guest_death.create_guest,
+    "remove_guest": guest_death.remove_guest,
     **{life.__name__: life for life in LIVES},
 }
 """Who does what changes a disk, and dies in it."""

@@ -17,7 +17,9 @@ from sessiond.fuse.mounter import FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.session.manager import Manager, Session, open_manager
 from sessiond.session.model import Uid
+from sessiond.session.surroundings import Surroundings
 from tests.support import libc
+from tests.support.guests import FewBelongings, UnknownUserRecords, guests_table
 from tests.support.mounts import detach
 from tests.support.waiting import until
 
@@ -49,7 +51,8 @@ class Machine:
         }
         self.daemon: dict[str, object] = {}
         self.mounter = FuseMounter(spawner, self.runtime / "workers")
-        self.image.mkdir()
+        for name in ("image", "homes", "skeleton"):
+            (directory / name).mkdir()
         self.image.chmod(0o777)
         for number in range(3):
             (self.image / f"file{number}").write_bytes(b"image" * number)
@@ -62,6 +65,7 @@ class Machine:
                     "state_directory": str(self.state),
                     **self.daemon,
                 },
+                "guests": guests_table(self.directory),
                 "profile": {
                     name: {**profile, "data_path": profile.get("data_path", "passthrough")}
                     for name, profile in self.profiles.items()
@@ -72,7 +76,10 @@ class Machine:
     @asynccontextmanager
     async def manager(self) -> AsyncIterator[Manager]:
         """A manager, from its start to a clean end."""
-        async with open_manager(self.config(), self.mounter) as manager:
+        surroundings = Surroundings(
+            user_records=UnknownUserRecords(self.directory / "userdb"), belongings=FewBelongings()
+        )
+        async with open_manager(self.config(), self.mounter, surroundings=surroundings) as manager:
             await manager.start()
             try:
                 yield manager

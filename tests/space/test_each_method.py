@@ -100,12 +100,17 @@ class Place:
         await settled(session)
         committed = {path.removeprefix("/") for path in session.keep}
         assert names(root) - committed == names(self.machine.image)
-        (root / "file0").write_bytes(b"written")
-        (root / "new").mkdir()
         for name in tuple(session.snapshots):
             await restore(session, name)
             kept = root / "kept"
             assert name == "imported" or kept.read_bytes() == b"kept", name
+        # What fills it may be in a snapshot.
+        await reset(session)
+        for name in tuple(session.snapshots):
+            await session.snapshots.delete(name)
+        await settled(session)
+        (root / "file0").write_bytes(b"written")
+        (root / "new").mkdir()
         found: list[Found] = []
         scope = Scope(self.machine.state, self.machine.runtime)
         await check_store(scope, Report(found.append))

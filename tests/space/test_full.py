@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import trio
@@ -20,6 +21,9 @@ from sessiond.session import session as session_module
 from sessiond.session.manager import Session
 from sessiond.session.model import Manner, SessionState, StorageKind
 from tests.space.conftest import ROOT, Machine, fill, reset, restore, settled
+from tests.support import libc
+from tests.support.mounts import detach
+from tests.support.waiting import until
 
 WHAT = pytest.mark.parametrize("what", ["bytes", "inodes"])
 PROFILE = pytest.mark.parametrize("profile", ["volatile", "lasting"])
@@ -326,3 +330,37 @@ async def test_a_directory_tree_is_deleted_on_a_full_disk(machine: Machine) -> N
 
 def test_nothing_is_mounted_here() -> None:
     assert "sessiond-test" not in Path("/proc/self/mountinfo").read_text()
+
+
+@pytest.fixture
+def connections(tmp_path: Path) -> Iterator[Path]:
+    """What the kernel tells of FUSE connections: a directory for each."""
+    libc.mount("connections", str(tmp_path), "fusectl")
+    yield tmp_path
+    detach(str(tmp_path))
+
+
+@pytest.mark.parametrize("data_path", ["cached", "plain"])
+async def test_a_write_that_had_to_wait_and_has_no_room(
+    machine: Machine, connections: Path, data_path: str
+) -> None:
+    """It leaves nothing open: when the file is removed, its room is given back."""
+    machine.profiles["volatile"]["data_path"] = data_path
+    async with machine.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        root = session.mount_point
+        waiting = connections / str(os.minor(root.stat().st_dev)) / "waiting"
+
+        def write(file: BinaryIO) -> None:
+            with pytest.raises(OSError, match="No space left"):
+                file.write(bytes(1 << 16))
+
+        fill(root, "bytes")
+        with open(root / "big1048576", "ab", buffering=0) as file:
+            async with trio.open_nursery() as nursery, session.view.require().frozen():
+                nursery.start_soon(trio.to_thread.run_sync, write, file)
+                await until(lambda: waiting.read_text() != "0\n")
+        for path in root.glob("*big*"):
+            path.unlink()
+        storage = machine.runtime / "sessions/s/storage"
+        await until(lambda: os.statvfs(storage).f_bfree > 3 * os.statvfs(storage).f_blocks // 4)

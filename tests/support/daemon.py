@@ -46,14 +46,18 @@ class Daemon:
         self._process: subprocess.Popen[bytes] | None = None
 
     def configure(self, tables: Mapping[str, Mapping[str, str | int]]) -> None:
-        """Write the configuration: tables by their full names, such as ``profile.guest``."""
+        """Write the configuration: tables by their full names, such as ``profile.guest``.
+
+        Unless it says where, no guests can be made: they would be the machine's.
+        """
         directories = {
             "state_directory": str(self.state),
             "runtime_directory": str(self.runtime),
         }
         daemon = {**directories, **tables.get("daemon", {})}
+        guests = {"home": str(self.directory / "nowhere"), **tables.get("guests", {})}
         lines = []
-        for name, table in {**tables, "daemon": daemon}.items():
+        for name, table in {**tables, "daemon": daemon, "guests": guests}.items():
             lines.append(f"[{name}]")
             lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
         self.configuration.write_text("\n".join(lines) + "\n")
@@ -217,6 +221,11 @@ class Daemon:
         """Return the sessions by their ids."""
         listed = json.loads(self.sessionctl("list", "--json").stdout)
         return {session["id"]: session for session in listed}
+
+    def snapshots(self, session: str) -> list[str]:
+        """Return the names of a session's snapshots, oldest first."""
+        listed = json.loads(self.sessionctl("snapshots", session, "--json").stdout)
+        return [snapshot["name"] for snapshot in listed]
 
     def wait_idle(self, session: str) -> None:
         """Wait until no job runs on a session."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tests.support.mounts import detach
 CHECKOUT = Path(__file__).parents[2]
 BOUND = 60.0
 """Seconds within which the machine boots, ends, or obeys a command, or else the test fails."""
+
+_DISK_BYTES = 64 << 20
 
 _PROGRAMS = {
     "sessiond": "sessiond.daemon",
@@ -62,16 +65,19 @@ class Machine:
 
 
 @contextmanager
-def booted(image: Path, directory: Path) -> Iterator[Machine]:
+def booted(
+    image: Path, directory: Path, install: Callable[[Path], None] | None = None
+) -> Iterator[Machine]:
     """Boot the file system in the file `image`, with sessiond installed but not enabled.
 
-    What it writes is kept in RAM, and gone with it. Its files are in `directory`, and its processes
-    in a cgroup of their own. Raises `CannotBoot`.
+    Or else with what `install` does in its root. What it writes is gone with it: to RAM, or of
+    sessiond to a disk. Its files are in `directory`, and its processes in a cgroup of their own.
+    Raises `CannotBoot`.
     """
-    for name in ("image", "ram", "root"):
-        (directory / name).mkdir()
-    console, group = directory / "console", f"sessiond-test-{os.getpid()}"
-    points = [directory / "image", directory / "ram", directory / "root"]
+    points = [directory / name for name in ("image", "ram", "root", "disk")]
+    for point in points:
+        point.mkdir()
+    console, group = directory / "console", f"sessiond-test-{secrets.token_hex(4)}"
     try:
         _mount("-o", "loop,ro", image, points[0])
         _mount("-t", "tmpfs", "machine", points[1])
@@ -80,12 +86,13 @@ def booted(image: Path, directory: Path) -> Iterator[Machine]:
         work.mkdir()
         layers = f"lowerdir={points[0]},upperdir={upper},workdir={work}"
         _mount("-t", "overlay", "-o", layers, "machine", points[2])
-        install_project(points[2])
+        (install or install_project)(points[2])
+        _mount_disk(directory / "disk.ext4", points[3])
         fuse = points[1] / "fuse"
         os.mknod(fuse, 0o666 | 0o020000, os.makedev(10, 229))
         with open(console, "wb") as log:
             process = subprocess.Popen(
-                ["/bin/sh", "-euc", _BOOT, "boot", group, points[2], fuse, CHECKOUT, SOURCE],
+                [*_START, group, points[2], fuse, CHECKOUT, SOURCE, points[3]],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -123,9 +130,20 @@ for hierarchy in /sys/fs/cgroup /sys/fs/cgroup/unified /sys/fs/cgroup/systemd; d
 done
 export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
 exec systemd-nspawn --quiet --boot --machine="$1" --directory="$2" --bind="$3:/dev/fuse" \
-    --bind-ro="$4:$5" --capability=all --private-network --register=no --keep-unit \
-    --console=read-only
+    --bind-ro="$4:$5" --bind="$6:/var/lib/sessiond" --capability=all --private-network \
+    --register=no --keep-unit --console=read-only
 """
+
+
+_START = ("/bin/sh", "-euc", _BOOT, "boot")
+
+
+def _mount_disk(file: Path, target: Path) -> None:
+    """Mount what persistent sessions can be on; the machine's root is no such thing."""
+    with open(file, "wb") as image:
+        image.truncate(_DISK_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", file], check=True, timeout=BOUND)
+    _mount("-o", "loop", file, target)
 
 
 def _mount(*arguments: str | Path) -> None:
@@ -134,15 +152,21 @@ def _mount(*arguments: str | Path) -> None:
 
 def install_project(root: Path) -> None:
     """Do what packaging/install does, except that the programs run from this checkout."""
+    units = "usr/local/lib/systemd/system"
     installed = {
-        "usr/local/lib/systemd/system": "units/sessiond.service",
-        "usr/local/share/dbus-1/system-services": "packaging/dbus/org.sessiond.Overlay1.service",
-        "etc/dbus-1/system.d": "packaging/dbus/org.sessiond.Overlay1.conf",
-        "usr/share/polkit-1/actions": "packaging/polkit/org.sessiond.overlay1.policy",
+        "units/sessiond.service": units,
+        "units/sessiond-kiosk@.service": units,
+        "units/sessiond-user@.service": units,
+        "units/user@.service.d/50-sessiond.conf": f"{units}/user@.service.d",
+        "packaging/dbus/org.sessiond.Overlay1.service": "usr/local/share/dbus-1/system-services",
+        "packaging/dbus/org.sessiond.Overlay1.conf": "etc/dbus-1/system.d",
+        "packaging/polkit/org.sessiond.overlay1.policy": "usr/share/polkit-1/actions",
+        "packaging/pam/sessiond": "usr/share/pam-configs",
+        "packaging/pam/sessiond-login": "usr/local/sbin",
     }
-    for directory in (*installed, "etc/sessiond", "usr/local/bin"):
+    for directory in (*installed.values(), "etc/sessiond", "usr/local/bin"):
         (root / directory).mkdir(parents=True, exist_ok=True)
-    for directory, file in installed.items():
+    for file, directory in installed.items():
         shutil.copy(CHECKOUT / file, root / directory)
     for name, module in _PROGRAMS.items():
         program = root / "usr/local/bin" / name

@@ -15,6 +15,7 @@ import pytest
 from sessiond.bus.transport import ADDRESS_VARIABLE
 
 ACTIONS = Path(__file__).parents[2] / "packaging/polkit/org.sessiond.overlay1.policy"
+TRANSLATIONS = Path(__file__).parents[2] / "packaging/polkit-translations"
 BUS_POLICY = Path("/usr/share/dbus-1/system.d/org.freedesktop.PolicyKit1.conf")
 _PROGRAM = Path("/usr/lib/polkit-1/polkitd")
 _BOUND = 30.0
@@ -29,8 +30,17 @@ exec "$3" --no-debug
 """
 
 
+def translated_policy(directory: Path) -> Path:
+    """Make in `directory` what packaging/install installs."""
+    target = directory / ACTIONS.name
+    subprocess.run([TRANSLATIONS, target], check=True)
+    return target
+
+
 @contextmanager
-def start_polkit(directory: Path, address: str, *, rules: str = "") -> Iterator[None]:
+def start_polkit(
+    directory: Path, address: str, *, rules: str = "", policy: Path = ACTIONS
+) -> Iterator[None]:
     """Run polkitd on the bus at `address`, with its files in `directory`, and our actions.
 
     `rules` is JavaScript; what is shipped with the system does not apply.
@@ -40,7 +50,7 @@ def start_polkit(directory: Path, address: str, *, rules: str = "") -> Iterator[
     actions, rule_files = directory / "actions", directory / "rules"
     actions.mkdir()
     rule_files.mkdir()
-    shutil.copy(ACTIONS, actions)
+    shutil.copy(policy, actions)
     (rule_files / "10-test.rules").write_text(rules)
     log = directory / "polkitd.log"
     environment = {"PATH": os.environ["PATH"], ADDRESS_VARIABLE: address}

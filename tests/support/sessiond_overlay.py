@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -10,14 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sessiond.fuse import mount
+from tests.support.mortal import die_in_time
 from tests.support.mounts import Layers, MountError, detach, wait_mounted
 
 REPOSITORY = str(Path(__file__).parents[2])
 
 COMMAND = (sys.executable, "-m", "sessiond.fuse.mount")
 
-_MORTAL = (sys.executable, "-m", "tests.support.mortal", "sessiond.fuse.mount")
 _LONGEST_END_SECONDS = 30
+
+# There are a thousand mounts, and to start Python for each would take longer than all the tests.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload([mount.__name__])
 
 
 class SessiondOverlay:
@@ -29,7 +35,7 @@ class SessiondOverlay:
     _OPTIONS = ("allow_other",)
 
     def __init__(self, data_path: str = "passthrough") -> None:
-        self._environment = {**os.environ, "SESSIOND_DATAPATH": data_path}
+        self._data_path = data_path
         self.descriptors_follow_changes = data_path != "passthrough"
         self.copy_up_makes_another_inode = data_path == "passthrough"
 
@@ -37,25 +43,37 @@ class SessiondOverlay:
     def mounted(self, layers: Layers, mount_point: str, *options: str) -> Iterator[None]:
         """Mount `layers`; raises `MountError` with the program's message."""
         wanted = ",".join((layers.options(), *(options or self._OPTIONS)))
-        with tempfile.TemporaryFile() as said:
-            worker = subprocess.Popen(
-                [*_MORTAL, "-f", "-o", wanted, mount_point],
-                cwd=REPOSITORY,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-            )
+        arguments = ["-f", "-o", wanted, mount_point]
+        with tempfile.NamedTemporaryFile() as said:
+            worker = _forks.Process(target=_serve, args=(arguments, self._data_path, said.name))
+            worker.start()
+            assert worker.pid is not None
             try:
                 if not wait_mounted(mount_point, worker.pid):
                     raise MountError(_text(said.fileno()))
                 yield
             finally:
                 detach(mount_point)
-                status = _end(worker)
-            words = _text(said.fileno())
-            assert status == 0, f"sessiond-overlay ended with {status}: {words}"
+                worker.join(_LONGEST_END_SECONDS)
+                worker.kill()  # it stays if a descriptor still holds its mount
+                worker.join()
+            words = _text(said.fileno()).replace(_UNMOUNTED, "")
+            assert worker.exitcode == 0, f"sessiond-overlay ended with {worker.exitcode}: {words}"
             assert not words, f"sessiond-overlay had something to complain about: {words}"
+
+
+_UNMOUNTED = "fuse: reading device: Software caused connection abort\n"
+"""What libfuse says if the mount goes while it reads a request; it is no failure of the worker's,
+which ends as always."""
+
+
+def _serve(arguments: list[str], data_path: str, said: str) -> None:
+    die_in_time()
+    os.environ["SESSIOND_DATAPATH"] = data_path
+    output = os.open(said, os.O_WRONLY | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.exit(mount.main(arguments))
 
 
 def run(*arguments: str, seconds: float = 30) -> subprocess.CompletedProcess[str]:
@@ -69,15 +87,6 @@ def run(*arguments: str, seconds: float = 30) -> subprocess.CompletedProcess[str
         check=False,
         timeout=seconds,
     )
-
-
-def _end(worker: subprocess.Popen[bytes]) -> int:
-    """Return the exit status of a worker; it stays if a descriptor still holds its mount."""
-    try:
-        return worker.wait(_LONGEST_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        worker.kill()
-        return worker.wait()
 
 
 def _text(descriptor: int) -> str:

@@ -6,7 +6,7 @@ import getpass
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from sessiond.session.manager import Manager, Session, open_manager
 from sessiond.session.memory import MemoryMount, MemoryMounter, MemoryMounts
 from sessiond.session.model import SessionId, SnapshotRecord
 from sessiond.session.surroundings import Surroundings
+from tests.support.guests import FewBelongings, UnknownUserRecords, guests_table
 
 USER = getpass.getuser()
 UID = os.getuid()
@@ -81,7 +82,13 @@ class World:
     surroundings: Surroundings = field(default_factory=Surroundings)
 
     def __post_init__(self) -> None:
-        (self.directory / "image").mkdir(exist_ok=True)
+        for name in ("image", "homes", "skeleton"):
+            (self.directory / name).mkdir(exist_ok=True)
+        self.surroundings = replace(
+            self.surroundings,
+            user_records=UnknownUserRecords(self.directory / "userdb"),
+            belongings=FewBelongings(),
+        )
 
     @property
     def runtime(self) -> Path:
@@ -106,6 +113,7 @@ class World:
                     "volatile_limit": "none",
                 },
                 "profile": {"volatile": profile, "lasting": {**profile, "storage": "persistent"}},
+                "guests": guests_table(self.directory),
                 "session": {
                     name: {"user": USER, "profile": profile} for name, profile in sessions.items()
                 },

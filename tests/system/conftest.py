@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.support import trees
 from tests.support.daemon import Daemon, own_daemon
-from tests.support.debian import NoArchive, install, made_once, suite
+from tests.support.debian import NoArchive, install, made_once, pack, suite
 
 IMAGE: trees.Tree = {
     "etc": {"motd": b"Welcome.\n", "hosts": b"::1 localhost\n"},
@@ -19,7 +18,16 @@ IMAGE: trees.Tree = {
     "srv": {"data": {f"file{number}": b"x" * number for number in range(50)}},
 }
 
-_PACKAGES = "systemd-sysv,dbus,fuse3,libpam-systemd,polkitd,procps,python3"
+_PACKAGES = (
+    "systemd-sysv,dbus,fuse3,libnss-systemd,libpam-systemd,polkitd,procps,python3,openssh-server,"
+    "pamtester"
+)
+_STACKS_OF_LIGHTDM = """
+chroot "$1" sh -euc 'cd /tmp; apt-get download lightdm; dpkg --fsys-tarfile *.deb >files.tar'
+tar -x -C "$1" -f "$1/tmp/files.tar" ./etc/pam.d
+rm "$1"/tmp/*
+"""
+"""How a display manager lets people in, without all that it would bring along."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,7 +70,7 @@ def daemon(idle_daemon: Daemon) -> Daemon:
 @pytest.fixture(scope="session")
 def debian(request: pytest.FixtureRequest) -> Path:
     """A squashfs of a Debian root that can be booted; made once, and kept with pytest's cache."""
-    image = Path(request.config.cache.mkdir("images")) / f"{suite()}-polkit.squashfs"
+    image = Path(request.config.cache.mkdir("images")) / f"{suite()}-seats.squashfs"
     try:
         return made_once(image, _make_squashfs)
     except NoArchive as error:
@@ -71,10 +79,6 @@ def debian(request: pytest.FixtureRequest) -> Path:
 
 def _make_squashfs(image: Path) -> None:
     archive = image.with_suffix(".tar")
-    install(archive, _PACKAGES)
-    with open(archive, "rb") as tar:
-        # With file handles, as mksquashfs makes images: they keep hard links together.
-        options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
-        pack = ["sqfstar", *options, str(image)]
-        subprocess.run(pack, stdin=tar, check=True, capture_output=True)
+    install(archive, _PACKAGES, f"--customize-hook={_STACKS_OF_LIGHTDM}")
+    pack(archive, image)
     archive.unlink()

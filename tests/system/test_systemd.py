@@ -12,7 +12,7 @@ import pytest
 from sessiond.journal import Event
 from tests.matrix.methods import METHODS, By
 from tests.support.cgroups import COUNTER, is_of_one_moment, prepare_counter
-from tests.support.machine import PYTHON, CannotBoot, Machine, booted
+from tests.support.machine import PYTHON, SOURCE, CannotBoot, Machine, booted
 
 CONFIGURATION = """\
 [profile.guest]
@@ -210,6 +210,26 @@ def test_a_restart_leaves_sessions_alone(service: Machine, bystander: Callable[[
     assert show(service, "NRestarts") == "0"
 
 
+def test_restarts_under_load_lose_nothing(service: Machine) -> None:
+    """Programs compare what they find with what they have written, mapped, locked and removed."""
+    with open(service.root / "etc/sessiond/sessiond.toml", "a") as configuration:
+        configuration.write('[profile.load]\nimage = "/srv/image"\nsize = "128M"\n')
+    service.run("systemctl reload sessiond")
+    service.wait("sessionctl create root load --id load")
+    root = ROOT.replace("kiosk", "load")
+    program = f"{PYTHON} -m tests.support.load {root}"
+    service.run(f"systemd-run --quiet --unit load --working-directory {SOURCE} {program}")
+    service.wait(f"test -s {root}/database")
+    for _ in range(3):
+        before = service.run(f"stat --format %Z {root}/database")
+        service.run("systemctl restart sessiond")
+        service.wait(f"test $(stat --format %Z {root}/database) != {before}")
+    service.run("systemctl is-active load; systemctl stop load")
+    # A unit that has failed would still be there, with its status.
+    told = "systemctl show --property=ExecMainStatus --property=Result load"
+    assert service.run(told).split() == ["Result=success", "ExecMainStatus=0"]
+
+
 def test_a_stop_leaves_nothing_mounted(service: Machine) -> None:
     service.run("systemctl stop sessiond")
     assert show(service, "Result") == "success"
@@ -305,12 +325,13 @@ def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
 
 
 @pytest.fixture
-def alice(service: Machine) -> str:
+def alice(service: Machine) -> Iterator[str]:
     """A user who can log in, with four sessions; and her uid."""
     service.run("id alice || useradd --create-home alice")
     for number in range(4):
         service.run(f"sessionctl create alice guest --id hers-{number}")
-    return service.run("id --user alice").strip()
+    yield service.run("id --user alice").strip()
+    service.run("sessionctl close hers-0")  # persisted, it would outlive the service
 
 
 def test_each_method_of_who_is_at_the_machine(service: Machine, alice: str) -> None:

@@ -17,6 +17,14 @@ def world(tmp_path: Path) -> World:
 
 
 @pytest.fixture(autouse=True)
+def umask() -> Iterator[None]:
+    """As sessiond's unit has it: what others are to read is given its mode by name."""
+    before = os.umask(0o077)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture(autouse=True)
 def no_unexpected_logs(
     caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> Iterator[None]:

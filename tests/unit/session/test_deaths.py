@@ -59,3 +59,20 @@ def test_death_at_some_changes_of_a_maintenance() -> None:
 @pytest.mark.timeout(300)
 def test_death_at_every_change_of_a_maintenance() -> None:
     assert deaths("maintenance_death", "1") >= 40
+
+
+each_way = pytest.mark.parametrize("operation", ["create_guest", "remove_guest"])
+
+
+@root
+@each_way
+def test_death_at_some_changes_of_guests(operation: str) -> None:
+    assert deaths("guest_death", operation, "3") >= 4
+
+
+@root
+@pytest.mark.soak
+@pytest.mark.timeout(300)
+@each_way
+def test_death_at_every_change_of_guests(operation: str) -> None:
+    assert deaths("guest_death", operation, "1") >= 12

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 from sessiond.errors import ImageUnavailable
+from sessiond.session import loop
 from sessiond.session.images import Images
 from sessiond.session.loop import attached
 from sessiond.session.memory import MemoryMounts
@@ -139,6 +140,16 @@ async def test_a_corrupt_image_is_refused(images: Images, real: Path, kind: str)
         await images.acquire(ImageSource(path=image))
     assert images.digests == ()
     assert list((real / "images").iterdir()) == []
+
+
+@pytest.mark.root
+async def test_a_machine_without_loop_devices_is_a_reason(
+    images: Images, real: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_CONTROL", "/dev/loop-control.missing")
+    image = make_image("squashfs", real)
+    with pytest.raises(ImageUnavailable, match=r"loop-control.missing: No such file.* container"):
+        await images.acquire(ImageSource(path=image))
 
 
 @pytest.mark.root

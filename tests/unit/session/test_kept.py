@@ -92,8 +92,8 @@ async def test_rules_follow_the_configuration(world: World) -> None:
     async with world.manager(keeping(world, *RULES)) as manager:
         session = await create(manager)
         await manager.reload(keeping(world, "/data", "/new"))
-        await until(lambda: session.keep == ("/data", "/new", "/home/*/docs"))
-        assert world.mount("s").rules == session.keep
+        await until(lambda: world.mount("s").rules == ("/data", "/new", "/home/*/docs"))
+        assert session.keep == world.mount("s").rules
         await session.reset(started_by=UID).wait()
         assert session.keep == world.mount("s").rules == ("/data", "/new")
         await session.set_keep(["/data"])

@@ -241,7 +241,7 @@ async def test_daily_is_made_up_for_after_a_night_without_power(
 @pytest.mark.parametrize(
     ("after", "expected"),
     [
-        ("2026-03-28T12:00+00:00", "2026-03-29T00:30+00:00"),  # 02:30 does not exist
+        ("2026-03-28T12:00+00:00", "2026-03-29T01:30+00:00"),  # 02:30 is skipped: 03:30
         ("2026-03-29T12:00+00:00", "2026-03-30T00:30+00:00"),
         ("2026-10-24T12:00+00:00", "2026-10-25T00:30+00:00"),  # the first of two
         ("2026-06-01T00:29:30+00:00", "2026-06-02T00:30+00:00"),  # it was that time just now

@@ -339,9 +339,29 @@ async def test_layers_stay_as_long_as_they_are_compared(world: World) -> None:
             await trio.testing.wait_all_tasks_blocked()
             await session.snapshots.delete("one")
             await session.reset(started_by=UID).wait()
-            await until(lambda: world.layers(world.storage("s")) == ["1", "4"])
+            await until(lambda: world.layers(world.storage("s")) == ["1", "3", "4"])
             os.close(read)
         os.close(write)
+        await settled(world, session)
+
+
+async def test_the_view_stays_as_long_as_it_is_compared(world: World) -> None:
+    async with world.manager() as manager:
+        session = await create(manager)
+        world.mount("s").differences = [{"path": "x" * 4000}] * 100  # more than a pipe holds
+        reads, writes = zip(os.pipe(), os.pipe(), strict=True)
+        async with trio.open_nursery() as nursery:
+            for write in writes:
+                os.set_blocking(write, False)
+                nursery.start_soon(session.differences.write, write)
+                await trio.testing.wait_all_tasks_blocked()
+                await session.reset(started_by=UID).wait()
+            assert world.layers(world.storage("s")) == ["1", "2", "3"]
+            os.close(reads[0])
+            await until(lambda: world.layers(world.storage("s")) == ["2", "3"])
+            os.close(reads[1])
+        for write in writes:
+            os.close(write)
         await settled(world, session)
 
 
