@@ -1,13 +1,16 @@
-"""Builds `sessiond.fuse._kernel_io`; everything else is in pyproject.toml."""
+"""Builds `sessiond.fuse._kernel_io` and the translations; everything else is in pyproject.toml."""
 
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build_py import build_py
 
 SOURCE = Path("sessiond/fuse/kernel_io")
+LOCALE = Path("sessiond/locale")
 
 
 def fuse3(option: str) -> list[str]:
@@ -43,4 +46,38 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions())
+class Catalogues(Command):
+    """Compiles `locale/LANG.po` to where gettext looks for it, in the source tree."""
+
+    description = "compile the translations"
+    user_options: ClassVar = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        if shutil.which("msgfmt") is None:
+            print("gettext is not there to build with: all is in English", file=sys.stderr)
+            return
+        for source in sorted(LOCALE.glob("*.po")):
+            target = LOCALE / source.stem / "LC_MESSAGES" / "sessiond.mo"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["msgfmt", "--check-format", "-o", str(target), str(source)], check=True)
+
+
+class BuildWithCatalogues(build_py):
+    """Takes the translations along as the package's data."""
+
+    def run(self):
+        self.run_command("catalogues")
+        self.data_files = self._get_data_files()  # listed before they were compiled
+        super().run()
+
+
+setup(
+    cmdclass={"catalogues": Catalogues, "build_py": BuildWithCatalogues},
+    ext_modules=extensions(),
+)

@@ -17,3 +17,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if hasattr(config, "workerinput") and os.geteuid() == 0:
         mount_for_oneself()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say what makes tests fail that run programs of this checkout as other users."""
+    closed = [path for path in config.rootpath.parents if not path.stat().st_mode & 0o001]
+    if closed and os.geteuid() == 0 and terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(
+            f"Other users cannot get into {closed[-1]}, but some tests run programs of this "
+            "checkout as other users: clone it to where everyone can, such as /srv."
+        )

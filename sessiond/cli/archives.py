@@ -16,6 +16,7 @@ import trio
 from sessiond.bus.client import Job
 from sessiond.cli.progress import carry_out
 from sessiond.errors import Failed, SessiondError
+from sessiond.words import _
 
 _CHUNK = 1 << 18
 STANDARD = Path("-")
@@ -27,7 +28,8 @@ def _explained(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise Failed(f"{file} cannot be opened or written: {error.strerror}.") from error
+        sentence = _("{file} cannot be opened or written: {reason}.")
+        raise Failed(sentence.format(file=file, reason=error.strerror)) from error
 
 
 async def write_archive(export: Callable[[int], Awaitable[Job]], file: Path, title: str) -> None:
@@ -36,7 +38,7 @@ async def write_archive(export: Callable[[int], Awaitable[Job]], file: Path, tit
     The file gets its name when it is complete. Raises `Failed`, and what the job fails with.
     """
     if file == STANDARD:
-        await _write(export, sys.stdout.fileno(), "standard output", title)
+        await _write(export, sys.stdout.fileno(), _("standard output"), title)
         return
     part = file.with_name(f".{file.name}.{os.getpid()}")
     with _explained(file):
@@ -71,7 +73,8 @@ async def _write(
         error = await trio.to_thread.run_sync(_copy, reader, target)
         os.close(reader)  # or the daemon would wait for who reads
         if error is not None:
-            failures.insert(0, Failed(f"{name} cannot be written: {error.strerror}."))
+            sentence = _("{file} cannot be written: {reason}.")
+            failures.insert(0, Failed(sentence.format(file=name, reason=error.strerror)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(copy)
@@ -89,7 +92,7 @@ async def read_archive(add: Callable[[int], Awaitable[Job]], file: Path, title: 
     Raises `Failed`, and what the job fails with.
     """
     if file == STANDARD:
-        await _read(add, os.dup(sys.stdin.fileno()), "standard input", title)
+        await _read(add, os.dup(sys.stdin.fileno()), _("standard input"), title)
         return
     with _explained(file):
         source = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -117,7 +120,8 @@ async def _read(add: Callable[[int], Awaitable[Job]], source: int, name: str, ti
         # Abandoned where it waits for a terminal, and the job has ended.
         error = await trio.to_thread.run_sync(feed, abandon_on_cancel=True)
         if error is not None and not isinstance(error, BrokenPipeError):
-            failures.insert(0, Failed(f"{name} cannot be read: {error.strerror}."))
+            sentence = _("{file} cannot be read: {reason}.")
+            failures.insert(0, Failed(sentence.format(file=name, reason=error.strerror)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(copy)

@@ -15,10 +15,12 @@ import trio
 from sessiond import config
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.exit_codes import ExitCode
-from sessiond.cli.output import Json, print_line
+from sessiond.cli.output import Json, listed, print_line
+from sessiond.cli.terms import SEVERITIES
 from sessiond.errors import InvalidOption, NotAuthorized
 from sessiond.session.check import Found, Report, Severity, Target, check_layers, parse_lowers
 from sessiond.session.check_store import Scope, check_store, prepare_process
+from sessiond.words import _, ngettext
 
 _SHOWN = 10
 """Paths that are shown to people of each kind of finding in a layer."""
@@ -27,7 +29,7 @@ _SHOWN = 10
 def check(asked: Arguments) -> ExitCode:
     """Check, and print what is found. Raises what a check does, and `ConfigError`."""
     if os.geteuid() != 0 and not asked.userxattr:
-        raise NotAuthorized("Reading layers takes root: use sudo or su.")
+        raise NotAuthorized(_("Reading layers takes root: use sudo or su."))
     with _json() if asked.json else _text() as report:
         if asked.upper is not None:
             check_layers(_target(asked), report, repair=asked.repair)
@@ -113,21 +115,28 @@ def _text() -> Iterator[Report]:
         yield report
     finally:
         groups.flush()
-    counted = [
-        _counted(report.counts[severity], severity.value)
-        for severity in Severity
-        if report.counts[severity]
+    print_line(_summary(report))
+
+
+def _summary(report: Report) -> str:
+    errors, warnings, notes = (
+        report.counts[severity] for severity in (Severity.ERROR, Severity.WARNING, Severity.NOTE)
+    )
+    found = [
+        (errors, ngettext("{number} error", "{number} errors", errors)),
+        (warnings, ngettext("{number} warning", "{number} warnings", warnings)),
+        (notes, ngettext("{number} note", "{number} notes", notes)),
+        (report.repaired, ngettext("{number} repaired", "{number} repaired", report.repaired)),
     ]
-    if report.repaired:
-        counted.append(f"{report.repaired} repaired")
-    what = [_counted(report.layers, "layer")]
+    counts = listed(text.format(number=number) for number, text in found if number)
+    layers = ngettext("{number} layer", "{number} layers", report.layers)
+    checked = [layers.format(number=report.layers)]
     if report.sessions:
-        what.insert(0, _counted(report.sessions, "session"))
-    print_line(f"Checked {', '.join(what)}: {', '.join(counted) or 'nothing was found'}.")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+        sessions = ngettext("{number} session", "{number} sessions", report.sessions)
+        checked.insert(0, sessions.format(number=report.sessions))
+    what = listed(checked)
+    sentence = _("Checked {what}: {counts}.") if counts else _("Checked {what}: nothing was found.")
+    return sentence.format(what=what, counts=counts)
 
 
 @dataclass
@@ -162,7 +171,8 @@ class _Groups:
             return
         session, layer = self._of
         if session is not None:
-            print_line(f"Session {session}" + (f", layer {layer}" if layer is not None else ""))
+            place = _("Session {id}") if layer is None else _("Session {id}, layer {layer}")
+            print_line(place.format(id=session, layer=layer))
         order = list(Severity)
         for group in sorted(
             self._groups.values(), key=lambda group: order.index(group.first[0].kind.severity)
@@ -174,19 +184,22 @@ class _Groups:
 
 def _print_group(group: _Group) -> None:
     about, repaired = group.first[0].kind.description, group.first[0].repaired
-    print_line(f"  {about.severity}: {about.id}")
+    print_line(f"  {SEVERITIES[about.severity]}: {about.id}")
     for found in group.first:
         place = "" if found.place == "store" else f"{found.place}: "
-        others = f" and {found.number - 1} more" if found.number > 1 else ""
+        path = os.fsdecode(found.path)
+        if found.number > 1:
+            path = _("{path} and {number} more").format(path=path, number=found.number - 1)
         detail = f"  ({found.detail})" if found.detail else ""
-        print_line(f"    {place}{os.fsdecode(found.path)}{others}{detail}")
+        print_line(f"    {place}{path}{detail}")
     left = group.number - sum(found.number for found in group.first)
     if left:
-        print_line(f"    and {left} more")
-    print_line(f"    {about.meaning}{_of_repair(about.repair, repaired=repaired)}")
+        print_line("    " + _("and {number} more").format(number=left))
+    print_line(f"    {_(about.meaning)}{_of_repair(about.repair, repaired=repaired)}")
 
 
 def _of_repair(done: str, *, repaired: bool) -> str:
     if not done:
         return ""
-    return f" It was {done}." if repaired else f" With --repair it is {done}."
+    sentence = _("It was {repaired}.") if repaired else _("With --repair it is {repaired}.")
+    return " " + sentence.format(repaired=_(done))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -29,6 +29,7 @@ from sessiond.cli.archives import read_archive, write_archive
 from sessiond.cli.arguments import Arguments
 from sessiond.cli.output import (
     Json,
+    padded,
     print_facts,
     print_json,
     print_line,
@@ -38,7 +39,19 @@ from sessiond.cli.output import (
     when,
 )
 from sessiond.cli.progress import carry_out
+from sessiond.cli.terms import (
+    FILE_TYPES,
+    JOB_STATES,
+    OPERATIONS,
+    OUTCOMES,
+    RESET_REASONS,
+    SESSION_STATES,
+    SPACE_LEVELS,
+    STORAGES,
+)
+from sessiond.cli.top import show_sessions
 from sessiond.errors import AuthorizationRequired, Failed, NotAuthorized
+from sessiond.words import _, ngettext
 
 Command = Callable[[Client, Arguments], Awaitable[int | None]]
 """Returns the exit code, if that is not for failures alone to say."""
@@ -51,8 +64,27 @@ async def list_sessions(client: Client, asked: Arguments) -> None:
         print_json([_session_json(session) for session in sessions])
         return
     print_table(
-        ("ID", "USER", "PROFILE", "STORAGE", "STATE", "USED", "MOUNT POINT"),
-        [(s.id, s.user, s.profile, s.storage, s.state, _used(s), s.mount_point) for s in sessions],
+        (
+            _("ID"),
+            _("USER"),
+            _("PROFILE"),
+            _("STORAGE"),
+            _("STATE"),
+            _("USED"),
+            _("MOUNT POINT"),
+        ),
+        [
+            (
+                s.id,
+                s.user,
+                s.profile,
+                STORAGES[s.storage],
+                SESSION_STATES[s.state],
+                _used(s),
+                s.mount_point,
+            )
+            for s in sessions
+        ],
     )
 
 
@@ -77,33 +109,59 @@ async def status(client: Client, asked: Arguments) -> None:
         told["changes"] = None if changes is None else _changes_json(changes)
         print_json(told)
         return
+    print_facts(_facts(info, snapshots, job, changes, pending))
+
+
+def _facts(
+    info: SessionInfo,
+    snapshots: Sequence[SnapshotInfo],
+    job: JobInfo | None,
+    changes: ChangeSummary | None,
+    pending: Sequence[PendingFile],
+) -> list[tuple[str, str]]:
+    state = SESSION_STATES[info.state]
+    level = f", {SPACE_LEVELS[info.space_level]}" if info.space_level != "normal" else ""
     facts = [
-        ("Session", info.id),
-        ("User", f"{info.user} ({info.uid})"),
-        ("Profile", info.profile),
-        ("Image", info.image),
-        ("Mount point", info.mount_point),
-        ("Storage", info.storage),
-        ("State", f"{info.state}: {info.failure}" if info.failure else info.state),
-        ("Used", _used(info) + f", {info.space_level}" * (info.space_level != "normal")),
-        ("Inodes", f"{info.inodes_used}" + (f" of {info.inodes_limit}" * (info.inodes_limit > 0))),
-        ("Created", when(info.created_at)),
-        ("Last reset", when(info.last_reset)),
-        ("Kept", ", ".join(info.keep) or "nothing"),
-        ("Snapshots", ", ".join(snapshot.name for snapshot in snapshots) or "none"),
+        (_("Session"), info.id),
+        (_("User"), f"{info.user} ({info.uid})"),
+        (_("Profile"), info.profile),
+        (_("Image"), info.image),
+        (_("Mount point"), info.mount_point),
+        (_("Storage"), STORAGES[info.storage]),
+        (_("State"), f"{state}: {info.failure}" if info.failure else state),
+        (_("Used"), _used(info) + level),
+        (_("Inodes"), _inodes(info)),
+        (_("Created"), when(info.created_at)),
+        (_("Last reset"), when(info.last_reset)),
+        (_("Kept"), ", ".join(info.keep) or _("nothing")),
+        (_("Snapshots"), ", ".join(snapshot.name for snapshot in snapshots) or _("none")),
     ]
     if info.next_reset_reason:
-        facts.append(("Next reset", f"{when(info.next_reset)} ({info.next_reset_reason})"))
-    facts += [("Held back by", f"{one.who}: {one.why}") for one in info.inhibitors]
+        reason = RESET_REASONS[info.next_reset_reason]
+        facts.append((_("Next reset"), f"{when(info.next_reset)} ({reason})"))
+    facts += [(_("Held back by"), f"{one.who}: {one.why}") for one in info.inhibitors]
     if job is not None:
-        outcome = f"{job.state}: {job.error_message}" if job.error_message else job.state
-        facts.append(("Last job", f"{job.operation} {outcome}"))
+        outcome = JOB_STATES[job.state]
+        if job.error_message:
+            outcome += f": {job.error_message}"
+        facts.append((_("Last job"), f"{OPERATIONS[job.operation]} {outcome}"))
     if info.pending:
-        facts.append(("In RAM still", f"what is written to {info.pending} files that are open"))
+        told = ngettext(
+            "what is written to {number} file that is open",
+            "what is written to {number} files that are open",
+            info.pending,
+        )
+        facts.append((_("In RAM still"), told.format(number=info.pending)))
     facts += [("", _pending_line(file)) for file in pending]
     if changes is not None:
-        facts.append(("Changes", differences.counts(changes)))
-    print_facts(facts)
+        facts.append((_("Changes"), differences.counts(changes)))
+    return facts
+
+
+def _inodes(info: SessionInfo) -> str:
+    if not info.inodes_limit:
+        return str(info.inodes_used)
+    return _("{used} of {limit}").format(used=info.inodes_used, limit=info.inodes_limit)
 
 
 async def create(client: Client, asked: Arguments) -> None:
@@ -113,14 +171,15 @@ async def create(client: Client, asked: Arguments) -> None:
     if asked.json:
         print_json(_session_json(info))
     else:
-        print_line(f"Session {info.id} of {info.user} is mounted at {info.mount_point}.")
+        sentence = _("Session {id} of {user} is mounted at {mount_point}.")
+        print_line(sentence.format(id=info.id, user=info.user, mount_point=info.mount_point))
 
 
 async def reset(client: Client, asked: Arguments) -> None:
     """Drop all changes of a session."""
     session = await client.session(asked.session)
     started = session.reset(**_manner(asked), **_kept(asked))
-    await carry_out(started, f"Resetting {asked.session}")
+    await carry_out(started, _("Resetting {session}").format(session=asked.session))
     await _print_ended(session, asked)
 
 
@@ -145,7 +204,10 @@ async def inhibit(client: Client, asked: Arguments) -> int:
         try:
             done = await trio.run_process(asked.program, check=False, stdin=None)
         except OSError as error:
-            raise Failed(f"{asked.program[0]} cannot be run: {error.strerror}.") from error
+            sentence = _("{program} cannot be run: {reason}.")
+            raise Failed(
+                sentence.format(program=asked.program[0], reason=error.strerror)
+            ) from error
     return done.returncode if done.returncode >= 0 else 128 - done.returncode
 
 
@@ -157,7 +219,7 @@ async def conflicts(client: Client, asked: Arguments) -> None:
         print_json([one._asdict() for one in programs])
         return
     rows = [(one.name, " ".join(map(str, one.pids)), str(one.uid), one.unit) for one in programs]
-    print_table(("PROGRAM", "PIDS", "UID", "UNIT"), rows)
+    print_table((_("PROGRAM"), _("PIDS"), _("UID"), _("UNIT")), rows)
 
 
 async def snapshot(client: Client, asked: Arguments) -> None:
@@ -181,18 +243,20 @@ async def snapshots(client: Client, asked: Arguments) -> None:
         (
             one.name,
             when(one.created_at),
-            size(one.size) if one.size_valid else "counting",
+            size(one.size) if one.size_valid else _("counting"),
             size(one.exclusive) if one.size_valid else "",
             _kind(one),
             one.description,
         )
         for one in found
     ]
-    print_table(("NAME", "CREATED", "SIZE", "GIVES BACK", "KIND", "DESCRIPTION"), rows)
+    print_table(
+        (_("NAME"), _("CREATED"), _("SIZE"), _("GIVES BACK"), _("KIND"), _("DESCRIPTION")), rows
+    )
 
 
 def _kind(snapshot: SnapshotInfo) -> str:
-    kinds = (("automatic", snapshot.automatic), ("pinned", snapshot.pinned))
+    kinds = ((_("automatic"), snapshot.automatic), (_("pinned"), snapshot.pinned))
     return ", ".join(kind for kind, is_so in kinds if is_so)
 
 
@@ -210,7 +274,9 @@ async def edit_snapshot(client: Client, asked: Arguments) -> None:
 async def restore(client: Client, asked: Arguments) -> None:
     """Bring a session back to a snapshot."""
     session = await client.session(asked.session)
-    title = f"Restoring {asked.session} to {asked.snapshot}"
+    title = _("Restoring {session} to {snapshot}").format(
+        session=asked.session, snapshot=asked.snapshot
+    )
     await carry_out(session.restore(asked.snapshot, undo=asked.undo, **_manner(asked)), title)
     await _print_ended(session, asked)
 
@@ -224,7 +290,9 @@ async def delete_snapshot(client: Client, asked: Arguments) -> None:
 async def export(client: Client, asked: Arguments) -> None:
     """Write a snapshot to a file."""
     session = await client.session(asked.session)
-    title = f"Exporting {asked.snapshot} of {asked.session}"
+    title = _("Exporting {snapshot} of {session}").format(
+        snapshot=asked.snapshot, session=asked.session
+    )
     kind = ArchiveKind.SQUASHFS if asked.file.suffix == ".squashfs" else ArchiveKind.OCI
     if asked.format is not None:
         kind = ArchiveKind(asked.format)
@@ -235,20 +303,31 @@ async def export(client: Client, asked: Arguments) -> None:
 async def import_snapshot(client: Client, asked: Arguments) -> None:
     """Make a snapshot of a file."""
     session = await client.session(asked.session)
-    title = f"Importing {asked.snapshot} into {asked.session}"
+    title = _("Importing {snapshot} into {session}").format(
+        snapshot=asked.snapshot, session=asked.session
+    )
     add = partial(session.import_snapshot, asked.snapshot, description=asked.description or "")
     await read_archive(add, asked.file, title)
+
+
+async def wait(client: Client, asked: Arguments) -> None:
+    """Wait until a session is mounted, and nothing is being done to it."""
+    session = await client.session(asked.session)
+    await session.wait()
 
 
 async def persist(client: Client, asked: Arguments) -> None:
     """Move a session to disk."""
     session = await client.session(asked.session)
-    await carry_out(session.persist(verify=asked.verify), f"Moving {asked.session} to disk")
+    title = _("Moving {session} to disk").format(session=asked.session)
+    await carry_out(session.persist(verify=asked.verify), title)
     if not (await session.info()).pending:
         return
     print_line(
-        "All is on disk but what programs write to these files, which follows every few seconds, "
-        "and when they are closed:"
+        _(
+            "All is on disk but what programs write to these files, which follows every few "
+            "seconds, and when they are closed:"
+        )
     )
     for file in await session.pending_files():
         print_line(_pending_line(file))
@@ -272,12 +351,13 @@ async def maintenance(client: Client, asked: Arguments) -> None:
             if asked.json:
                 print_json(_session_json(info))
             else:
-                print_line(
-                    f"Session {info.id} is mounted at {info.mount_point}; no others are made until "
+                sentence = _(
+                    "Session {id} is mounted at {mount_point}; no others are made until "
                     "'sessionctl maintenance finish' or 'cancel'."
                 )
+                print_line(sentence.format(id=info.id, mount_point=info.mount_point))
         case "finish":
-            await carry_out(client.finish_maintenance(), "Making the new image")
+            await carry_out(client.finish_maintenance(), _("Making the new image"))
         case "cancel":
             await client.cancel_maintenance()
         case _:
@@ -296,20 +376,41 @@ async def _maintenance_status(client: Client, asked: Arguments) -> None:
     elif info.maintenance:
         print_facts(
             [
-                ("Profile", info.maintenance),
-                ("Session", info.maintenance_session),
-                ("Message", info.maintenance_message),
+                (_("Profile"), info.maintenance),
+                (_("Session"), info.maintenance_session),
+                (_("Message"), info.maintenance_message),
             ]
         )
     else:
-        print_line("No maintenance is going on.")
+        print_line(_("No maintenance is going on."))
+
+
+async def guest(client: Client, asked: Arguments) -> None:
+    """Make or remove a guest, or print who is one."""
+    match asked.step:
+        case "add":
+            name, uid = await client.create_guest()
+            if asked.json:
+                print_json({"name": name, "uid": uid})
+            else:
+                print_line(name)  # alone: scripts read it
+        case "remove":
+            assert asked.guest is not None
+            await client.remove_guest(asked.guest)
+        case _:
+            guests = (await client.info()).guests
+            if asked.json:
+                print_json(list(guests))
+            else:
+                for name in guests:
+                    print_line(name)
 
 
 async def rebase(client: Client, asked: Arguments) -> None:
     """Put a session over another image."""
     session = await client.session(asked.session)
     started = session.rebase(conflicts=asked.conflicts, remount=asked.remount)
-    await carry_out(started, f"Rebasing {asked.session}")
+    await carry_out(started, _("Rebasing {session}").format(session=asked.session))
 
 
 async def shadowed(client: Client, asked: Arguments) -> None:
@@ -320,16 +421,20 @@ async def shadowed(client: Client, asked: Arguments) -> None:
             if asked.json:
                 print_json(dataclasses.asdict(one))
                 continue
-            where = [*(["now"] if one.now else []), *one.snapshots]
-            saved = f" as {one.saved_as}" if one.saved_as else ""
-            kind = "removed" if one.type == "none" else one.type
-            print_line(f"{one.outcome:<7}  {kind:<9}  {one.path}{saved}  ({', '.join(where)})")
+            where = [*([_("now")] if one.now else []), *one.snapshots]
+            path = one.path
+            if one.saved_as:
+                path = _("{path} as {saved_as}").format(path=one.path, saved_as=one.saved_as)
+            outcome = padded(OUTCOMES[one.outcome], OUTCOMES.width)
+            kind = padded(FILE_TYPES[one.type], FILE_TYPES.width)
+            print_line(f"{outcome}  {kind}  {path}  ({', '.join(where)})")
 
 
 async def commit(client: Client, asked: Arguments) -> None:
     """Save files and directories of a session for later ones."""
     session = await client.session(asked.session)
-    await carry_out(session.commit(asked.paths), f"Committing files of {asked.session}")
+    title = _("Committing files of {session}").format(session=asked.session)
+    await carry_out(session.commit(asked.paths), title)
 
 
 async def uncommit(client: Client, asked: Arguments) -> None:
@@ -345,7 +450,7 @@ async def committed(client: Client, asked: Arguments) -> None:
     if asked.json:
         print_json([dataclasses.asdict(file) for file in files])
     else:
-        print_table(("PATH", "SIZE"), [(file.path, size(file.bytes)) for file in files])
+        print_table((_("PATH"), _("SIZE")), [(file.path, size(file.bytes)) for file in files])
 
 
 async def keep(client: Client, asked: Arguments) -> None:
@@ -395,6 +500,11 @@ async def monitor(client: Client, asked: Arguments) -> None:
             sys.stdout.flush()  # into a pipe too, each event is told when it happens
 
 
+async def top(client: Client, asked: Arguments) -> int | None:
+    """Show the sessions, live."""
+    return await show_sessions(client)
+
+
 COMMANDS: dict[str, Command] = {
     "list": list_sessions,
     "status": status,
@@ -411,8 +521,10 @@ COMMANDS: dict[str, Command] = {
     "delete-snapshot": delete_snapshot,
     "export": export,
     "import": import_snapshot,
+    "wait": wait,
     "persist": persist,
     "maintenance": maintenance,
+    "guest": guest,
     "rebase": rebase,
     "shadowed": shadowed,
     "commit": commit,
@@ -423,11 +535,13 @@ COMMANDS: dict[str, Command] = {
     "cancel": cancel,
     "close": close,
     "monitor": monitor,
+    "top": top,
 }
 
 
 def _pending_line(file: PendingFile) -> str:
-    return f"{file.path}  ({', '.join(file.programs) or 'by whom cannot be seen'})"
+    programs = ", ".join(file.programs) or _("by whom cannot be seen")
+    return f"{file.path}  ({programs})"
 
 
 def _manner(asked: Arguments) -> dict[str, bool | float | str]:
@@ -455,7 +569,8 @@ async def _print_ended(session: Session, asked: Arguments) -> None:
     job = await session.last_job() if asked.terminate else None
     for one in () if job is None else job.conflicts:
         pids = ", ".join(map(str, one.pids))
-        print_line(f"It was in use by {one.name} ({pids}) of uid {one.uid}.")
+        sentence = _("It was in use by {program} ({pids}) of uid {uid}.")
+        print_line(sentence.format(program=one.name, pids=pids, uid=one.uid))
 
 
 def _used(session: SessionInfo) -> str:

@@ -11,7 +11,19 @@ from rich.text import Text
 from rich.tree import Tree
 
 from sessiond.bus.client import ChangeSummary, Difference
-from sessiond.cli.output import Json, print_json, print_line, print_table, printable, show, size
+from sessiond.cli.output import (
+    Json,
+    listed,
+    padded,
+    print_json,
+    print_line,
+    print_table,
+    printable,
+    show,
+    size,
+)
+from sessiond.cli.terms import CHANGE_KINDS, FILE_TYPES
+from sessiond.words import _, ngettext
 
 LEVELS = 3
 """Of the tree, unless told otherwise."""
@@ -20,9 +32,9 @@ ALL_LEVELS = 4096
 
 _COLOURS = {"added": "green", "deleted": "red", "renamed": "cyan", "metadata": "dim"}
 _TOLD = {
-    "binary": "Binary files differ",
-    "large": "Too large to be shown",
-    "forbidden": "Not shown, since you may not read it",
+    "binary": _("Binary files differ: {path}"),
+    "large": _("Too large to be shown: {path}"),
+    "forbidden": _("Not shown, since you may not read it: {path}"),
 }
 
 
@@ -39,10 +51,17 @@ class Sums:
         self.bytes += one.size if one.type == "file" else 0
 
     def __str__(self) -> str:
-        counts = [f"{self.kinds[kind]} {kind}" for kind in _COUNTED if self.kinds[kind]]
-        if not counts:
-            return "None: nothing differs."
-        return f"{', '.join(counts)}; {size(self.bytes)} in files"
+        added, changed, deleted, renamed = (self.kinds[kind] for kind in _COUNTED)
+        counts = [
+            (added, ngettext("{number} added", "{number} added", added)),
+            (changed, ngettext("{number} changed", "{number} changed", changed)),
+            (deleted, ngettext("{number} deleted", "{number} deleted", deleted)),
+            (renamed, ngettext("{number} renamed", "{number} renamed", renamed)),
+        ]
+        told = listed(text.format(number=number) for number, text in counts if number)
+        if not told:
+            return _("None: nothing differs.")
+        return _("{counts}; {size} in files").format(counts=told, size=size(self.bytes))
 
 
 _COUNTED = ("added", "changed", "deleted", "renamed")
@@ -83,7 +102,9 @@ async def print_list(differences: AsyncIterable[Difference]) -> None:
     sums = Sums()
     async for one in differences:
         sums.add(one)
-        print_line(f"{one.kind:<8}  {one.type:<9}  {_size(one):>10}  {_name(one, one.path)}")
+        kind = padded(CHANGE_KINDS[one.kind], CHANGE_KINDS.width)
+        what = padded(FILE_TYPES[one.type], FILE_TYPES.width)
+        print_line(f"{kind}  {what}  {_size(one):>10}  {_name(one)}")
     print_line(str(sums))
 
 
@@ -107,7 +128,8 @@ def print_directories(changes: ChangeSummary, *, as_json: bool) -> None:
         [size(one.bytes), *(str(getattr(one, kind)) for kind in _COUNTED), one.path]
         for one in changes.directories
     ]
-    print_table(("IN FILES", *(kind.upper() for kind in _COUNTED), "BELOW"), columns)
+    titles = (_("IN FILES"), _("ADDED"), _("CHANGED"), _("DELETED"), _("RENAMED"), _("BELOW"))
+    print_table(titles, columns)
 
 
 async def print_content(differences: AsyncIterable[Difference]) -> None:
@@ -124,7 +146,7 @@ def _unified(one: Difference) -> Iterator[str]:
     if one.content is None:
         return
     if isinstance(one.content, str):
-        yield f"{_TOLD.get(one.content, one.content)}: {one.path}"
+        yield _TOLD.get(one.content, "{path}").format(path=one.path)
         return
     old, new = one.content
     yield from difflib.unified_diff(
@@ -178,16 +200,20 @@ def _label(name: str, node: _Node) -> Text:
 
 
 def _what(one: Difference) -> str:
-    text = one.kind if one.kind != "type" else f"now a {one.type}"
+    text = CHANGE_KINDS[one.kind]
+    if one.kind == "type":
+        text = _("now a {type}").format(type=FILE_TYPES[one.type])
     if one.source is not None:
-        text += f" from {one.source}"
+        text = _("renamed from {path}").format(path=one.source)
     if one.changed is not None:
-        text += f", {one.changed}"
+        text += f", {CHANGE_KINDS[one.changed]}"
     return f"{text}, {_size(one)}" if _size(one) else text
 
 
-def _name(one: Difference, path: str) -> str:
-    return path if one.source is None else f"{path} (from {one.source})"
+def _name(one: Difference) -> str:
+    if one.source is None:
+        return one.path
+    return _("{path} (from {source})").format(path=one.path, source=one.source)
 
 
 def _size(one: Difference) -> str:

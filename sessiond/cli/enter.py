@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from sessiond.errors import Failed, NotSupported
+from sessiond.words import _
 
 _CLONE_NEWNS = 0x20000
 _MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000
@@ -51,9 +52,8 @@ class Account:
         try:
             record = pwd.getpwuid(uid)
         except KeyError:
-            raise Failed(
-                f"This machine has no user with the id {uid}; create it, then try again."
-            ) from None
+            sentence = _("This machine has no user with the id {uid}; create it, then try again.")
+            raise Failed(sentence.format(uid=uid)) from None
         return cls(
             name=record.pw_name,
             uid=uid,
@@ -75,7 +75,8 @@ def enter(root: str, account: Account, program: str, arguments: Sequence[str]) -
         _change_root(root)
         _drop_privileges(account)
     except OSError as error:
-        raise Failed(f"The session's root {root} cannot be entered: {error.strerror}.") from error
+        sentence = _("The session's root {root} cannot be entered: {reason}.")
+        raise Failed(sentence.format(root=root, reason=error.strerror)) from error
     try:
         os.chdir(account.home)
     except OSError:
@@ -99,7 +100,7 @@ def _change_root(root: str) -> None:
 
 def _unshare_mounts() -> None:
     if _libc.unshare(_CLONE_NEWNS) != 0:
-        _fail("A mount namespace cannot be made", ctypes.get_errno())
+        _fail(_("A mount namespace cannot be made: {reason}."), ctypes.get_errno())
     # Slave rather than private: what the host unmounts, a closed session's root for one, goes here
     # too, instead of being kept alive by this namespace.
     _mount(None, "/", _MS_REC | _MS_SLAVE)
@@ -116,10 +117,11 @@ def _bind(name: str, root_fd: int) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise NotSupported(
-            f"/{name} of the session is no directory ({error.strerror}), so the host's cannot be"
-            " mounted there. Reset the session, or restore a snapshot of it."
-        ) from error
+        sentence = _(
+            "{path} of the session is no directory ({reason}), so the host's cannot be mounted "
+            "there. Reset the session, or restore a snapshot of it."
+        )
+        raise NotSupported(sentence.format(path=f"/{name}", reason=error.strerror)) from error
     try:
         _mount(f"/{name}", f"/proc/self/fd/{target}", _MS_BIND | _MS_REC)
     finally:
@@ -129,13 +131,16 @@ def _bind(name: str, root_fd: int) -> None:
 def _mount(source: str | None, target: str, flags: int) -> None:
     encoded = None if source is None else os.fsencode(source)
     if _libc.mount(encoded, os.fsencode(target), None, ctypes.c_ulong(flags), None) != 0:
-        _fail(
-            f"{source or 'Mount propagation'} cannot be set up for the session", ctypes.get_errno()
+        sentence = (
+            _("Mount propagation cannot be set up for the session: {reason}.")
+            if source is None
+            else _("{path} cannot be mounted in the session: {reason}.")
         )
+        _fail(sentence, ctypes.get_errno(), path=source)
 
 
-def _fail(what: str, number: int) -> NoReturn:
-    raise Failed(f"{what}: {os.strerror(number)}.")
+def _fail(sentence: str, number: int, **named: str | None) -> NoReturn:
+    raise Failed(sentence.format(reason=os.strerror(number), **named))
 
 
 def _drop_privileges(account: Account) -> None:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from io import TextIOWrapper
 from typing import NoReturn
 
 import trio
@@ -22,14 +23,20 @@ from sessiond.cli.enter import COMMAND_NOT_EXECUTABLE, COMMAND_NOT_FOUND, Accoun
 from sessiond.cli.exit_codes import ExitCode, exit_code
 from sessiond.cli.output import printable
 from sessiond.cli.terminal import run_apart
+from sessiond.cli.terms import SESSION_STATES
 from sessiond.errors import Failed, NotAuthorized, SessiondError
+from sessiond.words import _, translate_libraries
 
-_LOOK_ONLY = frozenset({"list", "monitor", "snapshots", "status"})
+_LOOK_ONLY = frozenset({"list", "monitor", "snapshots", "status", "top", "wait"})
 """Commands for which nobody has to give a password."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what `arguments`, by default the command line, ask for; return the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What the locale's encoding does not have is escaped, as what a terminal would act on is.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    translate_libraries()
     asked = parse(arguments)
     try:
         if asked.command in ("run", "shell"):
@@ -57,10 +64,12 @@ async def _command(asked: Arguments) -> int | None:
 
 def _run_inside(asked: Arguments) -> int:
     if os.geteuid() != 0:
-        raise NotAuthorized("Entering a session's root takes root: use sudo or su.")
+        raise NotAuthorized(_("Entering a session's root takes root: use sudo or su."))
     info = trio.run(_look_up, asked.session)
     if info.state not in ("active", "busy"):
-        raise Failed(f"Session {info.id} cannot be entered, it is {info.state}. {info.failure}")
+        sentence = _("Session {id} cannot be entered, it is {state}.")
+        sentence = sentence.format(id=info.id, state=SESSION_STATES[info.state])
+        raise Failed(f"{sentence} {info.failure}")
     account = Account.of(info.uid)
     if asked.command == "shell":
         program, arguments = account.shell, [f"-{os.path.basename(account.shell)}"]
@@ -74,7 +83,8 @@ def _run_inside(asked: Arguments) -> int:
         except SessiondError as error:
             code = _report(error)
         except OSError as error:
-            _complain(f"{program} cannot be run in the session: {error.strerror}.")
+            sentence = _("{program} cannot be run in the session: {reason}.")
+            _complain(sentence.format(program=program, reason=error.strerror))
             missing = isinstance(error, FileNotFoundError)
             code = COMMAND_NOT_FOUND if missing else COMMAND_NOT_EXECUTABLE
         except BaseException:  # the fork must never go on as a second sessionctl

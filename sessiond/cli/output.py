@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TypeAlias
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sessiond.words import _, pgettext
+
 Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json] | None"
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_ANY_WIDTH = 1_000_000
+ANY_WIDTH = 1_000_000
+"""Columns of what is no terminal."""
 
 
 def printable(text: str) -> str:
@@ -48,16 +52,15 @@ def size(count: int) -> str:
 
 def used_of(used: int, limit: int) -> str:
     """Return used and allowed bytes in words; without a limit (0) it is the whole disk's use."""
-    return (
-        f"{size(used)} on its disk"
-        if limit == 0
-        else f"{size(used)} of {size(limit)} ({used / limit:.0%})"
-    )
+    if limit == 0:
+        return _("{used} on its disk").format(used=size(used))
+    share = f"{used / limit:.0%}"
+    return _("{used} of {limit} ({share})").format(used=size(used), limit=size(limit), share=share)
 
 
 def when(moment: datetime | None) -> str:
     """Return a moment in local time, to the second."""
-    return "never" if moment is None else moment.astimezone().isoformat(" ", "seconds")
+    return _("never") if moment is None else moment.astimezone().isoformat(" ", "seconds")
 
 
 def print_json(value: Json) -> None:
@@ -68,6 +71,21 @@ def print_json(value: Json) -> None:
 def print_line(text: str) -> None:
     """Print one line for people, escaped."""
     print(printable(text))
+
+
+def listed(parts: Iterable[str]) -> str:
+    """Return `parts` as one text."""
+    return pgettext("between parts of a list", ", ").join(parts)
+
+
+def padded(text: str, width: int) -> str:
+    """Return `text` with as many spaces as it needs to take that many columns of a terminal."""
+    return text + " " * (width - cell_len(text))
+
+
+def broken(text: str, width: int) -> list[str]:
+    """Return the lines of `text`, in which none takes more than that many columns."""
+    return [line.plain.rstrip() for line in Text(text).wrap(Console(), width)]
 
 
 def print_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -93,7 +111,7 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 def show(what: RenderableType) -> None:
     """Print what rich draws. Raises `BrokenPipeError`, upon which rich itself would exit."""
     # Without highlighting and markup: the text is data. A pipe has no width, unlike a terminal.
-    width = None if sys.stdout.isatty() else _ANY_WIDTH
+    width = None if sys.stdout.isatty() else ANY_WIDTH
     console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     with console.capture() as drawn:
         console.print(what)

@@ -85,7 +85,7 @@ IMAGE = '[profile.p]\nimage = "/i"\n'
 MISTAKES = {
     "[daemon]\nstate_directory = 'relative'": "daemon.state_directory: an absolute path",
     "[daemon]\ncolour = 1": "daemon.colour: is unknown; allowed are: state_directory, runtime",
-    "colour = 1": "colour: is unknown; allowed are: daemon, profile, session.",
+    "colour = 1": "colour: is unknown; allowed are: daemon, profile, session, login, guests.",
     "daemon = 1": "daemon: input should be a valid dictionary",
     "[profile.p]": "profile.p.image: is missing.",
     "[profile.p]\nimage = 5": "profile.p.image: an absolute path without '..' is needed.",

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "sessiond.descriptors": set(),
     "sessiond.journal": set(),
     "sessiond.systemd": {"sessiond.descriptors"},
+    "sessiond.words": set(),
     "sessiond.overlay": {"sessiond.keep_rules"},
     "sessiond.fuse": {
         "sessiond.overlay",
@@ -46,7 +47,15 @@ ALLOWED: dict[str, set[str]] = {
         "sessiond.keep_rules",
     },
     "sessiond.bus": {"sessiond.session", "sessiond.errors", "sessiond.journal"},
-    "sessiond.cli": {"sessiond.bus.client", "sessiond.config", "sessiond.errors", *CHECKER},
+    "sessiond.cli": {
+        "sessiond.bus.client",
+        "sessiond.bus.mirror",
+        "sessiond.config",
+        "sessiond.errors",
+        "sessiond.words",
+        *CHECKER,
+    },
+    "sessiond.desktop": {"sessiond.words"},
     "sessiond.daemon": {"sessiond"},
 }
 """What each part may import of this project, apart from itself and the version."""
@@ -60,11 +69,13 @@ LIBRARIES: dict[str, set[str]] = {
     "sessiond.descriptors": set(),
     "sessiond.journal": set(),
     "sessiond.systemd": {"trio"},
+    "sessiond.words": set(),
     "sessiond.overlay": set(),
     "sessiond.fuse": {"pydantic", "pyfuse3", "trio"},
     "sessiond.session": {"pydantic", "pydantic_core", "trio"},
     "sessiond.bus": {"dbus_next", "pydantic", "pydantic_core", "trio"},
     "sessiond.cli": {"rich", "trio"},
+    "sessiond.desktop": {"gi"},
     "sessiond.daemon": {"trio"},
 }
 """What each part may import from elsewhere, apart from the standard library."""
@@ -141,6 +152,8 @@ def test_imports_run_in_the_allowed_direction(module: str) -> None:
         ("sessiond.cli.main", "dbus_next.message"),
         ("sessiond.bus.service", "sessiond.daemon"),
         ("sessiond.fuse.mounter", "sessiond.session.manager"),
+        ("sessiond.desktop.main", "sessiond.bus.client"),
+        ("sessiond.desktop.main", "trio"),
     ],
 )
 def test_a_forbidden_import_is_found(module: str, name: str) -> None:

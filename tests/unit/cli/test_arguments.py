@@ -30,6 +30,8 @@ def test_the_program_to_run_is_taken_as_it_is(program: list[str]) -> None:
         (["diff", "live", "--list", "--directories", "5"], "not allowed with"),
         (["diff", "live", "--directories", "101"], "a number from 1 to 100 is needed"),
         (["diff", "live", "--list", "--depth", "5"], "--depth is for directories"),
+        (["guest", "remove"], "a name is given to 'guest remove', and only to that"),
+        (["guest", "add", "bob"], "a name is given to 'guest remove', and only to that"),
         (["snapshot", "live"], "SNAPSHOT"),
         (["reset", "live", "twice"], "unrecognized arguments: twice"),
         (["reset", "live", "--", "twice"], "unrecognized arguments: twice"),

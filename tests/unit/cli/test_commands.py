@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from sessiond.bus.objects import SessionObject
 from sessiond.bus.transport import ADDRESS_VARIABLE
 from sessiond.cli.exit_codes import ExitCode
 from sessiond.cli.main import main
@@ -58,6 +59,16 @@ async def test_list(manager: FakeManager, sessionctl: Sessionctl) -> None:
         mount_point,
     ]
     assert second.split()[:2] == ["other", "root"]
+
+
+@pytest.mark.parametrize("command", ["list", "top"])
+async def test_characters_that_the_locale_does_not_have(
+    manager: FakeManager, sessionctl: Sessionctl, command: str
+) -> None:
+    manager.add("other", "Zoë→", 1000)
+    sessionctl.environment["PYTHONIOENCODING"] = "latin1"
+    printed = (await sessionctl(command)).stdout
+    assert "Zoë\\u2192 ".encode("latin1") in printed
 
 
 async def test_list_for_programs(manager: FakeManager, sessionctl: Sessionctl) -> None:
@@ -583,6 +594,49 @@ async def test_close(manager: FakeManager, sessionctl: Sessionctl) -> None:
     await sessionctl("close", "live")
     assert not manager.sessions
     await sessionctl("close", "live", code=ExitCode.NOT_FOUND)
+
+
+async def test_guests(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    assert await sessionctl.lines("guest", "add") == ["guest-2"]
+    assert await sessionctl.json("guest", "add") == {"name": "guest-3", "uid": 2_100_000_003}
+    assert await sessionctl.lines("guest", "list") == ["guest-1", "guest-2", "guest-3"]
+    await sessionctl("guest", "remove", "guest-2")
+    assert await sessionctl.json("guest", "list") == ["guest-1", "guest-3"]
+    await sessionctl("guest", "remove", "root", code=ExitCode.USAGE)
+    assert manager.guests.names == ["guest-1", "guest-3"]
+
+
+async def test_wait(manager: FakeManager, sessionctl: Sessionctl) -> None:
+    await sessionctl("wait", "live")
+    await sessionctl("wait", "none", code=ExitCode.NOT_FOUND)
+    session = manager.sessions[SessionId("live")]
+    session.state, session.failure = SessionState.FAILED, "The image is missing."
+    done = await sessionctl("wait", "live", code=ExitCode.FAILED)
+    assert b"The image is missing." in done.stderr
+
+
+async def test_wait_for_what_goes_on(
+    manager: FakeManager, sessionctl: Sessionctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = manager.sessions[SessionId("live")]
+    session.state = SessionState.BUSY
+    manager.tell("session_changed", session)
+    asked = trio.Event()
+    values = SessionObject.property_values
+
+    def property_values(self: SessionObject) -> dict[str, object]:
+        asked.set()
+        return values(self)
+
+    monkeypatch.setattr(SessionObject, "property_values", property_values)
+    process = await trio.lowlevel.open_process(
+        sessionctl.command("wait", "live"), env=sessionctl.environment
+    )
+    await asked.wait()
+    assert process.poll() is None
+    session.state = SessionState.ACTIVE
+    manager.tell("session_changed", session)
+    assert await process.wait() == 0
 
 
 async def test_monitor(manager: FakeManager, sessionctl: Sessionctl) -> None:
