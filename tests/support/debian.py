@@ -30,15 +30,16 @@ def made_once(image: Path, make: Callable[[Path], None]) -> Path:
     return image
 
 
-def install(target: Path, packages: str, *options: str) -> None:
+def install(target: Path, packages: str, *options: str, release: str | None = None) -> None:
     """Install Debian into `target`: a new ``*.tar`` file, or else an empty directory.
 
-    `packages`: with commas between them. Raises `NoArchive`.
+    `packages`: with commas between them. `release`: its name, by default that of this machine's
+    own. Raises `NoArchive`.
     """
     kind = "tar" if target.suffix == ".tar" else "directory"
     make = ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--format={kind}", *options]
     done = subprocess.run(
-        [*make, f"--include={packages}", suite(), str(target)],
+        [*make, f"--include={packages}", release or suite(), str(target)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -46,3 +47,12 @@ def install(target: Path, packages: str, *options: str) -> None:
     )
     if done.returncode != 0:
         raise NoArchive(done.stderr.strip()[-200:])
+
+
+def pack(archive: Path, image: Path) -> None:
+    """Make a squashfs of a tar file, with file handles, as mksquashfs makes them: they keep hard
+    links together."""
+    with open(archive, "rb") as tar:
+        options = ["-quiet", "-no-progress", "-exports", "-root-mode", "755"]
+        command = ["sqfstar", *options, str(image)]
+        subprocess.run(command, stdin=tar, check=True, capture_output=True)
