@@ -393,7 +393,7 @@ def rename(stack: Stack, old: Place, new: Place) -> None:
     if new.node is not None:
         new.node.drop_link(new.parent, new.name)
         drop_index(stack, new.node)
-        node.wanted = node.wanted or new.node.wanted
+        node.wanted += new.node.wanted
     _leave(stack, node, old)
     node.add_link(new.parent, new.name, in_upper=True)
 

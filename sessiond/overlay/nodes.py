@@ -140,8 +140,9 @@ class Node:
         self.index: bytes | None = None
         self.remains: Remains | None = None
         """Of a removed regular file that nobody had open."""
-        self.wanted = False
-        """It stays within reach when removed, also if nobody has it open; see `View.locate`."""
+        self.wanted = 0
+        """How many are about to open it: until they have, it stays within reach when removed, also
+        if nobody has it open; see `View.locate`."""
         self.gone = False
         """The layers were swapped, and the new ones do not have it."""
 

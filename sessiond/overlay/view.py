@@ -126,7 +126,7 @@ class View:
         if node.remains is not None and not node.linked:
             parent, name = node.remains.link
             if (successor := parent.children.get(name)) is not None:
-                successor.wanted = True
+                successor.wanted += 1
         return locate(self.stack_of(node), node)
 
     def stat(self, node: Node) -> os.stat_result:
@@ -154,7 +154,7 @@ class View:
         else:
             at = self.locate(node)
         fd = syscalls.open_file(at, os.O_RDWR if write else os.O_RDONLY)
-        node.wanted = False
+        node.wanted = max(node.wanted - 1, 0)
         return fd
 
     def reopen(self, node: Node, *, write: bool) -> None:

@@ -36,6 +36,9 @@ from sessiond.session.model import (
 )
 from sessiond.session.mounter import MergeState, MountRequest
 
+DEVICE = "0:1048575"
+"""That of each file system: none that there is, since /proc may be searched for it."""
+
 
 class MemoryMount:
     """A mount that remembers what it was asked for."""
@@ -295,7 +298,7 @@ class MemoryMounts:
         return self.in_ram
 
     def device(self, target: Path) -> str | None:
-        return "0:42"
+        return DEVICE
 
     def mounted_below(self, directory: Path) -> list[Path]:
         below = [target for target in self.mounted if directory in target.parents]

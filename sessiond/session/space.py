@@ -54,12 +54,13 @@ class Space:
 def measure(directory: Path) -> Space:
     """Ask the file system that holds `directory`. Raises `OSError`.
 
-    What is reserved for root counts as used: it is no help to a session.
+    What is reserved for root counts neither as used nor as there to be used, as in df(1).
     """
     found = os.statvfs(directory)
+    used = found.f_blocks - found.f_bfree
     return Space(
-        bytes_used=(found.f_blocks - found.f_bavail) * found.f_frsize,
-        bytes_total=found.f_blocks * found.f_frsize,
+        bytes_used=used * found.f_frsize,
+        bytes_total=(used + found.f_bavail) * found.f_frsize,
         inodes_used=found.f_files - found.f_ffree,
         inodes_total=found.f_files,
     )

@@ -143,10 +143,14 @@ async def _recover(top: Path) -> State:
             assert not (base / "set-aside").exists()
             assert {path.name for path in (base / "sessions").iterdir()} <= state.keys()
         for session in manager.sessions.values():
-            layers = session.services.store.storage(session.record) / "layers"
-            known = {str(number) for number in session.record.all_layers}
-            await until(partial(_holds_only, layers, known))
+            await until(partial(_has_only_its_layers, session))
     return state
+
+
+def _has_only_its_layers(session: Session) -> bool:
+    """As its record is now: flattening goes on."""
+    layers = session.services.store.storage(session.record) / "layers"
+    return _holds_only(layers, {str(number) for number in session.record.all_layers})
 
 
 def _holds_only(directory: Path, names: set[str]) -> bool:

@@ -201,10 +201,10 @@ async def test_what_cannot_be_merged(playground: Playground, image: Path) -> Non
         third = playground.stack(second.upper.fs, first.upper.fs)
         await mount.swap(third)
         before = shown(root)
-        states = {await mount.merge(*third.lowers[:2]) for _ in range(3)}
-        assert MergeState.NEVER in states
-        assert MergeState.DONE not in states
-        # Nor what is no pair of layers.
-        for pair in (third.lowers[::-1][1:], third.lowers[1:], (third.upper.fs, third.lowers[0])):
-            assert await mount.merge(*pair[:2]) is MergeState.NEVER
+        others = (third.lowers[::-1][1:], third.lowers[1:], (third.upper.fs, third.lowers[0]))
+        for pair in (third.lowers, *others):  # nor what is no pair of layers
+            state = MergeState.MORE
+            while state is MergeState.MORE:  # as while the worker counts what has changed
+                state = await mount.merge(*pair[:2])
+            assert state is MergeState.NEVER
         trees.assert_same(before, shown(root))

@@ -66,6 +66,22 @@ for number in itertools.count():
 """
 
 
+PATIENCE = 5.0
+"""Seconds for all programs to stand still: on a busy machine it takes more than half a one."""
+
+
+@pytest.fixture(scope="module")
+def mounter() -> Iterator[FuseMounter]:
+    """One whose workers have that patience, and let programs stand still for longer after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cgroups, "PATIENCE", PATIENCE)
+        patch.setattr(cgroups, "LONGEST", 6 * PATIENCE)
+        spawner = Spawner.start()
+    with tempfile.TemporaryDirectory() as sockets:
+        yield FuseMounter(spawner, Path(sockets))
+    spawner.close()
+
+
 @pytest.fixture
 def cgroup() -> Iterator[OwnCgroup]:
     with own_cgroup() as cgroup:
@@ -211,6 +227,7 @@ def longest(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """For how many seconds programs may stand still."""
     seconds: float = request.param
     monkeypatch.setattr(cgroups, "LONGEST", seconds)
+    monkeypatch.setattr(cgroups, "PATIENCE", PATIENCE)
     return seconds
 
 

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from tests.support import libc
@@ -117,7 +117,9 @@ def mounted_image(image: str, mount_point: str, *options: str) -> Iterator[None]
 
 def _copy(source: str, target: str) -> None:
     """Copy a sparse file."""
-    with open(source, "rb", buffering=0) as reader, open(target, "wb", buffering=0) as writer:
+    with suppress(FileNotFoundError):
+        os.unlink(target)  # a loop device may still have it, and mount(8) would use that again
+    with open(source, "rb", buffering=0) as reader, open(target, "xb", buffering=0) as writer:
         size = os.fstat(reader.fileno()).st_size
         writer.truncate(size)
         position = 0

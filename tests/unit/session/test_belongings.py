@@ -87,7 +87,10 @@ HEADLESS = (
 )
 
 
-async def test_processes_are_asked_first(uid: Uid, start: Start) -> None:
+async def test_processes_are_asked_first(
+    uid: Uid, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(belongings, "GRACE", 60.0)
     polite = start(
         "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n" + WAIT
     )

@@ -16,6 +16,7 @@ import trio
 from sessiond.errors import Failed, SnapshotExists
 from sessiond.session import conflicts, process_scan, processes
 from sessiond.session.conflicts import Program
+from sessiond.session.memory import DEVICE
 from sessiond.session.model import LayerNumber, Manner, SnapshotName, Uid
 from sessiond.session.processes import Process, SystemProcesses
 from sessiond.session.surroundings import Surroundings
@@ -67,7 +68,7 @@ class FakeProcesses:
     async def using(
         self, device: str, files: Collection[int] = ()
     ) -> AsyncIterator[Sequence[Process]]:
-        assert device == "0:42"
+        assert device == DEVICE
         await trio.lowlevel.checkpoint()
         self.looked += 1
         if self.failure is not None:
@@ -79,13 +80,13 @@ async def terminate(
     processes: FakeProcesses, asked_by: Uid = ALICE, grace: float = 10
 ) -> list[Program]:
     told: list[Program] = []
-    await conflicts.terminate(processes, "0:42", asked_by=asked_by, grace=grace, report=told.extend)
+    await conflicts.terminate(processes, DEVICE, asked_by=asked_by, grace=grace, report=told.extend)
     return told
 
 
 async def test_programs_are_summed_up_by_name_user_and_unit() -> None:
     processes = FakeProcesses(FakeProcess(SECOND), FakeProcess(FIRST), FakeProcess(THIRD, uid=BOB))
-    assert await conflicts.find(processes, "0:42") == (
+    assert await conflicts.find(processes, DEVICE) == (
         Program("editor", (FIRST, SECOND), ALICE, "session-2.scope"),
         Program("editor", (THIRD,), BOB, "session-2.scope"),
     )

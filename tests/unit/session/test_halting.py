@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from sessiond import cgroups
 from sessiond.config import Config
 from sessiond.errors import Failed
 from sessiond.session import halting
@@ -67,6 +68,7 @@ def hierarchy(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     world.mounter.kind = LookingMount
     monkeypatch.setattr(halting, "_mounted_hierarchy", lambda: hierarchy.directory)
+    monkeypatch.setattr(cgroups, "LONGEST", 600.0)
     return hierarchy
 
 

@@ -104,14 +104,12 @@ async def test_requests_are_counted_and_labels_cannot_break_out(world: World) ->
         assert found[r'sessiond_requests_total{operation="\"} 1\n\\",outcome="done"}'] == 1
 
 
-async def test_the_file_is_kept_up_to_date(
-    world: World, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_file_is_kept_up_to_date(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "INTERVAL", 0.01)
     file = world.directory / "collector" / "sessiond.prom"
     precious = world.directory / "precious"
     precious.write_text("precious")
-    async with world.manager() as manager:
+    async with world.manager() as manager, trio.open_nursery() as nursery:
         metrics = Metrics(manager)
         nursery.start_soon(write_metrics, metrics, file)
         file.parent.mkdir()

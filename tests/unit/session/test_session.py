@@ -21,6 +21,7 @@ from sessiond.errors import (
     NoSuchSnapshot,
     SnapshotExists,
 )
+from sessiond.session.attempts import Attempts
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import SessionState
 from sessiond.session.store import Store
@@ -459,7 +460,8 @@ async def test_workers_that_die_one_after_the_other_are_not_succeeded_for_ever(
     world: World, expect_log: ExpectLog
 ) -> None:
     async with world.manager() as manager:
-        await create(manager)
+        session = await create(manager)
+        session.view._recoveries = Attempts(most=20, seconds=3600.0)
         mount = world.mount("s")
         for times in range(1, 21):
             mount.die()
@@ -489,8 +491,9 @@ async def test_where_no_other_can_go_on_it_is_mounted_again(
 
 
 async def test_mounting_again_is_given_up_in_the_end(
-    world: World, expect_log: ExpectLog, autojump_clock: trio.testing.MockClock
+    world: World, expect_log: ExpectLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sessiond.session.view._PAUSE_SECONDS", 0.0)
     async with world.manager() as manager:
         session = await create(manager)
         world.mounter.injected["mount"] = [Failed("There is no memory.")] * 5

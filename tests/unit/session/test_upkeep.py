@@ -129,6 +129,7 @@ async def test_short_space_takes_automatic_ones_one_by_one(
 ) -> None:
     space = Space(0, 100, 0, 0)
     monkeypatch.setattr(session_module, "measure", lambda _: space)
+    monkeypatch.setattr("sessiond.session.manager._SPACE_SECONDS", 3600.0)
     async with world.manager() as manager:
         session = await create(manager)
         await snapshot(world, session, "one", 1)
