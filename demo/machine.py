@@ -66,7 +66,9 @@ class Machine:
         self._daemon: subprocess.Popen[bytes] | None = None
         self._bystander: subprocess.Popen[str] | None = None
         # On disk, where persistent sessions belong; /tmp may be RAM.
-        self._directory = Path(tempfile.mkdtemp(prefix="sessiond-demo-", dir="/var/tmp"))
+        self._directory = Path(
+            tempfile.mkdtemp("", "sessiond-demo-", os.environ.get("TMPDIR", "/var/tmp"))
+        )
         cleanup.callback(remove, self._directory)
         self._directory.chmod(0o711)
         self.runtime = self._directory / "run"

@@ -5,8 +5,19 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from sessiond.session.mounts import mount_for_oneself
+
+# The same examples each time, however long the machine takes for one: `make soak` tries others.
+settings.register_profile(
+    "sessiond",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("sessiond")
 
 
 def pytest_configure(config: pytest.Config) -> None:

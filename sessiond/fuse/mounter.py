@@ -11,8 +11,8 @@ import logging
 import os
 import select
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -239,6 +239,7 @@ class FuseMount:
         )
 
     async def _start(self, *, inherits: bool) -> None:
+        self._died = trio.Event()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel = trio.socket.from_stdlib_socket(ours)
         start = Start(
@@ -294,27 +295,40 @@ class FuseMount:
             self._process = os.pidfd_open(self.worker)
         except OSError as error:
             raise self._gone() from error
-        self._died = trio.Event()
+
+    @contextmanager
+    def _unless_it_dies(self) -> Iterator[None]:
+        """Leave what the worker's death brings about to who waits for that: another can go on."""
+        try:
+            yield
+        except SessiondError:
+            if not self._died.is_set():
+                raise
 
     async def attach(self, channel: trio.socket.SocketType, report: Reply) -> None:
-        """Go on with a worker that another manager has started. Raises `Failed`, `NoSpace`."""
+        """Go on with a worker that another manager has started. Raises `Failed`, `NoSpace`.
+
+        Should it die meanwhile, `wait_died` returns; so it is with `revive` and `recover`.
+        """
         self._channel = channel
-        self._know(report)
-        wanted = _layers(self._stack)
-        if report.stack is not None and report.stack != wanted:
-            # That manager had recorded what it was about to serve.
-            moved = report.stack.orphans != wanted.orphans
-            await self._ask(control.Swap(stack=wanted, moved=moved))
-        if self._request.keep is not None:
-            await self.keep(self._rules)
-        if report.frozen:
-            await self._ask(control.Thaw())
+        with self._unless_it_dies():
+            self._know(report)
+            wanted = _layers(self._stack)
+            if report.stack is not None and report.stack != wanted:
+                # That manager had recorded what it was about to serve.
+                moved = report.stack.orphans != wanted.orphans
+                await self._ask(control.Swap(stack=wanted, moved=moved))
+            if self._request.keep is not None:
+                await self.keep(self._rules)
+            if report.frozen:
+                await self._ask(control.Thaw())
 
     async def revive(self) -> None:
         """Start a worker for one that died with its manager. Raises `Failed`, `NoSpace`."""
         self._require_connection()
         async with self._turn:
-            await self._start(inherits=True)
+            with self._unless_it_dies():
+                await self._start(inherits=True)
 
     async def recover(self) -> None:
         """See `Mount.recover`."""
@@ -323,7 +337,8 @@ class FuseMount:
                 raise Failed("A worker with the data path 'plain' leaves nothing to go on with.")
             self._require_connection()
             self._hang_up()
-            await self._start(inherits=True)
+            with self._unless_it_dies():
+                await self._start(inherits=True)
 
     def _require_connection(self) -> None:
         if not _is_connected(self.device):
@@ -478,11 +493,8 @@ class FuseMount:
     async def keep(self, rules: tuple[str, ...]) -> None:
         """See `Mount.keep`."""
         self._rules = rules
-        try:
+        with self._unless_it_dies():  # the worker that goes on for it begins with them
             await self._ask(control.Keep(rules=rules))
-        except SessiondError:
-            if not self._died.is_set():  # else the worker that goes on for it begins with them
-                raise
 
     async def discard(self, paths: tuple[str, ...]) -> None:
         """See `Mount.discard`."""

@@ -185,8 +185,9 @@ class Mount(Protocol):
         """Have another process go on for the worker, which is gone.
 
         For who uses the mount it was a pause: no request, no open file and no lock is lost. What
-        `swap` or `frozen` was doing when the worker ended has failed. Raises `Failed` where that
-        cannot be; all that is left to do then is `unmount`.
+        `swap` or `frozen` was doing when the worker ended has failed. Should the other process end
+        as well, `wait_died` returns at once. Raises `Failed` where no other can go on; all that is
+        left to do then is `unmount`.
         """
 
 

@@ -362,8 +362,9 @@ async def test_a_question_is_withdrawn_when_the_caller_leaves(
 async def test_nobody_is_asked_many_questions_at_once(polkit: Start, guarded: FakeManager) -> None:
     polkit("")
     async with desktop(QUESTIONS_OF_USER + 1) as owner:
-        said = [await owner.said() for _ in range(2)]
-        (refused,) = [one for one in said if "error" in one]
+        refused = await owner.said()
+        while "error" not in refused:  # the questions come by another way
+            refused = await owner.said()
         assert refused["error"] == names.LIMITS_EXCEEDED
 
 

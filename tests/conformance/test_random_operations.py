@@ -470,8 +470,6 @@ def play(script: Sequence[Operation], lowers: Sequence[str], top: str) -> None:
 @settings(
     max_examples=EXAMPLES,
     derandomize="SESSIOND_EXAMPLES" not in os.environ,
-    database=None,
-    deadline=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -20,6 +20,8 @@ import pytest
 import trio
 
 from sessiond.errors import Failed
+from sessiond.fuse import sandbox, worker
+from sessiond.fuse.controlled import Controlled
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
 from sessiond.overlay import syscalls
@@ -487,6 +489,88 @@ async def test_death_while_files_that_are_written_move(
                     assert path.stat() == os.fstat(writer.fileno())
                 assert file.stat().st_nlink == 2, step
     assert step > 1
+
+
+# A successor dies, too
+
+TAKING_OVER = [
+    (sandbox, "enter"),
+    (worker, "_prepare"),
+    (worker, "_connect"),
+    (Controlled, "leave_former"),
+    (Controlled, "_attend"),  # it has reported
+]
+
+
+@pytest.fixture
+def short_lived() -> Iterator[tuple[FuseMounter, Order]]:
+    """A mounter whose workers obey an order while they take over, or are found."""
+    order = Order()
+    with tempfile.TemporaryDirectory() as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in TAKING_OVER:
+                patch.setattr(owner, name, order.watched(getattr(owner, name)))
+            spawner = Spawner.start()
+        yield FuseMounter(spawner, Path(directory)), order
+        spawner.close()
+
+
+async def answered(mount: FuseMount) -> None:
+    """Return when there is a worker again that answers."""
+    while True:
+        with suppress(Failed):
+            await mount.changes()
+            return
+        await trio.sleep(0.005)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("data_path", RECOVERING)
+async def test_death_at_each_step_of_a_recovery(
+    short_lived: tuple[FuseMounter, Order], tmp_path: Path, data_path: DataPath, when: str
+) -> None:
+    mounter, order = short_lived
+    playground = Playground(tmp_path, mounter, data_path)
+    died, step = True, 0
+    while died:
+        step += 1
+        async with playground.mounted(playground.stack()) as mount, attended(mount):
+            file = os.open(playground.root / "file", os.O_RDWR | os.O_CREAT)
+            (playground.root / "file").unlink()
+            os.write(file, b"one")
+            order.give(when, step)
+            os.kill(mount.worker, signal.SIGKILL)
+            await program((playground.root / "made").mkdir)
+            await answered(mount)
+            died = order.withdraw()
+            os.write(file, b"two")
+            assert os.pread(file, 9, 0) == b"onetwo", step
+            os.close(file)
+            assert os.listdir(playground.root) == ["made"]
+    assert step == len(TAKING_OVER) + 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_death_while_another_manager_takes_over(
+    short_lived: tuple[FuseMounter, Order], tmp_path: Path, when: str
+) -> None:
+    mounter, order = short_lived
+    playground = Playground(tmp_path, mounter, DataPath.PASSTHROUGH)
+    async with playground.mounted(playground.stack()) as left:
+        file = os.open(playground.root / "file", os.O_RDWR | os.O_CREAT)
+        order.give(when, 1)
+        left._hang_up()
+        mount = await mounter.adopt(left._request)
+        assert mount is not None
+        async with attended(mount):
+            await answered(mount)
+            assert order.withdraw()
+            assert mount.worker != left.worker
+            os.write(file, b"one")
+            assert (playground.root / "file").read_bytes() == b"one"
+        os.close(file)
+        left._close()
+        await mount.unmount()
 
 
 # The manager's side

@@ -187,11 +187,8 @@ class Desktop:
 
     def screenshot(self, name: str) -> Path:
         """Keep what the screen shows, once it has been drawn; what moves is kept as it is then."""
-        before = b""
-        for _ in range(20):
-            now = _png(self._framebuffer.read_bytes())
-            if now == before:
-                break
+        before, end = b"", time.monotonic() + 1.0
+        while (now := _png(self._framebuffer.read_bytes())) != before and time.monotonic() < end:
             before = now
             time.sleep(0.1)  # some frames
         self.screenshots.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,6 @@ def fuzz(examples: int) -> settings:
     return settings(
         max_examples=int(examples * _TIMES_LONGER * factor()) if SOAKING else examples,
         derandomize=not SOAKING,
-        database=None,
-        deadline=None,
         suppress_health_check=[
             HealthCheck.function_scoped_fixture,
             HealthCheck.too_slow,

@@ -31,11 +31,13 @@ rm "$1"/tmp/*
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All of these mount file systems."""
+    """All of these mount file systems, and some of them wait until a Debian is downloaded."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.root)
             item.add_marker(pytest.mark.skipif(os.geteuid() != 0, reason="mounting takes root"))
+            if "debian" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture

@@ -82,11 +82,12 @@ def test_an_image_in_a_file_is_mounted_for_the_check_alone(idle_daemon: Daemon) 
     daemon.sessionctl("create", "root", "lasting", "--id", "s")
     work_in(daemon, "s")
     daemon.stop()
-    before = daemon.mounts(), loop_devices(image), private_places()
+    daemon.environment["TMPDIR"] = str(daemon.directory)
+    before = daemon.mounts(), loop_devices(image), private_places(daemon)
     assert check(daemon) == []
     os.mknod(daemon.state / "sessions/s/layers/2/fs/gone", stat.S_IFCHR)
     assert check(daemon, "s") == [("whiteout-over-nothing", "gone", 2)]
-    assert (daemon.mounts(), loop_devices(image), private_places()) == before
+    assert (daemon.mounts(), loop_devices(image), private_places(daemon)) == before
 
     image.rename(daemon.directory / "away")
     assert check(daemon, code="damaged") == [("image-unavailable", str(image), None)]
@@ -98,5 +99,5 @@ def loop_devices(image: Path) -> str:
     return subprocess.run(["losetup", "-j", image], check=True, capture_output=True).stdout.decode()
 
 
-def private_places() -> list[str]:
-    return [name for name in os.listdir("/tmp") if name.startswith("sessiond-check-")]
+def private_places(daemon: Daemon) -> list[str]:
+    return [name for name in os.listdir(daemon.directory) if name.startswith("sessiond-check-")]

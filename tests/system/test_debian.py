@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from tests.support import trees
 from tests.support.daemon import MANAGER, Daemon
 
@@ -65,7 +63,6 @@ def build_package(directory: Path) -> Path:
     return package
 
 
-@pytest.mark.timeout(900)
 def test_a_package_is_installed_and_a_reset_leaves_nothing_of_it(
     idle_daemon: Daemon, debian: Path, tmp_path: Path
 ) -> None:

@@ -150,8 +150,8 @@ def test_commit_when_the_manager_is_killed_meanwhile(daemon: Daemon) -> None:
         (root / f"srv/data/new{number}").write_text("new")
     before = sorted(os.listdir(root / "srv/data"))
     work = daemon.state / "kept/0/guest/work/work"
-    with daemon.calling("commit", "one", "/srv/data"):
-        wait_until(lambda: os.listdir(work) != [])
+    with daemon.calling("commit", "one", "/srv/data") as calling:
+        wait_until(lambda: os.listdir(work) != [] or calling.poll() is not None)
         daemon.kill()
     daemon.start()
     daemon.wait_idle("one")

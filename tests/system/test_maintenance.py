@@ -209,12 +209,16 @@ def test_an_image_that_is_not_what_the_session_shows_is_not_used(daemon: Daemon)
 ACL = [("u", None, 6), ("u", 7, 6), ("g", None, 4), ("m", None, 6), ("o", None, 4)]
 
 
+NAP = 1000 + os.getpid()
+"""Seconds for which no other process of a test run sleeps."""
+
+
 def slow_tool(daemon: Daemon) -> None:
     """Have the image be made by a program that does not come to an end."""
     tools = daemon.directory / "tools"
     tools.mkdir()
     slow = tools / "mksquashfs"
-    slow.write_text('#!/bin/sh\necho part >"$2"\nexec sleep 1000\n')
+    slow.write_text(f'#!/bin/sh\necho part >"$2"\nexec sleep {NAP}\n')
     slow.chmod(0o755)
     daemon.environment["PATH"] = f"{tools}:{os.environ['PATH']}"
 
@@ -223,7 +227,7 @@ def end_tools() -> None:
     """End what the dead have left."""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if (process / "cmdline").read_bytes() == b"sleep\0001000\0":
+            if (process / "cmdline").read_bytes() == b"sleep\0%d\0" % NAP:
                 os.kill(int(process.name), signal.SIGKILL)
 
 

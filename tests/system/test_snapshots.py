@@ -18,7 +18,8 @@ _CREATE = """
 import itertools, sys
 for number in itertools.count():
     open(f"{sys.argv[1]}/{number}", "x").close()
-    print(number, flush=True)
+    if number == 0:
+        print("ready", flush=True)
 """
 
 

@@ -155,7 +155,7 @@ def test_programs_of_a_slice_stand_still(halting: Machine) -> None:
         assert halting.run("cat /sys/fs/cgroup/guests.slice/cgroup.freeze") == "0\n"
         assert halting.run(state).split() == ["running", "running"]
     halting.run("systemctl stop counter; mkdir /srv/kept")
-    said = halting.run("journalctl --quiet --unit sessiond")
+    said = halting.run("journalctl --sync; journalctl --quiet --unit sessiond")
     assert "Snapshot second" in said
     assert "not stopped" not in said
     assert "no cgroup" not in said
@@ -300,6 +300,7 @@ def journal(machine: Machine, *matches: str) -> list[dict[str, str]]:
 
 
 def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
+    since = f"--since={service.run('date +@%s.%6N').strip()}"
     service.run("id alice || useradd --create-home alice; sessionctl create alice guest --id hers")
     reset, uid = "sessionctl reset", service.run("id --user alice").strip()
     in_a_session(service, f"{reset} hers", seat="seat0")
@@ -309,7 +310,7 @@ def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
     assert "after authentication only (org.sessiond.overlay1.reset-other)" in said
     service.run("cat /run/sessiond/sessions/kiosk/root/note")
 
-    requests = journal(service, f"MESSAGE_ID={Event.REQUEST}", f"SESSIOND_CALLER_UID={uid}")
+    requests = journal(service, since, f"MESSAGE_ID={Event.REQUEST}", f"SESSIOND_CALLER_UID={uid}")
     assert [
         (one["SESSIOND_SESSION"], one["SESSIOND_USER"], one["SESSIOND_OPERATION"])
         for one in requests
@@ -317,7 +318,9 @@ def test_polkit_knows_who_is_at_the_machine(service: Machine) -> None:
     outcomes = [one["SESSIOND_OUTCOME"] for one in requests]
     assert outcomes == ["started", "refused", "refused"]
     assert {one["_SYSTEMD_UNIT"] for one in requests} == {"sessiond.service"}
-    (ended,) = journal(service, f"MESSAGE_ID={Event.JOB_ENDED}", f"SESSIOND_CALLER_UID={uid}")
+    (ended,) = journal(
+        service, since, f"MESSAGE_ID={Event.JOB_ENDED}", f"SESSIOND_CALLER_UID={uid}"
+    )
     assert (ended["SESSIOND_JOB"], ended["SESSIOND_OUTCOME"]) == (
         requests[0]["SESSIOND_JOB"],
         "succeeded",
@@ -393,7 +396,11 @@ def test_descriptors_outlive_the_process(machine: Machine) -> None:
     expected = "inherited {'note': 3} b'kept' False"
     machine.run("systemctl daemon-reload; systemctl start --no-block keeper")
     machine.wait("systemctl is-active keeper")
-    assert machine.run("journalctl --output=cat --unit keeper").count(expected) == 1
+    assert (
+        machine.run("journalctl --sync; journalctl --output=cat --unit keeper").count(expected) == 1
+    )
     machine.run("systemctl restart keeper")
-    assert machine.run("journalctl --output=cat --unit keeper").count(expected) == 2
+    assert (
+        machine.run("journalctl --sync; journalctl --output=cat --unit keeper").count(expected) == 2
+    )
     machine.run("systemctl stop keeper")

@@ -122,12 +122,13 @@ def test_a_command_on_a_terminal_gets_another_of_the_same_size() -> None:
 
 
 def test_what_is_typed_reaches_the_command_and_the_terminal_is_restored() -> None:
+    with terminal() as (_, another):
+        before = termios.tcgetattr(another)  # as each has at first
     with on_terminal("stty -echo; echo ready; read line; echo got $line") as (
         process,
         master,
         slave,
     ):
-        before = termios.tcgetattr(slave)
         read_until(master, b"ready\r\n")
         os.write(master, b"hello\n")
         assert read_until(master, b"got hello\r\n") == b"got hello\r\n"
