@@ -245,7 +245,11 @@ class Operations:
         await session.set_keep(rules)
 
     async def close(self, caller: Caller, session: Session, options: Options) -> None:
-        await authorise(caller, Action.CLOSE, session)
+        # What a login's session covers may be its user's own directory, and the image: once it is
+        # uncovered, they can change that for good.
+        await authorise(
+            caller, Action.CLOSE, apart_from_owner(session) if session.of_login else session
+        )
         parse(NoOptions, options)
         # Permission may have taken minutes: there may be another session of that id by now.
         if self._manager.get(session.id) is not session:

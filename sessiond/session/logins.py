@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sessiond.config import LoginTable
 from sessiond.errors import Busy, InvalidOption, SessiondError
 from sessiond.journal import Event, event
-from sessiond.session import conflicts, durable
+from sessiond.session import conflicts, durable, guests
 from sessiond.session.accounts import Account, account_of, groups_of
 from sessiond.session.faults import explained
 from sessiond.session.guests import is_guests
@@ -133,6 +133,8 @@ class Logins:
         self._opening = opening
         self._file = runtime / "logins.json"
         self._here: dict[Uid, _Presence] = {}
+        self._gone: list[Uid] = []
+        """Guests who have gone while no manager was there."""
         self._locks: defaultdict[Uid, trio.Lock] = defaultdict(trio.Lock)
 
     # They come
@@ -201,6 +203,10 @@ class Logins:
 
     async def _leave(self, uid: Uid) -> None:
         """End the session of a user who is not here, or all of a guest. What fails is logged."""
+        if not is_guests(uid) and (session := self._session_of(uid)) is not None:
+            # What they have asked for last, such as to keep it all, comes to its end. Who logs in
+            # again meanwhile finds the session.
+            await session.turn.become_idle()
         async with self._locks[uid]:
             if self.is_here(uid):
                 return
@@ -220,9 +226,15 @@ class Logins:
             await session.rest()
 
     async def _end_programs(self, session: Session) -> None:
-        """End what the user has left running in it: it would find nothing there any more."""
+        """End what the user has left running in it: it would find nothing there any more.
+
+        Where the image is what the view covers, end all that the user runs: that could change it.
+        """
         services = self._services
         try:
+            if session.record.source.path == session.mount_point:
+                belongings = services.surroundings.belongings
+                await belongings.end_processes(session.uid, guests.NOBODY)
             device = await trio.to_thread.run_sync(services.mounts.device, session.mount_point)
             if device is not None and session.view.mount is not None:
                 await conflicts.terminate(
@@ -247,8 +259,11 @@ class Logins:
             noted = await trio.to_thread.run_sync(self._read)
         for uid, presence in noted.users.items():
             presence.user_manager &= (USER_RUNTIME_DIRECTORIES / str(uid)).exists()
+            let_in = bool(presence.processes)
             presence.processes = {one for one in presence.processes if _started(one.pid) == one[1]}
-            if not presence.is_over:
+            if is_guests(uid) and let_in and not presence.processes:
+                self._gone.append(uid)  # as in `_go`
+            elif not presence.is_over:
                 self._here[uid] = presence
                 for process in presence.processes:
                     self._watch(uid, process)
@@ -258,6 +273,8 @@ class Logins:
         for session in self._sessions.values():
             if session.record.login and not self.is_here(session.uid):
                 self._services.nursery.start_soon(self._leave, session.uid)
+        for uid in self._gone:
+            self._services.nursery.start_soon(self._leave, uid)
 
     def _come(self, uid: Uid, process: int) -> None:
         """Take note of what keeps a session from now on.

@@ -122,6 +122,11 @@ class Session:
         return self.record.profile
 
     @property
+    def of_login(self) -> bool:
+        """Whether it is there while its user is logged in; see `logins`."""
+        return self.record.login
+
+    @property
     def image(self) -> str:
         """Digest of its image."""
         return self.record.image

@@ -235,6 +235,7 @@ class FakeSession:
         self.user = user
         self.uid = Uid(uid)
         self.profile = "live"
+        self.of_login = False
         self.image = "/images/root.squashfs"
         self.mount_point = Path(f"/run/sessiond/sessions/{name}/root")
         self.storage = StorageKind.TMPFS

@@ -169,6 +169,22 @@ async def test_root_may_all(operation: Call, guarded: FakeManager) -> None:
     assert code == 0, said
 
 
+async def test_the_session_of_a_login_is_not_closed_by_its_owner(guarded: FakeManager) -> None:
+    """They could change what it covers, such as the home that every login begins with."""
+    guarded.sessions["live"].of_login = True
+    close = (SESSION, names.SESSION, "Close", ("a{sv}", "0"))
+    for path, interface, member, arguments in (
+        close,
+        (ROOT, names.MANAGER, "CloseSession", ("sa{sv}", "live", "0")),
+    ):
+        code, said = await call(OWNER, path, interface, member, arguments)
+        assert code != 0
+        assert "only root may" in said
+    assert list(guarded.sessions) == ["live"]
+    code, said = await call(os.geteuid(), *close)
+    assert code == 0, said
+
+
 async def test_jobs_are_cancelled_by_their_owners(guarded: FakeManager) -> None:
     job = guarded.sessions["live"].reset(started_by=0)
     code, said = await call(STRANGER, JOB, names.JOB, "Cancel", ())

@@ -135,6 +135,12 @@ def test_removal_waits_for_the_end_of_sessions(installed: Machine) -> None:
     installed.run("systemctl start sessiond")
     installed.run(f"sessionctl guest remove {guest}")
     installed.run("systemctl stop sessiond")
+    # What pam-auth-update does not touch, since others have changed it.
+    mine = "account optional pam_permit.so"
+    installed.run(f"sed -i '/sessiond-login/i {mine}' /etc/pam.d/common-account")
+    assert "PAM calls sessiond-login" in installed.run(f"{APT} remove sessiond 2>&1", code=100)
+    installed.run("su - alice -c true")
+    installed.run(f"sed -i '/{mine}/d' /etc/pam.d/common-account")
 
     told = installed.run(f"{APT} remove sessiond 2>&1")
     assert "/var/lib/sessiond" in told

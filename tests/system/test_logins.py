@@ -119,6 +119,14 @@ def test_ssh(machine: Machine) -> None:
     assert_gone(machine, "alice")
 
 
+def test_nothing_that_is_left_changes_the_image(machine: Machine) -> None:
+    """It is the home itself, and the user's own; this process neither uses it nor is a login."""
+    machine.run("systemd-run --quiet --unit stray -p User=alice sleep infinity")
+    machine.run(f"su - alice -c '{IS_IN}'")
+    machine.wait("! systemctl is-active --quiet stray")
+    assert_gone(machine, "alice")
+
+
 def test_a_display_manager(machine: Machine) -> None:
     phases = "authenticate acct_mgmt open_session"
     machine.run(f"pamtester lightdm-autologin alice {phases} close_session >/srv/said 2>&1")
@@ -168,6 +176,9 @@ def test_who_is_refused_can_read_why(machine: Machine) -> None:
     for phase in ("login", "lightdm", "sshd"):
         said = machine.run(f"pamtester {phase} carol acct_mgmt", code=1)
         assert "There is no session for you" in said
+    # Where the phase before does not come to it, as with an expired password.
+    said = machine.run("pamtester login carol open_session", code=1)
+    assert "There is no session for you" in said
 
 
 def test_who_is_let_in_unprotected_can_read_that(machine: Machine) -> None:
@@ -202,5 +213,9 @@ def test_without_the_daemon_the_configuration_counts(machine: Machine) -> None:
         said = machine.run("su - dave -c id")
         assert "what you do stays. sessiond does not run" in said
         assert "uid=" in said
+        machine.run("cd /etc/sessiond; mv sessiond.toml good; echo nonsense >sessiond.toml")
+        machine.run("sessiond-login open 0")
+        machine.run("sessiond-login open $(id -u erin)", code=1)
+        machine.run("cd /etc/sessiond; mv good sessiond.toml")
     finally:
         machine.run("systemctl unmask --quiet sessiond; systemctl start sessiond")

@@ -16,6 +16,7 @@ from sessiond.errors import Busy, ImageUnavailable, InvalidOption, SessiondError
 from sessiond.session import logins
 from sessiond.session.manager import Manager, Session
 from sessiond.session.model import SessionState, Uid
+from tests.support.guests import FewBelongings
 from tests.support.sessions import World
 from tests.support.waiting import until
 
@@ -216,6 +217,59 @@ async def test_no_new_session_during_a_maintenance(
 
 def refuse() -> None:
     raise Busy("An image is being maintained.")
+
+
+async def test_what_was_asked_for_before_a_logout_is_finished(world: World) -> None:
+    async with manager(world, "volatile") as manager_:
+        session = await log_in(manager_)
+        await world.mount(session.id).write("file", b"contents")
+        job = session.persist(started_by=DAEMON)
+        await manager_.log_out(DAEMON)
+        await job.wait()
+        assert session.state is SessionState.INACTIVE
+        assert await log_in(manager_) is session
+        copied = world.mount(session.id).stack.lowers[0]
+        assert (copied / "file").read_bytes() == b"contents"
+
+
+async def test_nothing_of_the_user_s_goes_on_where_the_image_is_uncovered(world: World) -> None:
+    belongings = world.surroundings.belongings
+    assert isinstance(belongings, FewBelongings)
+    values = config(world).model_dump(mode="json", exclude_unset=True)
+    image = str(world.image)
+    values["profile"]["home"] = {"image": image, "mount_point": image}
+    for profile, log in (("volatile", []), ("home", ["processes"])):
+        values["login"] = {"all": {"user": "daemon", "profile": profile}}
+        async with world.manager(Config.model_validate(values)) as manager:
+            await log_in(manager)
+            await manager.log_out(DAEMON)
+            assert not sessions(manager)
+            assert belongings.log == log
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="to give a home away takes root")
+@pytest.mark.parametrize("has_manager", [False, True])
+async def test_a_guest_who_has_gone_meanwhile(
+    world: World,
+    process: subprocess.Popen[bytes],
+    has_manager: bool,
+    user_runtime_directories: Path,
+) -> None:
+    """What they have left running does not keep them."""
+    belongings = world.surroundings.belongings
+    assert isinstance(belongings, FewBelongings)
+    async with world.crashing_manager() as before:
+        guest = await before.guests.create()
+        await before.log_in(guest.uid, process.pid)
+        if has_manager:
+            await before.log_in(guest.uid, 0)
+            (user_runtime_directories / str(guest.uid)).mkdir()
+        belongings.busy.add(guest.uid)
+    process.kill()
+    process.wait()
+    async with world.manager() as manager:
+        await until(lambda: not manager.guests.names)
 
 
 async def test_notes_that_are_not_understood(
