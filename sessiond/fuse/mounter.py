@@ -549,8 +549,11 @@ class FuseMount:
                     return
                 with suppress(OSError, trio.ClosedResourceError):  # it is gone already
                     await control.send(self._open_channel, control.Stop())
-                    while (await control.receive(self._open_channel))[0]:
-                        pass
+                    packet = b"?"
+                    while packet:
+                        packet, descriptors = await control.receive(self._open_channel)
+                        for fd in descriptors:  # of a report that nobody has read yet
+                            os.close(fd)
                 self._died.set()
                 self._close()
                 await self._unmounted(self._request.session)

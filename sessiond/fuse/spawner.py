@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from typing import NamedTuple
 from sessiond.control import MESSAGE_LIMIT, Start
 
 log = logging.getLogger(__name__)
+
+_PAUSES = (0.1, 0.3, 1.0, 3.0)
+"""Seconds after which a fork that has failed is tried again."""
 
 
 class Spawner:
@@ -79,7 +83,13 @@ def _serve(channel: socket.socket) -> None:
         gc.collect()
         gc.freeze()  # or the first collection would copy all pages that are shared
         while packet := _receive(channel):
-            if os.fork() == 0:
+            try:
+                child = _fork()
+            except OSError:
+                # To the manager that is one more worker that has died.
+                log.exception("no worker can be started")
+                child = -1
+            if child == 0:
                 channel.close()
                 _become_worker(packet)
             for descriptor in packet.descriptors:
@@ -90,6 +100,16 @@ def _serve(channel: socket.socket) -> None:
     finally:
         logging.shutdown()
         os._exit(status)
+
+
+def _fork() -> int:
+    """As os.fork(), with patience: a worker was perhaps killed for the memory that is lacking."""
+    for pause in _PAUSES:
+        try:
+            return os.fork()
+        except OSError:
+            time.sleep(pause)
+    return os.fork()
 
 
 def _name_process(name: str) -> None:

@@ -38,10 +38,10 @@ def replace(file: Path, text: bytes) -> None:
         syscalls.rename(spare, name, exchange)
         try:
             _extend(spare, size, at_least=len(text))
+            syscalls.fsync_directory(directory)
         except OSError:
             syscalls.rename(name, spare, exchange)
             raise
-        syscalls.fsync_directory(directory)
     finally:
         os.close(directory)
 

@@ -400,9 +400,10 @@ class Session:
         rules_before = self.record.keep_rules
         after = self.record.reset(now, scheduled=scheduled, partly=bool(retained))
         await self.switch(after, retained=retained)
-        if self.record.keep_rules != rules_before:
-            await kept.use_rules(self)
-        await kept.discard_unwanted(self)
+        with trio.CancelScope(shield=True):  # it is done: what belongs to it is, too
+            if self.record.keep_rules != rules_before:
+                await kept.use_rules(self)
+            await kept.discard_unwanted(self)
         self.tell(lambda observer: observer.reset_done(self))
 
     # Its life, as led by the manager

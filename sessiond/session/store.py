@@ -35,6 +35,7 @@ import os
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -351,7 +352,8 @@ class Store:
         with explained(f"write the record of session {record.id}"):
             file = self._record_file(record)
             durable.replace(file, text)
-            file.with_name(BEING_MADE).unlink(missing_ok=True)
+        with suppress(OSError):  # or the next manager does
+            file.with_name(BEING_MADE).unlink()
 
     def forget(self, record: SessionRecord) -> None:
         """Give up the record, and so the session; its files become garbage. Raises `Failed`."""
@@ -474,6 +476,10 @@ class Store:
         for left_over in (BEING_MADE, BEING_DELETED):
             (directory / left_over).unlink(missing_ok=True)
         garbage = tuple(self._unknown_layers(record))
+        # They are deleted later, by these names, which no other layer may get meanwhile.
+        unknown = [int(path.name) for path in garbage if path.parent.name == "layers"]
+        next_layer = LayerNumber(max([record.next_layer - 1, *unknown]) + 1)
+        record = record.model_copy(update={"next_layer": next_layer})
         self.runtime_directory(session).mkdir(exist_ok=True)
         self.runtime_directory(session).chmod(0o711)
         found.records[session] = record.with_restore_undone()

@@ -107,6 +107,11 @@ class View:
                 self._session.id,
                 extra=self._session.event(Event.SESSION_ENDED),
             )
+        elif self._session.id in self._session.services.mounter.left():  # it was not adopted yet
+            try:
+                await trio.to_thread.run_sync(self.detach_stale)
+            except SessiondError as error:
+                log.error("%s", error)  # noqa: TRY400
         await self.exchange_image(None)
 
     def detach_stale(self) -> None:

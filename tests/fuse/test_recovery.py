@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import mmap
@@ -21,6 +22,7 @@ import trio
 
 from sessiond.errors import Failed
 from sessiond.fuse import sandbox, worker
+from sessiond.fuse import spawner as fork_server
 from sessiond.fuse.controlled import Controlled
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
@@ -571,6 +573,74 @@ async def test_death_while_another_manager_takes_over(
         os.close(file)
         left._close()
         await mount.unmount()
+
+
+@pytest.fixture
+def failures() -> mmap.mmap:
+    """In memory that the fork server shares: how many forks are to fail."""
+    return mmap.mmap(-1, mmap.PAGESIZE)
+
+
+@pytest.fixture
+def short_of_memory(failures: mmap.mmap) -> Iterator[FuseMounter]:
+    """A mounter whose fork server tries twice."""
+    fork = os.fork
+
+    def failing() -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    with tempfile.TemporaryDirectory() as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fork_server, "_PAUSES", (0.0,))
+            patch.setattr(os, "fork", failing)
+            spawner = Spawner.start()
+        yield FuseMounter(spawner, Path(directory))
+        spawner.close()
+
+
+async def test_a_worker_that_cannot_be_started_at_once(
+    short_of_memory: FuseMounter, failures: mmap.mmap, tmp_path: Path
+) -> None:
+    playground = Playground(tmp_path, short_of_memory, DataPath.PASSTHROUGH)
+    async with playground.mounted(playground.stack()) as mount, attended(mount):
+        failures[0] = 3
+        os.kill(mount.worker, signal.SIGKILL)
+        await program((playground.root / "made").mkdir)
+        assert failures[0] == 0
+
+
+async def test_what_is_closed_during_a_recovery_leaves_no_connection(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody would serve it, and programs would wait for ever."""
+    before = connections()
+    async with playground.mounted(playground.stack()) as mount:
+        os.kill(mount.worker, signal.SIGKILL)
+        await mount.wait_died()
+        spawn = mount._spawner.spawn
+        with trio.CancelScope() as scope:
+
+            def spawn_and_cancel(*arguments: Any) -> None:
+                spawn(*arguments)
+                scope.cancel()
+
+            monkeypatch.setattr(mount._spawner, "spawn", spawn_and_cancel)
+            await mount.recover()
+        assert scope.cancelled_caught
+        assert connections() > before
+    assert connections() == before
+
+
+def connections() -> int:
+    """How many descriptors of FUSE connections this process has."""
+    links = []
+    for fd in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing
+            links.append(os.readlink(fd))
+    return links.count("/dev/fuse")
 
 
 # The manager's side

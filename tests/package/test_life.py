@@ -140,7 +140,7 @@ def test_removal_waits_for_the_end_of_sessions(installed: Machine) -> None:
     installed.run(f"sed -i '/sessiond-login/i {mine}' /etc/pam.d/common-account")
     assert "PAM calls sessiond-login" in installed.run(f"{APT} remove sessiond 2>&1", code=100)
     installed.run("su - alice -c true")
-    installed.run(f"sed -i '/{mine}/d' /etc/pam.d/common-account")
+    installed.run(f"sed -i '/{mine}/d' /etc/pam.d/common-account; systemctl stop sessiond")
 
     told = installed.run(f"{APT} remove sessiond 2>&1")
     assert "/var/lib/sessiond" in told

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sessiond.overlay import syscalls
 from sessiond.session import durable
 from tests.space.conftest import Machine, fill
 
@@ -76,3 +80,30 @@ def test_the_first_one_needs_space_for_the_next(small: Machine) -> None:
     with pytest.raises(OSError, match="No space left"):
         durable.replace(small.state / "file", b"x")
     assert not (small.state / "file").exists()
+
+
+@pytest.mark.parametrize("call", ["rename", "write", "fsync", "fsync_directory"])
+@pytest.mark.parametrize("at", range(4))
+def test_what_fails_has_changed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: int
+) -> None:
+    file = tmp_path / "file"
+    durable.replace(file, b"before")
+    original, calls = getattr(syscalls, call), 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at + 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syscalls, call, failing)
+        try:
+            durable.replace(file, b"after")
+        except OSError:
+            assert file.read_bytes().rstrip() == b"before"
+        else:
+            assert calls <= at
+            assert file.read_bytes().rstrip() == b"after"

@@ -23,12 +23,14 @@ from sessiond.errors import (
 from sessiond.session import schedule
 from sessiond.session.clock import Instant
 from sessiond.session.manager import Manager, Session
+from sessiond.session.memory import MemoryMount
 from sessiond.session.model import (
     Manner,
     ResetRules,
     SessionRecord,
     SessionState,
     SnapshotName,
+    Stack,
     Uid,
 )
 from tests.support.sessions import UID, USER, World
@@ -103,6 +105,27 @@ async def test_rules_follow_the_configuration(world: World) -> None:
         assert session.keep == ("/data",)
     async with world.manager(keeping(world)) as manager:
         assert manager.sessions == {}
+
+
+async def test_a_reset_that_is_done_cannot_be_cancelled(world: World) -> None:
+    jobs = []
+
+    class CancellingMount(MemoryMount):
+        async def swap(
+            self, stack: Stack, *, moved: bool = False, retained: bool = False
+        ) -> tuple[str, ...]:
+            inexact = await super().swap(stack, moved=moved, retained=retained)
+            jobs[0].cancel()
+            return inexact
+
+    world.mounter.kind = CancellingMount
+    async with world.manager(keeping(world, *RULES)) as manager:
+        session = await create(manager)
+        await session.set_keep([])
+        jobs.append(session.reset(started_by=UID))
+        await jobs[0].wait()
+        assert session.keep == world.mount("s").rules == ()
+        assert "reset s" in world.recorder.events
 
 
 async def test_a_job_that_runs_is_waited_for(world: World) -> None:

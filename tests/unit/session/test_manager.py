@@ -24,7 +24,9 @@ from sessiond.errors import (
 )
 from sessiond.session.manager import open_manager
 from sessiond.session.model import SessionId, SessionState, StorageKind, Uid
+from sessiond.session.mounter import VIEW_TYPE
 from sessiond.session.store import Store
+from sessiond.session.view import View
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
 
@@ -338,6 +340,42 @@ async def test_a_volatile_session_ends_with_the_machine(
         assert not (world.runtime / "sessions" / "s").exists()
         await manager.create(USER, "volatile", session_id="s")
     expect_log("ended with the last boot")
+
+
+async def test_what_is_to_be_deleted_lends_no_layer_its_name(world: World) -> None:
+    """It is deleted later: whoever used that name meanwhile would lose what is there."""
+    async with world.crashing_manager() as manager:
+        record = (await manager.create(USER, "lasting", session_id="s")).record
+    (world.disk("s") / "layers" / str(record.next_layer) / "fs").mkdir(parents=True)
+    loaded = Store(world.runtime, world.state, world.mounts).load()
+    assert world.disk("s") / "layers" / str(record.next_layer) in loaded.garbage
+    assert loaded.records[0].next_layer == record.next_layer + 1
+
+
+async def test_a_stop_before_a_session_is_adopted_unmounts_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = world.config().model_dump(mode="json", exclude_unset=True)
+    values["profile"]["volatile"]["mount_point"] = str(world.directory / "home")
+    config = Config.model_validate(values)
+    world.config = lambda **_: config  # type: ignore[method-assign]
+    async with world.crashing_manager() as manager:
+        session = await manager.create(USER, "volatile", session_id="s")
+    world.mounts.mounted[session.mount_point] = VIEW_TYPE
+    monkeypatch.setattr(world.mounter, "left", lambda: {SessionId("s")})
+    async with open_manager(config, world.mounter, mounts=world.mounts) as manager:
+        with trio.CancelScope() as start:
+            monkeypatch.setattr(View, "adopt", lambda _: _cancelled(start))
+            await manager.start()
+        assert start.cancelled_caught
+        await manager.shut_down()
+    assert session.mount_point not in world.mounts.mounted
+
+
+async def _cancelled(scope: trio.CancelScope) -> bool:
+    scope.cancel()
+    await trio.sleep_forever()
+    raise AssertionError
 
 
 @pytest.mark.parametrize(
