@@ -5,6 +5,9 @@ over what it finds then; so people may want it to end first.
 
 This is a courtesy, no barrier: a program of the session's user can come back at any moment, and
 nothing here is waited for without limit.
+
+Nor may it be a weapon: any program can be given an open file of the session, in a message to a
+service of the machine, say. So that alone ends no program of others than the session's user.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from sessiond.session.processes import Process, Processes
 log = logging.getLogger(__name__)
 
 _INIT = 1
+_WORKS_THERE = frozenset({"cwd", "root", "exe"})
+"""Uses of `Process` that a program has by itself, or from who has started it."""
 _KILL_ROUNDS = 3
 """Of looking for those that have come meanwhile."""
 _KILL_SECONDS = 5.0
@@ -66,14 +71,16 @@ async def terminate(
     processes: Processes,
     device: str,
     *,
+    owner: Uid,
     asked_by: Uid,
     grace: float,
     report: Callable[[Sequence[Program]], None],
 ) -> None:
     """End what uses the merged view on `device`: SIGTERM, and SIGKILL after `grace` seconds.
 
-    Root ends all of it but init; other users only what is theirs alone. `report` is told of all
-    that was found first. Returns also when something could not be ended. Raises `Failed`.
+    `owner`: the session's user. Root ends what is theirs alone, and whatever works there, but init;
+    other users only what is theirs alone. `report` is told of all that was found first. Returns
+    also when something could not be ended. Raises `Failed`.
     """
     deadline = trio.current_time() + grace
     asked: set[int] = set()
@@ -83,7 +90,7 @@ async def terminate(
             if not reported:
                 report(programs(found))
                 reported = True
-            ours = _ours(found, asked_by)
+            ours = _ours(found, owner, asked_by)
             if not ours:
                 return
             # A pid that is used again meanwhile is another process's, which is killed unasked.
@@ -93,7 +100,7 @@ async def terminate(
                 await _wait_ended(ours)
     for _ in range(_KILL_ROUNDS):
         async with processes.using(device) as found:
-            ours = _ours(found, asked_by)
+            ours = _ours(found, owner, asked_by)
             if not ours:
                 return
             _send(signal.SIGKILL, ours)
@@ -102,13 +109,22 @@ async def terminate(
     log.warning("Not all programs could be ended; they go on with the files that they have open.")
 
 
-def _ours(found: Iterable[Process], asked_by: Uid) -> list[Process]:
+def _ours(found: Iterable[Process], owner: Uid, asked_by: Uid) -> list[Process]:
     """Return those that whoever has asked may end."""
     return [
         one
         for one in found
-        if one.pid not in {_INIT, os.getpid()} and (asked_by == ROOT or one.is_of(asked_by))
+        if one.pid not in {_INIT, os.getpid()} and _may_end(one, owner, asked_by)
     ]
+
+
+def _may_end(process: Process, owner: Uid, asked_by: Uid) -> bool:
+    if asked_by != ROOT:
+        return process.is_of(asked_by)
+    if not _WORKS_THERE.isdisjoint(process.uses):
+        return True
+    # The services of the machine are root's, and in a session of root's others may open files, too.
+    return owner != ROOT and process.is_of(owner)
 
 
 def _send(number: signal.Signals, processes: Sequence[Process]) -> None:

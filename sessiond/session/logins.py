@@ -240,6 +240,7 @@ class Logins:
                 await conflicts.terminate(
                     services.surroundings.processes,
                     device,
+                    owner=session.uid,
                     asked_by=session.uid,
                     grace=session.record.reset_rules.grace,
                     report=lambda _: None,

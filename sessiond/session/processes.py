@@ -38,6 +38,9 @@ class Process(Protocol):
     """The real user."""
     unit: str
     """The unit or scope of systemd's that it belongs to, such as ``session-2.scope``; or empty."""
+    uses: Collection[str]
+    """How it uses the file system: as its `cwd`, `root` or `exe`, by a `file` that it has open or a
+    `map`. Anybody can give it open files, also unasked."""
     files: Collection[int]
     """Which of the files that were asked for it has open, or mapped as shared."""
 
@@ -86,6 +89,7 @@ class _HeldProcess:
         self.program = description.program
         self.uid = description.uids[0]
         self.unit = description.unit
+        self.uses: Collection[str] = description.uses
         self.files: Collection[int] = description.files
         self._pidfd = pidfd
 

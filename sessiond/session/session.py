@@ -387,6 +387,7 @@ class Session:
                 await conflicts.terminate(
                     self.services.surroundings.processes,
                     device,
+                    owner=self.uid,
                     asked_by=job.started_by,
                     grace=manner.grace,
                     report=job.report_conflicts,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
@@ -19,6 +21,7 @@ from sessiond.session.conflicts import Program
 from sessiond.session.memory import DEVICE
 from sessiond.session.model import LayerNumber, Manner, SnapshotName, Uid
 from sessiond.session.processes import Process, SystemProcesses
+from sessiond.session.schedule import Due, Why
 from sessiond.session.surroundings import Surroundings
 from tests.support.sessions import UID, USER, World
 from tests.support.waiting import until
@@ -32,12 +35,19 @@ class FakeProcess:
     """One that ends at a signal of `obeys`."""
 
     def __init__(
-        self, pid: int, *, uid: Uid = ALICE, obeys: Sequence[int] = (15, 9), rights: Uid = ALICE
+        self,
+        pid: int,
+        *,
+        uid: Uid = ALICE,
+        obeys: Sequence[int] = (15, 9),
+        rights: Uid = ALICE,
+        uses: Collection[str] = ("cwd",),
     ) -> None:
         self.pid = pid
         self.program = "editor"
         self.uid = uid
         self.unit = "session-2.scope"
+        self.uses = uses
         self.files = ()
         self.got: list[int] = []
         self.ended = trio.Event()
@@ -77,10 +87,12 @@ class FakeProcesses:
 
 
 async def terminate(
-    processes: FakeProcesses, asked_by: Uid = ALICE, grace: float = 10
+    processes: FakeProcesses, asked_by: Uid = ALICE, grace: float = 10, owner: Uid = ALICE
 ) -> list[Program]:
     told: list[Program] = []
-    await conflicts.terminate(processes, DEVICE, asked_by=asked_by, grace=grace, report=told.extend)
+    await conflicts.terminate(
+        processes, DEVICE, owner=owner, asked_by=asked_by, grace=grace, report=told.extend
+    )
     return told
 
 
@@ -139,6 +151,33 @@ async def test_root_ends_all_but_init_and_the_manager(
     assert (theirs.got, init.got, ourselves.got) == ([signal.SIGTERM], [], [])
 
 
+@pytest.mark.parametrize(
+    ("owner", "whose", "uses", "ended"),
+    [
+        (ALICE, ALICE, {"file"}, True),
+        (ALICE, BOB, {"file", "map"}, False),
+        (ALICE, ROOT, {"file"}, False),
+        (ALICE, BOB, {"cwd"}, True),
+        (ALICE, ROOT, {"root", "file"}, True),
+        (ALICE, BOB, {"exe", "map"}, True),
+        (ROOT, ROOT, {"file"}, False),
+        (ROOT, ROOT, {"cwd"}, True),
+    ],
+)
+async def test_root_ends_others_only_where_they_work_there(
+    autojump_clock: trio.testing.MockClock,
+    owner: Uid,
+    whose: Uid,
+    uses: Collection[str],
+    ended: bool,
+) -> None:
+    """Open files can be given to anybody."""
+    one = FakeProcess(FIRST, uid=whose, rights=whose, uses=uses)
+    told = await terminate(FakeProcesses(one), asked_by=ROOT, owner=owner)
+    assert one.got == [signal.SIGTERM] * ended
+    assert [program.pids for program in told] == [(FIRST,)]
+
+
 async def test_what_cannot_be_ended_does_not_hold_it_up(
     autojump_clock: trio.testing.MockClock, expect_log: Callable[[str], None]
 ) -> None:
@@ -173,6 +212,22 @@ async def test_a_reset_ends_programs_before_the_layers_are_exchanged(world: Worl
         assert seen == [before]
         assert session.record.upper != before
         assert [program.pids for program in job.conflicts] == [(FIRST,)]
+
+
+async def test_a_reset_by_itself_ends_the_owners_and_tells_of_others(world: World) -> None:
+    """Its timer asks as root does."""
+    nobody = Uid(pwd.getpwnam("nobody").pw_uid)
+    owners = FakeProcess(FIRST, uid=nobody, rights=nobody, uses={"file"})
+    others = FakeProcess(SECOND, uid=BOB, rights=BOB, uses={"file"})
+    world_with(world, owners, others)
+    async with world.manager() as manager:
+        session = await manager.create("nobody", "volatile", session_id="s")
+        due = Due(Why.DAILY, None, 0, 0, manner=Manner(terminate=True))
+        await session.reset_when_idle(due)
+        assert (owners.got, others.got) == ([signal.SIGTERM], [])
+        job = session.turn.last_job
+        assert job is not None
+        assert {program.pids for program in job.conflicts} == {(FIRST,), (SECOND,)}
 
 
 async def test_a_job_cancelled_while_programs_end_changes_nothing(world: World) -> None:
@@ -377,12 +432,45 @@ async def test_a_real_process_is_ended_and_another_users_is_not(
     }
     told: list[Program] = []
     await conflicts.terminate(
-        SystemProcesses(), device, asked_by=Uid(65534), grace=0.2, report=told.extend
+        SystemProcesses(),
+        device,
+        owner=Uid(65534),
+        asked_by=Uid(65534),
+        grace=0.2,
+        report=told.extend,
     )
     assert {pid for one in told for pid in one.pids} == {one.pid for one in processes.values()}
     assert processes["obeying"].wait(10) == -signal.SIGTERM
     assert processes["deaf"].wait(10) == -signal.SIGKILL
     assert processes["root's"].poll() is None
+
+
+@pytest.mark.root
+async def test_who_was_passed_a_descriptor_is_not_ended_for_it(
+    real: Path, device: str, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """As a service of the machine may be, by the session's user, just before root resets it."""
+    receive = "import socket; _, fds, *_ = socket.recv_fds(socket.socket(fileno=0), 1, 1)"
+
+    def given(**settings: object) -> subprocess.Popen[bytes]:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, (real / "file").open("w") as file:
+            socket.send_fds(ours, [b"x"], [file.fileno()])
+            return start(receive, stdin=theirs, cwd="/", **settings)
+
+    service, owners, shell = given(), given(user=65534), start("", cwd=real)
+    told: list[Program] = []
+    await conflicts.terminate(
+        SystemProcesses(),
+        device,
+        owner=Uid(65534),
+        asked_by=ROOT,
+        grace=600,
+        report=told.extend,
+    )
+    assert {pid for one in told for pid in one.pids} == {service.pid, owners.pid, shell.pid}
+    assert owners.wait(10) == shell.wait(10) == -signal.SIGTERM
+    assert service.poll() is None
 
 
 @pytest.mark.root
