@@ -136,7 +136,7 @@ class CopyUp:
         handle = origin_of(stack, node.lowers[0])
         syscalls.setxattr(target, stack.xattrs.origin, handle or b"")
         real = syscalls.stat(target)
-        indexed = not node.is_directory and self._stat.st_nlink > 1 and handle is not None
+        indexed = may_have_names(stack, node, self._stat) and handle is not None
         if indexed:
             assert handle is not None
             count = link_count(stack, node, self._stat)
@@ -278,7 +278,7 @@ def link_count(stack: Stack, node: Node, stat: os.stat_result) -> int:
     names = _names(node, stat)
     if node.index is not None:
         return _union_links(stack, At(stack.workdir.index, node.index), names)
-    if node.upper or names == 1:
+    if node.upper or not may_have_names(stack, node, stat):
         return names - (not node.linked and not node.upper)
     was_upper = node.linked and node.lowers[0].layer is not stack.lowers[-1]
     count = _union_links(stack, node.lowers[0].at(), names) if was_upper else names
@@ -310,14 +310,23 @@ def _difference(value: bytes) -> tuple[bytes, int]:
     return (found[1], int(found[2])) if found else (b"", 0)
 
 
+def may_have_names(stack: Stack, node: Node, stat: os.stat_result) -> bool:
+    """Say whether a file may have several names. `stat`: its stat(2).
+
+    Of one that is found in the index of a lower, the others may be the image's: no links of it.
+    """
+    if node.is_directory:
+        return False
+    return stat.st_nlink > 1 or any(lower.layer in stack.indexes for lower in node.lowers)
+
+
 def must_index(stack: Stack, node: Node, stat: os.stat_result) -> bool:
     """Say whether a node of a lower has several names and so gets into the index when it is copied
     up.
     """
     return (
         not node.upper
-        and not node.is_directory
-        and stat.st_nlink > 1
+        and may_have_names(stack, node, stat)
         and origin_of(stack, node.lowers[0]) is not None
     )
 

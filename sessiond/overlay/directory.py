@@ -25,6 +25,7 @@ from sessiond.overlay.copy_up import (
     drop_index,
     locate,
     mark_impure,
+    may_have_names,
     must_index,
 )
 from sessiond.overlay.keep import is_way, seen_by
@@ -249,7 +250,7 @@ def carry(stack: Stack, old: Place, new_stack: Stack, new: Place, limit: int) ->
     stat = syscalls.stat(source)
     if (
         node.index is not None
-        or stat.st_nlink > 1
+        or may_have_names(stack, node, stat)
         or node.writers
         or node.kept >= 0
         or (modes.S_ISREG(node.kind) and stat.st_size > limit)

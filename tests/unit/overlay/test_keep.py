@@ -209,6 +209,20 @@ def test_what_is_large_or_has_names_does_not_cross(bench: KeptBench) -> None:
     assert contents(overlay, "home/u/.rc") == b"of the image"
 
 
+def test_what_has_names_in_the_image_alone_does_not_cross(bench: KeptBench) -> None:
+    low = image(bench)
+    os.link(low / "home/u/other", low / "home/u/second")
+    os.link(low / "home/u/other", low / "home/u/third")
+    overlay = bench.kept(*RULES, upper="first")
+    write(overlay, "home/u/third", b"changed")
+    unlink(overlay, "home/u/third")
+    bench.close()
+    overlay = bench.kept(*RULES, lowers=("first", "low"))
+    with pytest.raises(OSError, match="cross-device"):
+        rename(overlay, "home/u/other", "home/u/.rc")
+    assert contents(overlay, "home/u/second") == b"changed"
+
+
 def test_one_inode_of_the_image_on_both_sides(bench: KeptBench) -> None:
     low = image(bench)
     os.link(low / "home/u/other", low / "home/u/docs/linked")

@@ -91,18 +91,7 @@ def test_one_lower_file_with_several_names_stays_one_file(bench: Bench) -> None:
 
 def test_a_snapshot_keeps_the_hard_links_of_lowers_together(bench: Bench) -> None:
     """Also under names under which they were not copied up."""
-    for name in ("a", "b", "c"):
-        if name == "a":
-            (bench.layer("low") / name).write_text("low")
-        else:
-            os.link(bench.layer("low") / "a", bench.layer("low") / name)
-
-    def write(overlay: Overlay, name: str, data: bytes) -> None:
-        node = find(overlay, name)
-        overlay.open_file(node, write=True)
-        overlay.write(node, data, 0)
-        overlay.release_file(node)
-
+    link_names(bench, "a", "b", "c")
     overlay = bench.overlay("low", upper="first")
     write(overlay, "a", b"one")
     overlay.unlink(overlay.view.root, b"c")
@@ -122,6 +111,77 @@ def test_a_snapshot_keeps_the_hard_links_of_lowers_together(bench: Bench) -> Non
         assert overlay.view.link_count(node, overlay.view.stat(node)) == 2
     bench.close()
     assert contents(bench.overlay("first", "low", upper="fourth"), "b") == b"one"
+
+
+def link_names(bench: Bench, *names: str) -> None:
+    """Have a file of the lower with these names."""
+    first = bench.layer("low") / names[0]
+    first.write_text("low")
+    for name in names[1:]:
+        os.link(first, bench.layer("low") / name)
+
+
+def write(overlay: Overlay, name: str, data: bytes) -> None:
+    node = find(overlay, name)
+    overlay.open_file(node, write=True)
+    overlay.write(node, data, 0)
+    overlay.release_file(node)
+
+
+def count_links(overlay: Overlay, name: str) -> int:
+    node = find(overlay, name)
+    return overlay.view.link_count(node, overlay.view.stat(node))
+
+
+@pytest.mark.parametrize("known", [["b"], ["b", "c"]])
+@pytest.mark.parametrize("change", ["write", "chmod", "link", "rename", "unlink", "replace"])
+def test_a_snapshot_of_a_hard_link_that_only_the_index_has(
+    bench: Bench, known: list[str], change: str
+) -> None:
+    """The name that it was changed under has gone, the others are the image's still."""
+    link_names(bench, "a", "b", "c")
+    overlay = bench.overlay("low", upper="first")
+    write(overlay, "a", b"one")
+    overlay.unlink(overlay.view.root, b"a")
+    bench.close()
+    assert os.listdir(bench.layer("first-work") / "index") != []
+
+    overlay = bench.overlay("first", "low", upper="second")
+    root = overlay.view.root
+    for name in known:
+        overlay.view.refer(find(overlay, name))
+        assert contents(overlay, name) == b"one"
+        assert count_links(overlay, name) == 2
+    left = {"b", "c"}
+    if change == "write":
+        write(overlay, "b", b"two")
+    elif change == "chmod":
+        overlay.chmod(find(overlay, "b"), 0o600)
+    elif change == "link":
+        overlay.link(find(overlay, "b"), root, b"d")
+        left = {"b", "c", "d"}
+    elif change == "rename":
+        overlay.rename((root, b"b"), (root, b"d"))
+        left = {"c", "d"}
+    elif change == "unlink":
+        overlay.unlink(root, b"b")
+        left = {"c"}
+    else:
+        overlay.create(root, b"new", new_file())
+        overlay.rename((root, b"new"), (root, b"b"))
+        left = {"c"}
+    expected = contents(overlay, "c")
+    assert expected == (b"two" if change == "write" else b"one")
+    for _ in range(2):  # also of the same layers, opened anew
+        for name in left:
+            assert contents(overlay, name) == expected
+            assert count_links(overlay, name) == len(left)
+            assert find(overlay, name).number == find(overlay, "c").number
+        bench.close()
+        overlay = bench.overlay("first", "low", upper="second")
+    for name in left:
+        overlay.unlink(overlay.view.root, os.fsencode(name))
+    assert os.listdir(bench.layer("second-work") / "index") == []
 
 
 def test_nothing_is_kept_of_what_nobody_holds(bench: Bench) -> None:
