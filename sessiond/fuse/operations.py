@@ -42,6 +42,7 @@ from pyfuse3 import (
 )
 
 from sessiond.keep_rules import KeepRules
+from sessiond.overlay import syscalls
 from sessiond.overlay.copy_up import CopyUp
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.exchange import Exchange, Outdated
@@ -306,7 +307,10 @@ class OverlayOperations(pyfuse3.Operations):
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        node = await self._changeable(inode)
+        node = self.view.node(inode)
+        here = self.view.stack_at(self.view.node(new_parent_inode), new_name)
+        if self.view.stack_of(node) is here:  # else it is refused, and a copy would be in vain
+            node = await self._changeable(inode)
         stat = self.overlay.link(node, self.view.node(new_parent_inode), new_name)
         return self._given(node, stat)
 
@@ -330,9 +334,16 @@ class OverlayOperations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        for parent, name in ((parent_inode_old, name_old), (parent_inode_new, name_new)):
-            child = self.view.node(parent).children.get(name)
-            if child is not None:
+        view = self.view
+        ends = ((parent_inode_old, name_old), (parent_inode_new, name_new))
+        source, target = (view.stack_at(view.node(parent), name) for parent, name in ends)
+        for end in ends if source is target else ():  # else it is copied over there, or refused
+            child = view.node(end[0]).children.get(end[1])
+            if child is None:
+                continue
+            stays = end is ends[0] or flags & syscalls.RENAME_EXCHANGE
+            # What is replaced is not copied up in vain: there may be no room for it.
+            if stays or self.overlay.must_outlive_name(view.node(child.number)):
                 await self._changeable(child.number)
         await self._open.wait()
         old = self.view.node(parent_inode_old), name_old

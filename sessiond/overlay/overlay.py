@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sessiond.overlay import directory, lookup, orphans, syscalls
-from sessiond.overlay.copy_up import CopyUp, copy_up, locate
+from sessiond.overlay.copy_up import CopyUp, copy_up, locate, must_index
 from sessiond.overlay.directory import NewObject, Place
 from sessiond.overlay.fastpath import FastPath, Inherited
 from sessiond.overlay.keep import Keep
@@ -344,6 +344,10 @@ class Overlay:
         if (node.upper and not node.metacopy) or not modes.S_ISREG(node.kind):
             return 0
         return self.view.stat(node).st_size
+
+    def must_outlive_name(self, node: Node) -> bool:
+        """Say whether a file is copied up even if a name of it goes: for the sake of its others."""
+        return must_index(self.view.stack_of(node), node, self.view.stat(node))
 
     def begin_copy_up(self, node: Node) -> CopyUp:
         """Prepare a copy-up whose data is copied by the caller, in a thread; see `CopyUp`.

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from sessiond.fuse import data_path
 from sessiond.fuse.mounter import FuseMount, FuseMounter
@@ -75,6 +76,17 @@ class Playground:
             yield mount
         finally:
             await mount.unmount()
+
+    @asynccontextmanager
+    async def on_small_disk(self, size: str) -> AsyncIterator[Playground]:
+        """Another playground, of which everything is on a tmpfs of that size."""
+        disk = self._directory / "small"
+        disk.mkdir()
+        await trio.run_process(["mount", "-t", "tmpfs", "-o", f"size={size}", "x", disk])
+        try:
+            yield Playground(disk, self._mounter, self.data_path)
+        finally:
+            await trio.run_process(["umount", "-l", disk])
 
     @property
     def descriptors_follow_copy_ups(self) -> bool:

@@ -63,6 +63,27 @@ async def test_descriptors_from_before_and_after_a_copy_up(playground: Playgroun
     assert (playground.image / "file").read_bytes() == b"before"
 
 
+async def test_what_is_replaced_needs_no_room(playground: Playground) -> None:
+    """As editors save: whoever has the file open goes on with what was in it."""
+    text = b"a" * (2 << 20)
+    async with playground.on_small_disk("5m") as small:
+        frozen = small.image.parent / "frozen"  # what the image has, the extension answers for
+        frozen.mkdir()
+        for name in ("open", "closed"):
+            (frozen / name).write_bytes(text)
+        async with small.mounted(small.stack(frozen)):
+            with open(small.root / "open", "rb", buffering=0) as old:
+                assert old.read(PAGE) == text[:PAGE]
+                for name in ("open", "closed"):
+                    assert (small.root / name).stat().st_size == len(text)
+                    (small.root / "new").write_bytes(b"new")
+                    os.rename(small.root / "new", small.root / name)
+                    assert (small.root / name).read_bytes() == b"new"
+                assert os.fstat(old.fileno()).st_nlink == 0
+                assert os.pread(old.fileno(), len(text) + 1, 0) == text
+            assert sorted(os.listdir(small.root)) == ["closed", "open"]
+
+
 @pytest.mark.parametrize("kind", [mmap.MAP_PRIVATE, mmap.MAP_SHARED])
 async def test_mappings_from_before_and_after_a_copy_up(playground: Playground, kind: int) -> None:
     (playground.image / "file").write_bytes(b"a" * PAGE)

@@ -19,6 +19,7 @@ from sessiond.errors import Failed
 from sessiond.fuse.mounter import FuseMount
 from sessiond.session.model import DataPath
 from tests.fuse.conftest import Playground
+from tests.support import libc
 from tests.support.waiting import until
 
 T = TypeVar("T")
@@ -144,6 +145,22 @@ async def test_mv_copies_directories_over_the_border(playground: Playground, hom
         assert sorted(os.listdir(home)) == [".rc", "other"]
         await trio.run_process(["mv", home.parent / "u", home.parent / "v"])
         assert os.listdir(home.parent) == ["v"]
+
+
+async def test_what_may_not_cross_the_border_needs_no_room(playground: Playground) -> None:
+    async with playground.on_small_disk("20m") as small:
+        (small.image / "home/u/docs").mkdir(parents=True)
+        home = small.root / "home/u"
+        (small.image / "home/u/docs/letter").write_text("letter")
+        (small.image / "home/u/large").write_bytes(b"a" * (17 << 20))
+        async with mounted(small):
+            assert (home / "large").stat().st_size == 17 << 20
+            for cross in (os.rename, os.link):
+                with pytest.raises(OSError, match="cross-device"):
+                    cross(home / "large", home / "docs/large")
+            with pytest.raises(OSError, match="cross-device"):
+                libc.renameat2(str(home / "large"), str(home / "docs/letter"), libc.RENAME_EXCHANGE)
+            assert os.listdir(home / "docs") == ["letter"]
 
 
 async def test_a_directory_that_the_image_lacks_is_there_again(playground: Playground) -> None:

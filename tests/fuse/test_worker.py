@@ -47,9 +47,7 @@ async def test_a_stack_that_cannot_be_served_is_refused(playground: Playground) 
 
 
 async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playground) -> None:
-    await trio.run_process(["mount", "-t", "tmpfs", "-o", "size=1m", "x", playground.image.parent])
-    try:
-        small = Playground(playground.image.parent, playground._mounter, playground.data_path)
+    async with playground.on_small_disk("1m") as small:
         (small.image / "file").write_bytes(b"x" * 300_000)
         async with small.mounted(small.stack()) as mount:
             with (
@@ -65,8 +63,6 @@ async def test_a_full_upper_is_reported_and_hurts_nothing_else(playground: Playg
             assert (small.root / "file").read_bytes() == b"x" * 300_000
             await mount.swap(small.stack())
             assert os.listdir(small.root) == ["file"]
-    finally:
-        await trio.run_process(["umount", "-l", playground.image.parent])
 
 
 class _Broken:
