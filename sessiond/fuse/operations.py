@@ -106,6 +106,8 @@ class OverlayOperations(pyfuse3.Operations):
     """
 
     enable_acl = True
+    supports_dot_lookup = False
+    """Names are names: to open a file handle, the kernel would look up ``.`` and ``..``."""
 
     def __init__(self, overlay: Overlay) -> None:
         super().__init__()
