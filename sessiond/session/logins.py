@@ -219,10 +219,11 @@ class Logins:
                 log.error("After the logout of uid %d: %s", uid, error)  # noqa: TRY400
 
     async def _end(self, session: Session) -> None:
-        await self._end_programs(session)
+        if session.view.mount is not None:
+            await self._end_programs(session)
         if session.storage is StorageKind.TMPFS:
             await self._opening.close(session.id)
-        else:
+        elif session.state is not SessionState.INACTIVE:
             await session.rest()
 
     async def _end_programs(self, session: Session) -> None:
@@ -236,7 +237,7 @@ class Logins:
                 belongings = services.surroundings.belongings
                 await belongings.end_processes(session.uid, guests.NOBODY)
             device = await trio.to_thread.run_sync(services.mounts.device, session.mount_point)
-            if device is not None and session.view.mount is not None:
+            if device is not None:
                 await conflicts.terminate(
                     services.surroundings.processes,
                     device,
