@@ -78,6 +78,8 @@ class Swap(_Message):
     stack: LayerStack
     moved: bool
     """The layers are copies of those served: files that are open go on in them."""
+    held: bool = False
+    """Refuse that unless changes are held back: it relies on what was found since they are."""
     retained: bool = False
     """The upper was filled by a `Retain`, since when changes were held back."""
 

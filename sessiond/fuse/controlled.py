@@ -168,8 +168,8 @@ class Controlled:
         return Reply()
 
     async def _answer_swap(self, request: control.Swap) -> Reply:
-        if request.moved and not self._is_frozen:
-            # They were copied while a predecessor of this process held changes back.
+        if request.held and not self._is_frozen:
+            # It was a predecessor of this process that held them back; they have passed since.
             return Reply(error="A worker died while changes were held; try again.")
         retained = self._retained
         if request.retained and (retained is None or retained[0] != request.stack.upper):

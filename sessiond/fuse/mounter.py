@@ -12,7 +12,7 @@ import os
 import select
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import trio
@@ -220,6 +220,8 @@ class FuseMount:
         self._listener: socket.socket | None = None
         self._process = -1
         """A pidfd of the worker."""
+        self._held = False
+        """Whether changes are `frozen`; a worker that goes on for another does not hold them."""
         self._turn = trio.Lock()
         self._died = trio.Event()
         self._data_path = ""
@@ -317,7 +319,7 @@ class FuseMount:
             if report.stack is not None and report.stack != wanted:
                 # That manager had recorded what it was about to serve.
                 moved = report.stack.orphans != wanted.orphans
-                await self._ask(control.Swap(stack=wanted, moved=moved))
+                await self._ask(control.Swap(stack=wanted, moved=moved, held=moved))
             if self._request.keep is not None:
                 await self.keep(self._rules)
             if report.frozen:
@@ -426,8 +428,15 @@ class FuseMount:
         self, stack: Stack, *, moved: bool = False, retained: bool = False
     ) -> tuple[str, ...]:
         """See `Mount.swap`."""
-        reply = await self._ask(control.Swap(stack=_layers(stack), moved=moved, retained=retained))
-        self._stack = stack
+        # A new upper is deleted if the worker dies before it has said that it serves it. So nothing
+        # must be written there until then.
+        hold = not self._held and stack.upper != self._stack.upper
+        async with self.frozen() if hold else nullcontext():
+            request = control.Swap(
+                stack=_layers(stack), moved=moved, held=self._held, retained=retained
+            )
+            reply = await self._ask(request)
+            self._stack = stack
         return reply.inexact
 
     async def halt(self, freezer: Freezer) -> None:
@@ -438,12 +447,14 @@ class FuseMount:
     async def frozen(self) -> AsyncIterator[None]:
         """See `Mount.frozen`."""
         await self._ask(control.Freeze())
+        self._held = True
         try:
             yield
         finally:
-            if not self._died.is_set():
-                with trio.CancelScope(shield=True):  # cancelled or not, programs may write again
-                    await self._ask(control.Thaw())
+            self._held = False
+            # Cancelled or not, programs may write again; who goes on for a dead worker lets them.
+            with trio.CancelScope(shield=True), self._unless_it_dies():
+                await self._ask(control.Thaw())
 
     async def changes(
         self, span: Span = WHOLE, breakdown: Breakdown = NO_BREAKDOWN

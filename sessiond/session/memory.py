@@ -67,6 +67,8 @@ class MemoryMount:
         """What was compared last."""
         self._mounter = mounter
         self._held = trio.Lock()
+        self._broken = False
+        """Changes are no longer held, since a worker that held them has died."""
         self._dead = trio.Event()
 
     async def swap(
@@ -76,6 +78,8 @@ class MemoryMount:
         self._halt()
         self._mounter.raise_injected("swap")
         self._require_alive()
+        if self._broken:
+            raise Failed("A worker died while changes were held; try again.")
         _require_directories(stack)
         self.stack = stack
         return self.inexact
@@ -98,7 +102,10 @@ class MemoryMount:
         self._require_alive()
         async with self._held:
             self.frozen_times += 1
-            yield
+            try:
+                yield
+            finally:
+                self._broken = False
 
     async def write(self, name: str, contents: bytes) -> None:
         """What a program does in the merged view: put a file into the upper; waits while frozen."""
@@ -208,6 +215,7 @@ class MemoryMount:
         self._mounter.raise_injected("recover")
         self.recovered_times += 1
         self._dead = trio.Event()
+        self._broken, self._held = self._held.locked(), trio.Lock()
 
     def die(self) -> None:
         """Let the worker die, as by SIGKILL."""

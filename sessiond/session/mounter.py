@@ -98,7 +98,8 @@ class Mount(Protocol):
     def frozen(self) -> AbstractAsyncContextManager[None]:
         """Hold every change to the merged view while the context is open; reading goes on.
 
-        `swap` may be called inside. Programs that write wait; keep it short.
+        `swap` may be called inside; it raises `Failed` if the worker has died since changes are
+        held, for they pass then. Programs that write wait; keep it short.
         """
 
     async def changes(
@@ -184,10 +185,10 @@ class Mount(Protocol):
     async def recover(self) -> None:
         """Have another process go on for the worker, which is gone.
 
-        For who uses the mount it was a pause: no request, no open file and no lock is lost. What
-        `swap` or `frozen` was doing when the worker ended has failed. Should the other process end
-        as well, `wait_died` returns at once. Raises `Failed` where no other can go on; all that is
-        left to do then is `unmount`.
+        For who uses the mount it was a pause: no request, no open file and no lock is lost. A
+        `swap` that was under way when the worker ended was done, or has failed; changes that were
+        held pass. Should the other process end as well, `wait_died` returns at once. Raises
+        `Failed` where no other can go on; all that is left to do then is `unmount`.
         """
 
 

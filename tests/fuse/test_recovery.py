@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
+from sessiond.control import LayerStack
 from sessiond.errors import Failed
 from sessiond.fuse import sandbox, worker
 from sessiond.fuse import spawner as fork_server
@@ -476,21 +478,116 @@ async def test_death_while_files_that_are_written_move(
                 writer.write(b"one")
                 order.give(when, step)
                 second = mortal.stack(first.upper.fs)
-                with suppress(Failed):
+                failed = False
+                try:
                     await mount.swap(second)
+                except Failed:
+                    failed = True
                 died = order.withdraw()
                 await program(lambda writer=writer: writer.write(b"two"))  # type: ignore[misc]
                 assert await program(file.read_bytes) == b"onetwo", step
-                if died:
+                if failed:
                     shutil.rmtree(second.upper.fs.parent)  # as the manager does
                     await mount.swap(mortal.stack(first.upper.fs))
-                assert (first.upper.fs / "file").read_bytes() == (b"onetwo" if died else b"one")
+                assert (first.upper.fs / "file").read_bytes() == (b"onetwo" if failed else b"one")
                 writer.write(b"three")
                 for path in (file, mortal.root / "link"):
                     assert path.read_bytes() == b"onetwothree"
                     assert path.stat() == os.fstat(writer.fileno())
                 assert file.stat().st_nlink == 2, step
     assert step > 1
+
+
+@pytest.fixture
+def dying_in_swaps(playground: Playground) -> Iterator[Playground]:
+    """Workers die when they have exchanged layers; if programs can write then, when one has."""
+
+    async def die(controlled: Controlled, layers: LayerStack, *_: object) -> None:
+        await until(lambda: controlled._is_frozen or os.listdir(layers.upper))
+        signal.raise_signal(signal.SIGKILL)
+
+    with tempfile.TemporaryDirectory() as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Controlled, "_announce", die)
+            spawner = Spawner.start()
+        mortal = Path(directory, "mortal")
+        mortal.mkdir()
+        yield Playground(mortal, FuseMounter(spawner, Path(directory)), playground.data_path)
+        spawner.close()
+
+
+async def test_a_swap_that_fails_by_a_death_loses_nothing(dying_in_swaps: Playground) -> None:
+    root = dying_in_swaps.root
+    made: list[str] = []
+    done = threading.Event()
+
+    def make() -> None:
+        while not done.is_set():
+            name = str(len(made))
+            (root / name).touch()
+            made.append(name)
+
+    first = dying_in_swaps.stack()
+    async with dying_in_swaps.mounted(first) as mount, attended(mount):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(program, make)
+            await until(lambda: made)
+            second = dying_in_swaps.stack(first.upper.fs)
+            with pytest.raises(Failed):
+                await mount.swap(second)
+            shutil.rmtree(second.upper.fs.parent)  # as the manager does
+            done.set()
+        assert sorted(await program(lambda: os.listdir(root))) == sorted(made)
+
+
+@pytest.fixture
+def dying_in_thaws(playground: Playground) -> Iterator[tuple[Playground, Order]]:
+    """Workers obey an order when they are to let changes pass, and when they have."""
+    order = Order()
+    die, thaw = order.watched(lambda: None), Controlled.thaw
+
+    async def watched(controlled: Controlled) -> None:
+        die()
+        await thaw(controlled)
+        die()
+
+    with tempfile.TemporaryDirectory() as directory:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Controlled, "thaw", watched)
+            spawner = Spawner.start()
+        mortal = Path(directory, "mortal")
+        mortal.mkdir()
+        mounter = FuseMounter(spawner, Path(directory))
+        yield Playground(mortal, mounter, playground.data_path), order
+        spawner.close()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("kind", ["snapshot", "reset"])
+async def test_a_swap_that_is_done_outlives_a_death(
+    dying_in_thaws: tuple[Playground, Order], kind: str, step: int
+) -> None:
+    playground, order = dying_in_thaws
+    root, first = playground.root, playground.stack()
+    async with playground.mounted(first) as mount, attended(mount):
+        with open(root / "file", "w+b", buffering=0) as file:
+            file.write(b"one")
+            order.give("before", step)
+            if kind == "snapshot":
+                await mount.swap(second := playground.stack(first.upper.fs))
+            else:
+                await mount.swap(second := playground.stack())
+                shutil.rmtree(first.upper.fs.parent)  # as the manager does
+            assert order.withdraw()
+            await program(lambda: file.write(b"two"))
+            await program((root / "made").touch)
+            assert os.pread(file.fileno(), 9, 0) == b"onetwo"
+            assert (second.upper.fs / "made").exists()
+            if kind == "snapshot":
+                assert (first.upper.fs / "file").read_bytes() == b"one"
+                assert (root / "file").read_bytes() == b"onetwo"
+            else:
+                assert os.listdir(root) == ["made"]
 
 
 # A successor dies, too
@@ -675,14 +772,23 @@ async def test_requests_of_the_manager_go_on(playground: Playground) -> None:
         assert (playground.root / "file").exists()
 
 
-async def test_layers_are_not_moved_unless_changes_are_held(playground: Playground) -> None:
-    """As in the middle of Persist: what was written since would be lost."""
-    async with playground.mounted(playground.stack()) as mount:
+@pytest.mark.parametrize("moved", [True, False])
+async def test_layers_are_not_exchanged_if_changes_passed_that_were_held(
+    playground: Playground, moved: bool
+) -> None:
+    """As in the middle of Persist, or of Restore: what was written since would be lost."""
+    async with playground.mounted(first := playground.stack()) as mount:
         async with mount.frozen():
+            if not moved:
+                await mount.swap(playground.stack(first.upper.fs))
             await succeed(mount)
+            await program((playground.root / "written").touch)
             with pytest.raises(Failed, match="try again"):
-                await mount.swap(playground.stack(), moved=True)
+                await mount.swap(playground.stack(), moved=moved)
         (playground.root / "file").touch()
+        assert sorted(os.listdir(playground.root)) == ["file", "written"]
+        await mount.swap(playground.stack())
+        assert os.listdir(playground.root) == []
 
 
 # Under load

@@ -11,7 +11,7 @@ from sessiond.config import Config
 from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.session import view
 from sessiond.session.manager import Manager, Session
-from sessiond.session.model import SessionState, SnapshotRecord
+from sessiond.session.model import SessionRecord, SessionState, SnapshotRecord
 from sessiond.session.restore import automatic_name
 from sessiond.session.retention import AUTOMATIC_LIMIT
 from sessiond.session.store import Store
@@ -173,6 +173,39 @@ async def test_when_a_swap_fails_nothing_is_kept_and_nothing_lost(
         assert visible(world) == {"old", "new"}
         assert session.state is SessionState.ACTIVE
         await as_recorded(world, session)
+
+
+@pytest.mark.parametrize("deadly_swap", [0, 1])
+async def test_what_is_written_after_a_death_of_the_worker_is_not_lost(
+    world: World, deadly_swap: int, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectLog
+) -> None:
+    """It was to hold changes until the restore is done; the next one does not."""
+    async with world.manager() as manager:
+        session = await create(world, manager)
+        mount = world.mount("s")
+        await mount.write("new", b"")
+        snapshots = dict(session.snapshots)
+        serve, swaps = View.serve, 0
+
+        async def die_between(served: View, record: SessionRecord, *, retained: bool) -> object:
+            nonlocal swaps
+            if swaps == deadly_swap:
+                mount.die()
+                await until(lambda: mount.recovered_times)
+                await mount.write("written", b"")
+            swaps += 1
+            return await serve(served, record, retained=retained)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(View, "serve", die_between)
+            with pytest.raises(Failed, match="try again"):
+                await restore(session, "one")
+        expect_log("another goes on")
+        assert session.snapshots == snapshots
+        assert visible(world) == {"old", "new", "written"}
+        await as_recorded(world, session)
+        await restore(session, "one")
+        assert visible(world) == {"old"}
 
 
 async def test_automatic_snapshots_do_not_pile_up(world: World) -> None:
