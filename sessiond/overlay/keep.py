@@ -15,6 +15,8 @@ from __future__ import annotations
 import errno
 import stat as modes
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import count
 
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay import syscalls
@@ -22,9 +24,12 @@ from sessiond.overlay.lookup import Directory, join, lookup, names, root_of
 from sessiond.overlay.nodes import Node
 from sessiond.overlay.stack import Stack
 from sessiond.overlay.syscalls import At
+from sessiond.overlay.whiteout import is_whiteout_device
 from sessiond.overlay.xattrs import copy_attributes
 
 _KNOWN_LIMIT = 1024
+_ASIDE_BYTES = 230
+"""That are left of a name when some are added, for 255 is the most."""
 _NOTHING = Directory(None, ())
 
 
@@ -125,8 +130,11 @@ class Ways:
             syscalls.mkdir(prepared, 0o700)
             self._copy_attributes(directory, prepared)
             syscalls.setxattr(prepared, self._kept.xattrs.impure, b"y")
-            there = syscalls.stat_or_none(target) is not None  # of other rules, once
-            syscalls.rename(prepared, target, syscalls.RENAME_EXCHANGE if there else 0)
+            there = syscalls.stat_or_none(target)  # of other rules, once
+            if there is not None and not is_whiteout_device(there):
+                _set_aside(target)
+                there = None
+            syscalls.rename(prepared, target, 0 if there is None else syscalls.RENAME_EXCHANGE)
         syscalls.fsync_directory(target.directory)
         self.forget(path)
 
@@ -160,6 +168,15 @@ class Ways:
         """Write what was done in a way back to disk, if there is one."""
         if self.directory(path).upper is not None:
             syscalls.fsync_directory(self._kept.writable.directory(path))
+
+
+def _set_aside(target: At) -> None:
+    """Give what was kept once another name in its directory: nobody has said to delete it."""
+    for number in count(1):
+        aside = target.name[:_ASIDE_BYTES] + b".sessiond-old-%d" % number
+        with suppress(FileExistsError):
+            syscalls.rename(target, At(target.directory, aside), syscalls.RENAME_NOREPLACE)
+            return
 
 
 def topmost(stack: Stack, directory: Node) -> At:

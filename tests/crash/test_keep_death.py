@@ -137,6 +137,32 @@ def test_operations(scratch: str, name: str) -> None:
             break
 
 
+def test_a_way_where_something_was_kept(scratch: str) -> None:
+    """What no rule names any more is there still, by one name or the other."""
+
+    def make_way(overlay: Overlay) -> None:
+        Exchange(overlay).make_way(b"home/u/written/in")
+
+    for point in count():
+        top = make(scratch)
+        kept = top / "kept/home/u"
+        with served(top, "/home/u/written") as overlay:
+            prepare(overlay)
+        with served(top) as overlay:
+            overlay.create(*place(overlay, "home/u/written"), NewObject(0o040755, 0, 0))
+        before = view(top)
+        lived = fault_points.run(make_way, lambda top=top: serve(top), die_at=point)  # type: ignore[misc]
+        what = f"killed before change {point}, {lived.calls[-1]}"
+        assert view(top) == before, what
+        with served(top) as overlay:
+            make_way(overlay)
+        assert (kept / "written").is_dir(), what
+        assert (kept / "written.sessiond-old-1").read_bytes() == b"written", what
+        assert sorted(os.listdir(kept)) == ["written", "written.sessiond-old-1"], what
+        if not lived.died:
+            break
+
+
 def test_what_one_reset_retains(scratch: str) -> None:
     """Until it is served, the upper that comes next has no effect on the present one."""
     path = b"home/u"

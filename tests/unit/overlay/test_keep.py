@@ -23,6 +23,7 @@ from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.syscalls import RENAME_EXCHANGE
 from sessiond.overlay.workdir import remove_tree
+from tests.support.checker import assert_clean
 from tests.support.soak import factor
 from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
 
@@ -454,6 +455,43 @@ def test_what_is_in_the_way_is_put_back(bench: KeptBench, monkeypatch: pytest.Mo
     Exchange(overlay).keep_paths(KeepRules(["/home/u/docs", "/home/u/other", "/home/u/new/in"]))
     assert names(overlay, "home/u/docs") == ["kept", "letter"]
     assert contents(overlay, "home/u/other") == b"kept once"
+
+
+def test_a_way_does_not_replace_what_was_kept(bench: KeptBench) -> None:
+    """No rule names it any more; but nobody has said that it is to be deleted."""
+    image(bench)
+    overlay = bench.kept()
+    fs = bench.layer("kept") / "home/u"
+    for number in (1, 2):
+        Exchange(overlay).keep_paths(KeepRules(["/home/u/conf"]))
+        write(overlay, "home/u/conf", b"kept %d" % number)
+        Exchange(overlay).keep_paths(KeepRules())
+        bench.reset(overlay, f"after {number}")
+        mkdir(overlay, "home/u/conf")
+        Exchange(overlay).keep_paths(KeepRules(["/home/u/conf/in"]))
+        mkdir(overlay, "home/u/conf/in")
+        assert (fs / "conf").is_dir()
+        assert (fs / f"conf.sessiond-old-{number}").read_bytes() == b"kept %d" % number
+        assert names(overlay, "home/u") == [".rc", "conf", "docs", "other"]
+        overlay.rmdir(*parent_of(overlay, "home/u/conf/in"))
+        overlay.rmdir(*parent_of(overlay, "home/u/conf"))
+    bench.close()
+    assert_clean(bench.layer("kept"), bench.layer("kept-work"), [bench.layer("low")])
+    overlay = bench.kept("/home/u/conf*", upper="last")
+    assert contents(overlay, "home/u/conf.sessiond-old-1") == b"kept 1"
+
+
+def test_a_way_does_not_replace_what_has_a_long_name(bench: KeptBench) -> None:
+    image(bench)
+    name = "n" * 255
+    overlay = bench.kept(f"/home/u/{name}")
+    write(overlay, f"home/u/{name}", b"kept")
+    Exchange(overlay).keep_paths(KeepRules())
+    bench.reset(overlay, "next")
+    mkdir(overlay, f"home/u/{name}")
+    Exchange(overlay).make_way(os.fsencode(f"home/u/{name}/in"))
+    (aside,) = bench.layer("kept").glob("home/u/n*.sessiond-old-1")
+    assert aside.read_bytes() == b"kept"
 
 
 def fail(*_: object) -> None:
