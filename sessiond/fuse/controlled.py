@@ -262,8 +262,10 @@ class Controlled:
     def _start_retaining(self, request: control.Retain, descriptor: int) -> Reply:
         if not self._is_frozen:
             return Reply(error="Nothing can be retained now.")
-        view = self._operations.view
+        view, pending = self._operations.view, self._operations.overlay.pending
         self._forget_retained()
+        for number in pending.numbers:  # one that fails would be retained as it was once
+            pending.renew(view.node(number))
         outcome = _socket(descriptor)
         work = Retain(
             self._copy(),
@@ -457,13 +459,18 @@ class Controlled:
         stack = open_stack(layers, self._operations.view.stack.options)
         # As for a snapshot. Then all that the kernel knows goes on.
         same_view = layers.lowers == (self._layers.upper, *self._layers.lowers)
+        # By the path: a manager that comes after one that died does not know of it.
+        retained = self._retained is not None and self._retained[0] == layers.upper
+        exchange = functools.partial(
+            self._exchange, stack, moved=moved, retained=retained, same_view=same_view
+        )
         if self._is_frozen:
-            outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
+            outdated, lost = exchange()
         else:
             await self._vanished.leave()
             await self._halt.begin()
             async with self._operations.frozen():
-                outdated, lost = self._exchange(stack, moved=moved, same_view=same_view)
+                outdated, lost = exchange()
         self._layers = layers
         self.leave_former()
         announce = functools.partial(self._announce, layers, outdated, lost)
@@ -495,7 +502,7 @@ class Controlled:
             note_stack(layers)
 
     def _exchange(
-        self, stack: Stack, *, moved: bool, same_view: bool
+        self, stack: Stack, *, moved: bool, retained: bool, same_view: bool
     ) -> tuple[Outdated, list[tuple[int, bytes]]]:
         """Swap; return what the kernel is to be told."""
         exchange = self._operations.exchange
@@ -503,7 +510,7 @@ class Controlled:
         # that the name is gone.
         keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
         held = exchange.upper_names() if keeps_space else []
-        outdated = self._operations.swap(stack, moved=moved, halt=self._halt)
+        outdated = self._operations.swap(stack, moved=moved, retained=retained, halt=self._halt)
         return outdated, exchange.lost_names(held, outdated)
 
 

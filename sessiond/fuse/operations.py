@@ -154,10 +154,12 @@ class OverlayOperations(pyfuse3.Operations):
         """Whether a copy-up is going on in a thread."""
         return bool(self._running)
 
-    def swap(self, stack: Stack, *, moved: bool, halt: Halt | None = None) -> Outdated:
+    def swap(
+        self, stack: Stack, *, moved: bool, retained: bool = False, halt: Halt | None = None
+    ) -> Outdated:
         """Serve `stack` from now on; see `Exchange.swap`. Precondition: frozen."""
         self._listings = {number: (node, []) for number, (node, _) in self._listings.items()}
-        return self.exchange.swap(stack, moved=moved, halt=halt)
+        return self.exchange.swap(stack, moved=moved, retained=retained, halt=halt)
 
     def keep_paths(self, rules: KeepRules) -> Outdated:
         """Keep what `rules` say from now on; see `Exchange.keep_paths`. Precondition: frozen."""

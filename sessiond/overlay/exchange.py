@@ -65,16 +65,26 @@ class Exchange:
 
     # The session's layers
 
-    def swap(self, stack: Stack, *, moved: bool = False, halt: Halt | None = None) -> Outdated:
+    def swap(
+        self,
+        stack: Stack,
+        *,
+        moved: bool = False,
+        retained: bool = False,
+        halt: Halt | None = None,
+    ) -> Outdated:
         """Serve `stack` instead of the present layers, which are closed.
 
         Nodes find their new place when they are used next. Files that are open and not in the new
         layers go on as unlinked ones. `moved`: the new layers are copies of the present ones, so
-        files that are open go on in them. `halt`: programs that stand still, until files that they
-        write have been copied. The caller tells the kernel what it knows that is out of date.
+        files that are open go on in them. `retained`: the new upper has other names of files of the
+        present one, which pending ones have been renewed in. `halt`: programs that stand still,
+        until files that they write have been copied. The caller tells the kernel what it knows that
+        is out of date.
         """
         self.settle()
-        self._pending.renew_all()
+        if not retained:  # a new copy would not get the names in the new upper
+            self._pending.renew_all()
         opened = self._opened()
         moving, inexact = ([], ()) if moved else self._move_writers(opened, stack, halt)
         if moved:

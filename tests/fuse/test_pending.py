@@ -258,6 +258,45 @@ async def test_layers_that_are_exchanged_later(moving: Moving, after: str) -> No
             assert (later.upper.fs / "file").read_bytes() == b"123"
 
 
+@pytest.mark.parametrize("death", ["no death", "death"])
+async def test_what_a_reset_retains(moving: Moving, death: str) -> None:
+    """What is written before, between its two steps, and after goes to the file that stays."""
+    file = moving.root / "docs/file"
+    async with moving.mounted() as mount:
+        file.parent.mkdir()
+        with (
+            open(file, "w+b", buffering=0) as writer,
+            open(moving.root / "other", "wb", 0) as other,
+        ):
+            writer.write(b"0")
+            await moving.move(mount)
+            for number in (1, 2):
+                stack = moving.next_layer()
+                writer.write(b"b")
+                other.write(b"b")
+                async with mount.frozen():
+                    await mount.retain(("/docs",), stack.upper)
+                    if moving.is_kept:  # with other data paths, it waits
+                        writer.write(b"d")
+                    await mount.swap(stack, retained=True)
+                if not moving.is_kept:
+                    writer.write(b"d")
+                assert not (moving.root / "other").exists()
+                if death == "death":
+                    await succeed(mount)
+                await program(lambda: writer.write(b"a"))
+                written = b"0" + b"bda" * number
+                assert await program(file.read_bytes) == written
+                assert file.stat() == os.fstat(writer.fileno())
+                assert file.stat().st_nlink == 1
+                os.fsync(writer.fileno())
+                assert (stack.upper.fs / "docs/file").read_bytes() == written
+            writer.write(b"end")
+        await moving.wait_settled(mount)
+        assert file.read_bytes() == written + b"end"
+        assert (stack.upper.fs / "docs/file").read_bytes() == written + b"end"
+
+
 async def test_a_disk_that_is_full(moving: Moving, tmp_path: Path) -> None:
     """What does not fit stays in RAM, where programs have it, until it does."""
     image = make_image("ext4", str(tmp_path))
@@ -283,6 +322,9 @@ async def test_a_disk_that_is_full(moving: Moving, tmp_path: Path) -> None:
                 await succeed(mount)
                 assert await program((moving.root / "file").read_bytes) == written
                 assert moving.on_disk() == b"1"
+                async with mount.frozen():
+                    with pytest.raises(NoSpace):
+                        await mount.retain(("/file",), moving.next_layer().upper)
             with pytest.raises(NoSpace):
                 await mount.sync()
             assert (await mount.pending()).count == 1
