@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
@@ -36,7 +37,7 @@ from sessiond.fuse.sandbox import Sandbox
 from sessiond.fuse.vanished import Vanished
 from sessiond.keep_rules import KeepRules
 from sessiond.overlay.by_directory import ByDirectory
-from sessiond.overlay.exchange import Outdated
+from sessiond.overlay.exchange import HalfDoneError, Outdated, no_way_back
 from sessiond.overlay.layer import Layer
 from sessiond.overlay.retain import Retain
 from sessiond.overlay.stack import Stack
@@ -464,13 +465,17 @@ class Controlled:
         exchange = functools.partial(
             self._exchange, stack, moved=moved, retained=retained, same_view=same_view
         )
-        if self._is_frozen:
-            outdated, lost = exchange()
-        else:
-            await self._vanished.leave()
-            await self._halt.begin()
-            async with self._operations.frozen():
+        try:
+            if self._is_frozen:
                 outdated, lost = exchange()
+            else:
+                await self._vanished.leave()
+                await self._halt.begin()
+                async with self._operations.frozen():
+                    outdated, lost = exchange()
+        except BaseException:
+            stack.close()  # it would hold on to the space of what is deleted
+            raise
         self._layers = layers
         self.leave_former()
         announce = functools.partial(self._announce, layers, outdated, lost)
@@ -484,7 +489,10 @@ class Controlled:
     async def _announce(
         self, layers: LayerStack, outdated: Outdated, lost: list[tuple[int, bytes]]
     ) -> None:
-        await trio.to_thread.run_sync(self._tell_kernel, outdated, lost)
+        try:
+            await trio.to_thread.run_sync(self._tell_kernel, outdated, lost)
+        except OSError:
+            log.exception("the kernel may show what was before the layers were exchanged")
         self._vanished.drop(outdated.vanished)
         close_unused_orphans(self._operations.view)
         # Last: a successor that finds the layers before these exchanges them once more.
@@ -504,14 +512,24 @@ class Controlled:
     def _exchange(
         self, stack: Stack, *, moved: bool, retained: bool, same_view: bool
     ) -> tuple[Outdated, list[tuple[int, bytes]]]:
-        """Swap; return what the kernel is to be told."""
+        """Swap; return what the kernel is to be told.
+
+        If that fails half-way, this process dies: the manager goes back to the layers before, and a
+        successor finds in the journal how to.
+        """
         exchange = self._operations.exchange
         # Open or not, what the kernel remembers is held, and its space with it, until it is told
         # that the name is gone.
         keeps_space = self._operations.data_path is DataPath.CACHED and not same_view
         held = exchange.upper_names() if keeps_space else []
-        outdated = self._operations.swap(stack, moved=moved, retained=retained, halt=self._halt)
-        return outdated, exchange.lost_names(held, outdated)
+        try:
+            outdated = self._operations.swap(stack, moved=moved, retained=retained, halt=self._halt)
+            with no_way_back():
+                return outdated, exchange.lost_names(held, outdated)
+        except HalfDoneError:
+            log.critical("the layers were exchanged in part; this worker ends", exc_info=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise
 
 
 def _by_directory(request: control.Changes) -> ByDirectory | None:

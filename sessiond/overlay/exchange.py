@@ -12,6 +12,7 @@ import logging
 import os
 import stat as modes
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from sessiond.keep_rules import KeepRules
@@ -53,6 +54,12 @@ class Outdated(NamedTuple):
     """
 
 
+class HalfDoneError(Exception):
+    """An exchange of layers could not be completed, nor undone: neither these layers nor those
+    before are what this process may serve. A successor goes on with those before.
+    """
+
+
 class Exchange:
     """Gives an overlay other layers, or rules."""
 
@@ -81,14 +88,26 @@ class Exchange:
         present one, which pending ones have been renewed in. `halt`: programs that stand still,
         until files that they write have been copied. The caller tells the kernel what it knows that
         is out of date.
+
+        Raises OSError, with nothing changed; `HalfDoneError`.
         """
         self.settle()
         if not retained:  # a new copy would not get the names in the new upper
             self._pending.renew_all()
         opened = self._opened()
-        moving, inexact = ([], ()) if moved else self._move_writers(opened, stack, halt)
+        moving, inexact = ([], ()) if moved else self._copy_writers(opened, stack, halt)
         if moved:
             self._pending.keep(opened)
+        with no_way_back():
+            outdated = self._serve(stack, opened, moving, moved=moved)
+        return outdated._replace(inexact=inexact)
+
+    def _serve(
+        self, stack: Stack, opened: list[Node], moving: list[MovingFile], *, moved: bool
+    ) -> Outdated:
+        """Do what `swap` has prepared."""
+        for file in moving:
+            file.leave()
         image = self._view.stack.lowers[-1]
         same_view = self._exchange(stack)
         outdated = self._begin_generation(
@@ -104,8 +123,11 @@ class Exchange:
         if self._view.fast_path.recorded:
             # A successor could not find what only the old layers have.
             for node in opened:
-                self._view.node(node.number)
-        return outdated._replace(inexact=inexact)
+                try:
+                    self._view.node(node.number)
+                except OSError as error:  # the image is damaged: who uses it is told
+                    log.warning("node %x, which is open, cannot be found: %s", node.number, error)
+        return outdated
 
     def settle(self) -> None:
         """Make a `swap` final: no successor will have to go back on it."""
@@ -130,8 +152,9 @@ class Exchange:
         view, lost = self._view, []
         for node, parent, name in held:
             if parent.number not in outdated.below and view.nodes.get(node.number) is node:
-                view.node(node.number)
-                if (parent, name) not in node.links:
+                with suppress(OSError):  # the image is damaged: who comes by that name is told
+                    view.node(node.number)
+                if node.generation != view.generation or (parent, name) not in node.links:
                     lost.append((parent.number, name))
         return lost
 
@@ -221,16 +244,20 @@ class Exchange:
 
     def _has_directory(self, parent: Node, name: bytes) -> bool:
         view = self._view
-        if parent.generation != view.generation:
-            view.refresh(parent)
-        return parent.linked and view.find(parent, name).is_directory
+        try:
+            if parent.generation != view.generation:
+                view.refresh(parent)
+            return parent.linked and view.find(parent, name).is_directory
+        except OSError:  # the image is damaged: who comes by that name is told
+            return False
 
     # Files that are open
 
-    def _move_writers(
+    def _copy_writers(
         self, opened: list[Node], new: Stack, halt: Halt | None
     ) -> tuple[list[MovingFile], tuple[bytes, ...]]:
-        """If the upper becomes a lower, get files out of it that are written past the overlay.
+        """If the upper becomes a lower, prepare to get files out of it that are written past the
+        overlay.
 
         Returns them, and as `Outdated.inexact`.
         """
@@ -260,8 +287,6 @@ class Exchange:
             for file in moving:
                 file.abandon()
             raise
-        for file in moving:
-            file.leave()
         return moving, inexact
 
     def _hold_contents(self, opened: list[Node]) -> None:
@@ -407,6 +432,15 @@ class Exchange:
             copy_attributes(way, locate(view.stack, made), stat, view.stack.xattrs)
             parent = made
         view.collect(parent)
+
+
+@contextmanager
+def no_way_back() -> Iterator[None]:
+    """Raise `HalfDoneError` for whatever fails."""
+    try:
+        yield
+    except Exception as error:
+        raise HalfDoneError from error
 
 
 def _directories(top: Node) -> Iterator[Node]:

@@ -7,10 +7,11 @@ at that moment. When a session moves to another disk, it cannot: see `pending`.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import stat as modes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from sessiond.overlay import syscalls
@@ -45,7 +46,8 @@ class Halt(Protocol):
 class MovingFile:
     """A file that leaves the upper of `old`, which is frozen, for that of `new`.
 
-    Both are on one file system. Until `leave`, nothing has changed; `abandon` undoes the rest.
+    Both are on one file system. Until `leave`, nothing has changed; `abandon` undoes the rest. What
+    comes then cannot be undone here, so that the file takes no more space in `leave`.
     """
 
     def __init__(self, old: Stack, new: Stack, node: Node, contents: int) -> None:
@@ -61,6 +63,7 @@ class MovingFile:
         """Time of modification and size of the file while it was copied; None if they changed."""
         try:
             self._make_copy()
+            self._take_names()
         except BaseException:
             self.abandon()
             raise
@@ -83,6 +86,17 @@ class MovingFile:
             copy_own(source, fd, self._new.xattrs)
         finally:
             syscalls.close(fd)
+
+    def _take_names(self) -> None:
+        """Give the file a name in the new layers, and one by which a successor can put it back, if
+        the old layers are served on after all.
+        """
+        syscalls.link_descriptor(self._contents, self._file)
+        orphans = self._new.orphans
+        if self.node.fast_path.recorded and orphans is not None:
+            self._orphan = orphans.keep(self.node.number, At(self._contents, b""))
+            if self._orphan is None:
+                raise syscalls.failure(errno.ENOSPC)
 
     def _version(self) -> tuple[int, int]:
         stat = syscalls.stat(At(self._contents, b""))
@@ -111,26 +125,20 @@ class MovingFile:
             syscalls.close(fd)
 
     def abandon(self) -> None:
-        """Remove the copy."""
+        """Remove the copy, and the names that were taken."""
         syscalls.close(self._contents)
-        if syscalls.stat_or_none(self._copy) is not None:
-            syscalls.unlink(self._copy)
+        for at in (self._copy, self._file, self._orphan):
+            if at is not None and syscalls.stat_or_none(at) is not None:
+                syscalls.unlink(at)
 
     def leave(self) -> None:
         """Let the copy take the file's names in the old layer."""
-        syscalls.link_descriptor(self._contents, self._file)
-        self._record()
+        node = self.node
+        if self._orphan is not None:
+            new = self._new.writable.identity
+            node.fast_path.note(node.number, MOVING_FACT, self._names.pack(pack_identity(new)))
         self._names.give(self._copy, self._new.workdir)
-        self.abandon()
-
-    def _record(self) -> None:
-        """Let a successor put the file back, if the old layers are served on after all."""
-        node, orphans = self.node, self._new.orphans
-        if not node.fast_path.recorded or orphans is None:
-            return
-        self._orphan = orphans.keep(node.number, At(self._contents, b""))
-        new = self._new.writable.identity
-        node.fast_path.note(node.number, MOVING_FACT, self._names.pack(pack_identity(new)))
+        syscalls.close(self._contents)
 
     def arrive(self) -> None:
         """Give the file its name in the new upper. Precondition: `new` is served, `node` in it."""
@@ -149,18 +157,21 @@ def settle(node: Node) -> None:
 def put_back(stack: Stack, number: int, fact: bytes) -> None:
     """Undo the move of a file by a predecessor, unless `stack` is that to which it moved.
 
-    Raises OSError if the file, or the place where it was, is not there any more.
+    It may be the lack of space that the predecessor has died of. Raises OSError if the place where
+    the file was is not there any more.
     """
     new, index, own, *paths = _unpack(fact)
     if stack.orphans is None or stack.writable.identity == unpack_identity(new):
         return
     file = stack.orphans.at(number)
+    names = [stack.writable.at(path) for path in paths]
+    if index:
+        names.append(At(stack.workdir.index, index))
+    if syscalls.stat_or_none(file) is None:  # another predecessor has put it back, or begun to
+        file = names[0]
     for name in set(stack.xattrs.own(file)) - set(own.split(b" ")):
         syscalls.removexattr(file, name)  # of its arrival
-    for path in paths:
-        replace_name(stack.writable.at(path), file, stack.workdir)
-    if index:
-        replace_name(At(stack.workdir.index, index), file, stack.workdir)
+    give_names(file, names, stack.workdir)
 
 
 class _Adoption(CopyUp):
@@ -213,15 +224,27 @@ class Names:
 
         One after the other: whoever dies in between leaves two files in the place of one.
         """
-        for path in self._paths:
-            replace_name(self._stack.writable.at(path), file, work)
+        names = [self._stack.writable.at(path) for path in self._paths]
         if self._index is not None:
-            replace_name(At(self._stack.workdir.index, self._index), file, work)
+            names.append(At(self._stack.workdir.index, self._index))
+        give_names(file, names, work)
 
 
 def _unpack(fact: bytes) -> list[bytes]:
     size = len(pack_identity((0, 0)))
     return [fact[:size], *fact[size:].split(b"\0")]
+
+
+def give_names(file: At, names: Sequence[At], work: Workdir) -> None:
+    """Make `names` those of `file`, which loses its own; each in one step.
+
+    That takes no space: the first takes the file's own name, and the one that it replaces leaves
+    room to prepare the others, one at a time.
+    """
+    first, *others = names
+    syscalls.rename(file, first)
+    for name in others:
+        replace_name(name, first, work)
 
 
 def replace_name(name: At, file: At, work: Workdir) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ import pytest
 import trio
 
 from sessiond.control import LayerStack
-from sessiond.errors import Failed
+from sessiond.errors import Failed, SessiondError
 from sessiond.fuse import sandbox, worker
 from sessiond.fuse import spawner as fork_server
 from sessiond.fuse.controlled import Controlled
@@ -32,6 +32,7 @@ from sessiond.overlay import syscalls
 from sessiond.session.model import DataPath
 from tests.fuse.conftest import Playground
 from tests.support import libc
+from tests.support.mounts import detach
 from tests.support.soak import factor
 from tests.support.waiting import until
 
@@ -588,6 +589,73 @@ async def test_a_swap_that_is_done_outlives_a_death(
                 assert (root / "file").read_bytes() == b"onetwo"
             else:
                 assert os.listdir(root) == ["made"]
+
+
+@pytest.mark.parametrize("free", range(17))
+async def test_a_snapshot_for_which_there_is_little_space(
+    playground: Playground, mounter: FuseMounter, free: int
+) -> None:
+    """If it fails, at whatever point, all is as before, and nothing serves the new layer."""
+    directory = playground.root.parent / "small"
+    directory.mkdir()
+    libc.mount("small", str(directory), "tmpfs", data="size=16M,nr_inodes=200")
+    try:
+        small = Playground(directory, mounter, playground.data_path)
+        await take_snapshot(small, free)
+    finally:
+        detach(str(directory))
+
+
+async def take_snapshot(small: Playground, free: int) -> None:
+    """Do so with that many free inodes, while files are written."""
+    first = small.stack()
+    paths = [small.root / f"directory{number}/below/file" for number in range(3)]
+    paths.append(small.root / "directory0/link")
+    async with small.mounted(first) as mount, attended(mount):
+        with ExitStack() as files:
+            writers = []
+            for path in paths[:3]:
+                path.parent.mkdir(parents=True)
+                writers.append(files.enter_context(open(path, "wb", buffering=0)))
+                writers[-1].write(b"one")
+            os.link(paths[0], paths[3])
+            second = small.stack(first.upper.fs)
+            fill = small.root.parent / "fill"
+            leave_free_inodes(fill, free)
+            failed = False
+            try:
+                await mount.swap(second)
+            except SessiondError:
+                failed = True
+                shutil.rmtree(second.upper.fs.parent)  # as the manager does
+            shutil.rmtree(fill)
+            for writer in writers:
+                await program(lambda writer=writer: writer.write(b"two"))  # type: ignore[misc]
+            for path in paths:
+                assert await program(path.read_bytes) == b"onetwo"
+            for path, writer in zip(paths, (*writers, writers[0]), strict=True):
+                assert path.stat() == os.fstat(writer.fileno())
+                assert path.stat().st_nlink == (2 if writer is writers[0] else 1)
+        (small.root / "new").touch()
+        assert (first.upper.fs / "new").exists() == failed
+        for path in paths:
+            assert path.read_bytes() == b"onetwo"
+            frozen = first.upper.fs / path.relative_to(small.root)
+            if failed or small.data_path is DataPath.PASSTHROUGH:
+                assert frozen.read_bytes() == (b"onetwo" if failed else b"one")
+        assert failed or free > 0
+
+
+def leave_free_inodes(fill: Path, free: int) -> None:
+    """Fill the file system that `fill` is made on, but for that many inodes."""
+    fill.mkdir()
+    number = 0
+    with suppress(OSError):
+        while True:
+            (fill / f"{number}").touch()
+            number += 1
+    for last in range(number - free, number):
+        (fill / f"{last}").unlink()
 
 
 # A successor dies, too

@@ -6,14 +6,14 @@ import errno
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import trio
 
-from sessiond.errors import NoSpace
+from sessiond.errors import Failed, NoSpace, SessiondError
 from sessiond.fuse import worker
 from sessiond.fuse.mounter import FuseMount, FuseMounter
 from sessiond.fuse.spawner import Spawner
@@ -84,6 +84,37 @@ async def test_what_works_when_the_upper_is_full(machine: Machine, what: str, pr
         await session.snapshots.delete("1")
         await manager.close("s")
         assert not session.services.store.storage(session.record).exists()
+
+
+async def test_a_snapshot_of_a_session_that_is_nearly_full(machine: Machine) -> None:
+    """It fails at each of its steps in turn; all is as before then, and nothing is used up."""
+    async with machine.manager() as manager:
+        session = await manager.create("root", "volatile", session_id="s")
+        paths = [session.mount_point / f"directory{number}/below/file" for number in range(3)]
+        with ExitStack() as files:
+            writers = []
+            for path in paths:
+                path.parent.mkdir(parents=True)
+                writers.append(files.enter_context(open(path, "wb", buffering=0)))
+            fill(session.mount_point, "inodes")
+            fills = sorted(session.mount_point.glob("fill*"))
+            before, written, failures = session.record, b"", set[type[SessiondError]]()
+            while not session.record.snapshots:
+                await trio.to_thread.run_sync(fills.pop().unlink)
+                try:
+                    await session.snapshots.make("snapshot")
+                except SessiondError as error:
+                    failures.add(type(error))
+                    assert session.record.layers == before.layers
+                written += b"x"
+                for path, writer in zip(paths, writers, strict=True):
+                    await trio.to_thread.run_sync(writer.write, b"x")
+                    assert await trio.to_thread.run_sync(path.read_bytes) == written
+                await until(lambda: not session.is_deleting)
+            assert failures == {NoSpace, Failed}  # before there was no way back, and after that
+        for path in paths:
+            assert path.read_bytes() == written
+        await manager.close("s")
 
 
 @WHAT

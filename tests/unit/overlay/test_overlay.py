@@ -13,8 +13,11 @@ from sessiond.overlay import syscalls
 from sessiond.overlay.diff import ChangeKind, changes
 from sessiond.overlay.directory import NewObject
 from sessiond.overlay.exchange import Exchange
+from sessiond.overlay.lookup import Entry
+from sessiond.overlay.nodes import Node
 from sessiond.overlay.overlay import Overlay
 from sessiond.overlay.stack import Stack
+from tests.crash.writers import Writers
 from tests.unit.overlay.conftest import Bench, contents, find, names, new_directory, new_file
 
 pytestmark = pytest.mark.root
@@ -459,6 +462,33 @@ def test_what_is_below_a_directory_that_a_swap_takes_away_is_not_told(bench: Ben
         (kept, b"made"),
         (numbers["opaque"], b"file"),
     }
+
+
+def test_a_reset_to_an_image_that_is_damaged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the way out: only who uses what cannot be read gets an error."""
+    programs = Writers(recorded=True)
+    overlay = Overlay(bench.stack("low"), programs)
+    view, root = overlay.view, overlay.view.root
+    (bench.layer("upper") / "file").write_bytes(b"upper")
+    programs.open(overlay, "file")
+    made, _ = overlay.create(root, b"made", new_directory())
+    for node in (made, find(overlay, "file")):
+        view.refer(node)
+
+    def damaged(parent: Node, name: bytes) -> Entry:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+    exchange = Exchange(overlay)
+    held = exchange.upper_names()
+    with monkeypatch.context() as patch:
+        patch.setattr(view, "find", damaged)
+        outdated = exchange.swap(bench.stack("low", upper="second"))
+        assert exchange.lost_names(held, outdated) == [(root.number, b"file")]
+        assert outdated.vanished == [(root.number, b"made", made.number)]
+        with pytest.raises(OSError, match="Input/output error"):
+            find(overlay, "file")
+    assert overlay.names(root) == []
+    overlay.close()
 
 
 def test_a_snapshot_has_nothing_to_tell(bench: Bench) -> None:
