@@ -13,7 +13,7 @@ from tests.support.desktop import PYTHON, USER, Desktop, working_in
 
 _STUBBORN = """
 import signal, sys
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -221,6 +221,7 @@ def test_a_job_outlives_the_daemon(daemon: Daemon, desktop: Desktop, home: Path)
         desktop.wait_text("python3")
         desktop.press("alt+r")
         desktop.wait_text("Resetting the session…")
+        assert program.stdout.readline() == b"asked\n"  # by then the job has been noted
         daemon.kill()
         desktop.wait_text("Waiting for sessiond…")
         daemon.start()
