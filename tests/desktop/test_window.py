@@ -9,14 +9,7 @@ from pathlib import Path
 
 from tests.desktop.conftest import create
 from tests.support.daemon import BOUND, Daemon, wait_until
-from tests.support.desktop import PYTHON, USER, Desktop, working_in
-
-_STUBBORN = """
-import signal, sys
-signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
-print("ready", flush=True)
-sys.stdin.read()
-"""
+from tests.support.desktop import PYTHON, STUBBORN, USER, Desktop, working_in
 
 
 def test_a_session_is_reset_by_the_pointer(daemon: Daemon, desktop: Desktop, home: Path) -> None:
@@ -64,7 +57,7 @@ def test_who_would_end_their_own_desktop_is_told(
 
 
 def test_a_job_is_cancelled_by_the_keyboard(daemon: Daemon, desktop: Desktop, home: Path) -> None:
-    with working_in(home, PYTHON, "-c", _STUBBORN) as program:
+    with working_in(home, PYTHON, "-c", STUBBORN) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         desktop.start()
@@ -169,7 +162,7 @@ def test_what_comes_and_goes_is_followed(daemon: Daemon, desktop: Desktop) -> No
 def test_what_others_do_to_the_session_is_shown(
     daemon: Daemon, desktop: Desktop, home: Path
 ) -> None:
-    with working_in(home, PYTHON, "-c", _STUBBORN) as program:
+    with working_in(home, PYTHON, "-c", STUBBORN) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         desktop.start()
@@ -211,7 +204,7 @@ def test_without_space_nothing_is_lost(daemon: Daemon, desktop: Desktop, home: P
 
 
 def test_a_job_outlives_the_daemon(daemon: Daemon, desktop: Desktop, home: Path) -> None:
-    with working_in(home, PYTHON, "-c", _STUBBORN) as program:
+    with working_in(home, PYTHON, "-c", STUBBORN) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         desktop.start()

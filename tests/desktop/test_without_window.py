@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.desktop.conftest import create
-from tests.support.daemon import BOUND, Daemon, wait_until
-from tests.support.desktop import Desktop, working_in
+from tests.support.daemon import BOUND, Daemon
+from tests.support.desktop import PYTHON, STUBBORN, Desktop, working_in
 
 
 def run(desktop: Desktop, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -56,12 +56,11 @@ def test_failures_have_the_codes_of_sessionctl(daemon: Daemon, desktop: Desktop)
 
 
 def test_a_job_that_is_cancelled_elsewhere(daemon: Daemon, desktop: Desktop, home: Path) -> None:
-    ignoring = "trap '' TERM; echo ready; read line"
-    with working_in(home, "sh", "-c", ignoring) as program:
+    with working_in(home, PYTHON, "-c", STUBBORN) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"ready\n"
         process = desktop.start("--now", stderr=subprocess.PIPE)
-        wait_until(lambda: daemon.sessions()["desk"]["state"] == "busy")
+        assert program.stdout.readline() == b"asked\n"
         daemon.sessionctl("cancel", "desk")
         _, complaint = process.communicate(timeout=BOUND)
         assert process.returncode == 11

@@ -26,6 +26,13 @@ BOUND = 20.0
 
 CHECKOUT = Path(__file__).parents[2]
 PYTHON = "/usr/bin/python3"
+STUBBORN = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""A program of Python's that is ready at once, and says when it is asked to end, but does not."""
 USER, UID = "nobody", 65534
 _LAUNCHERS = ("/usr/libexec/at-spi-bus-launcher", "/usr/lib/at-spi2-core/at-spi-bus-launcher")
 _READER, NOTIFICATION_SERVER = "accessible.py", "notification_server.py"
