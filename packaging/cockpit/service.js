@@ -13,7 +13,7 @@ const CALM = 5000;
 
 /* Whether there is something to be seen in a session. */
 export function isMounted(session) {
-    return session.State !== "failed" && session.State !== "inactive";
+    return !["starting", "failed", "inactive"].includes(session.State);
 }
 
 /* Calls wait for jobs to be given up, layers to be mounted, and people to type passwords. */

@@ -53,7 +53,7 @@ class Session(Published):
     @property
     def is_mounted(self) -> bool:
         """Whether there is something to be seen in it."""
-        return self.state not in {"failed", "inactive"}
+        return self.state not in {"starting", "failed", "inactive"}
 
 
 @dataclass(frozen=True)
